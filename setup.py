@@ -1,0 +1,28 @@
+"""Package metadata comes from settings.ini, so that it is written once."""
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+parser = ConfigParser(delimiters=["="])
+parser.read(Path(__file__).parent / "settings.ini", encoding="utf-8")
+settings = parser["DEFAULT"]
+requirements = {name: settings.get(key, "").split() for name, key in
+                [("runtime", "requirements"), ("train", "train_requirements"), ("dev", "dev_requirements")]}
+
+setup(
+    name=settings["lib_name"],
+    version=settings["version"],
+    description=settings["description"],
+    license="AGPL-3.0-or-later",
+    author=settings["author"],
+    python_requires=f">={settings['min_python']}",
+    packages=find_packages(include=["pillsnap", "pillsnap.*"]),
+    install_requires=requirements["runtime"],
+    extras_require={
+        "train": requirements["train"],
+        "dev": requirements["train"] + requirements["dev"],
+        "all": requirements["train"] + requirements["dev"],
+    },
+    entry_points={"console_scripts": ["pillsnap=pillsnap.cli:main"]},
+)

@@ -1,0 +1,52 @@
+"""A tiny dataset and one short real run on it, shared by the tests that need a trained model."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pillsnap.config import Settings, load_settings
+from pillsnap.data import sample
+from pillsnap.data.sample_plan import PlannedPhoto, plan_sample
+
+TINY = [  # networks and sizes that train in seconds
+    "model.classifier.name=test_efficientnet", "model.classifier.pretrained=false", "model.classifier.image_size=64",
+    "model.detector.name=yolo11n.yaml", "model.detector.image_size=96", "identify.box_confidence=0.001",
+    "train.classifier.epochs=1", "train.classifier.min_steps=0", "train.classifier.batch_size=8",
+    "train.detector.epochs=1", "train.detector.min_steps=0", "train.detector.batch_size=4", "train.evaluations=2", "train.log_every=1",
+]
+
+
+def few_drugs(seed: int = 42) -> list[PlannedPhoto]:
+    """Three drugs and a dozen combinations of the sample's plan."""
+    plan = plan_sample(seed)
+    codes = sorted({photo.drugs[0].code for photo in plan if photo.single and photo.split == "train"})[:3]
+    singles = [photo for photo in plan if photo.single and photo.drugs[0].code in codes]
+    return singles + [photo for photo in plan if not photo.single and photo.split == "train"][:24]
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A part of the embedded sample."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample, "plan_sample", few_drugs)
+        return sample.write_sample(tmp_path_factory.mktemp("data") / "tiny", workers=1)
+
+
+@pytest.fixture(scope="session")
+def tiny_settings(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Settings]:
+    """Settings for a run on the tiny dataset, with more overrides if wanted."""
+    folder = tmp_path_factory.mktemp("project")
+
+    def settings(*overrides: str) -> Settings:
+        return load_settings(profile="cpu", data_root=tiny_data, overrides=[*TINY, f"paths.cache_root={folder / 'cache'}", f"paths.run_root={folder / 'runs'}", *overrides])
+
+    return settings
+
+
+@pytest.fixture(scope="session")
+def trained_run(tiny_settings: Callable[..., Settings], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One epoch with half precision and the compiler switched on."""
+    from pillsnap.training.run import train
+    return train(tiny_settings("train.amp=bf16", "train.compile=default"), tmp_path_factory.mktemp("runs") / "smoke")

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# What `make test` runs: notebooks clean and exported, then every notebook, then the tests.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+echo "== notebooks are clean and exported"
+before=$(git status --porcelain -- nbs pillsnap | sort)
+changes=$(git diff -- nbs pillsnap | sha256sum)
+nbdev_clean
+nbdev_export
+if [ "${CI:-}" ]; then
+    git diff --exit-code -- nbs pillsnap
+    test -z "$(git status --porcelain -- nbs pillsnap)" || { git status --short -- nbs pillsnap; exit 1; }
+elif [ "$changes" != "$(git diff -- nbs pillsnap | sha256sum)" ] || [ "$before" != "$(git status --porcelain -- nbs pillsnap | sort)" ]; then
+    git status --short -- nbs pillsnap
+    echo "nbdev_clean and nbdev_export changed the files above: look at the changes, then run the tests again."
+    exit 1
+fi
+
+echo "== notebooks run"
+nbdev_test --n_workers 2
+
+echo "== tests"
+python -m pytest -q tests

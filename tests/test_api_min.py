@@ -1,0 +1,265 @@
+"""The web service as a caller sees it, with two real, tiny ONNX models."""
+from __future__ import annotations
+
+import io
+import json
+import struct
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+import onnx
+import pytest
+from fastapi.testclient import TestClient
+from httpx import Response
+from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
+
+from pillsnap.config import Environment, Settings
+from pillsnap.runtime.classes import ClassMap, Drug
+from pillsnap.runtime.identify import Identifier, Rules
+from pillsnap.serve import create_app
+
+KEY = {"X-API-Key": "right-key"}
+DRUGS = ClassMap([
+    Drug("K-000007", "Red capsule", ("641600010", "641600011")),
+    Drug("K-000030", "White round tablet", ("649900030",)),
+    Drug("K-000101", "Blue tablet"),
+])
+COLOURS = np.array([[0.68, 0.36, 0.33], [0.83, 0.81, 0.77], [0.3, 0.4, 0.8]], np.float32)
+FOUND = np.array([[110, 140, 86, 86, 0.94], [228, 204, 106, 62, 0.88], [111, 141, 84, 86, 0.6]], np.float32)
+RULES = Rules(class_map=DRUGS, classifier_size=64, detector_size=320, margin=0.12, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0),
+              box_confidence=0.25, nms_iou=0.5, sure_confidence=0.5)
+
+
+def save_model(path: Path, task: str, nodes: list, shapes: tuple[list, list], constants: dict[str, np.ndarray]) -> None:
+    images, output = (helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in zip(("images", "output"), shapes, strict=True))
+    initial = [numpy_helper.from_array(np.ascontiguousarray(value), name) for name, value in constants.items()]
+    model = helper.make_model(helper.make_graph(nodes, task, [images], [output], initial),
+                              opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    metadata = {"task": task, "rules": RULES.to_json(), "model": f"tiny {task}", "opset": 17, "git_revision": "", "created": ""}
+    helper.set_model_props(model, {"pillsnap": json.dumps(metadata)})
+    onnx.save(model, path)
+
+
+def save_classifier(folder: Path) -> None:
+    nodes = [helper.make_node("GlobalAveragePool", ["images"], ["pooled"]), helper.make_node("Flatten", ["pooled"], ["average"]),
+             helper.make_node("Gemm", ["average", "weights", "bias"], ["output"], transB=1)]
+    constants = {"weights": 60 * COLOURS, "bias": -30 * (COLOURS**2).sum(axis=1)}
+    save_model(folder / "classifier.onnx", "classifier", nodes, (["n", 3, 64, 64], ["n", 3]), constants)
+
+
+def save_detector(folder: Path) -> None:
+    nodes = [helper.make_node("ReduceMean", ["images"], ["average"], keepdims=0), helper.make_node("Mul", ["average", "nothing"], ["zero"]),
+             helper.make_node("Add", ["found", "zero"], ["output"])]
+    constants = {"found": FOUND.T[None], "nothing": np.zeros(1, np.float32)}
+    save_model(folder / "detector.onnx", "detector", nodes, ([1, 3, 320, 320], [1, 5, len(FOUND)]), constants)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    save_classifier(folder)
+    save_detector(folder)
+    return folder
+
+
+def client_for(folder: Path | None, api_key: str | None = "right-key") -> TestClient:
+    environment = Environment(api_key=api_key, model_path=folder, cors_allow_origins=["https://pillsnap.co.kr"])
+    return TestClient(create_app(Settings(), environment), raise_server_exceptions=False)
+
+
+@pytest.fixture(scope="module")
+def client(models: Path) -> Iterator[TestClient]:
+    with client_for(models) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def jpeg() -> bytes:
+    photo = np.full((480, 640, 3), (128, 122, 112), np.uint8)
+    cv2.ellipse(photo, (220, 200), (84, 84), 0, 0, 360, (238, 234, 224), -1, cv2.LINE_AA)
+    cv2.ellipse(photo, (456, 328), (110, 46), 25, 0, 360, (196, 74, 66), -1, cv2.LINE_AA)
+    buffer = io.BytesIO()
+    Image.fromarray(photo).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+def huge_png() -> bytes:
+    """100 million pixels in a few kilobytes."""
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", 10_000, 10_001, 1, 0, 0, 0, 0)
+    rows = zlib.compress(bytes(1251 * 10_001))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def ask(client: TestClient, photo: bytes, query: str = "", headers: dict[str, str] = KEY) -> Response:
+    return client.post(f"/predict{query}", headers=headers, files={"image": ("photo.jpg", photo, "image/jpeg")})
+
+
+def refused(response: Response, status: int, word: str = "") -> None:
+    """The status, one sentence as detail, and nothing of the server's inside."""
+    assert response.status_code == status, response.text
+    detail = response.json()["detail"]
+    assert isinstance(detail, str) and word in detail and "Traceback" not in detail and len(detail.split()) > 1
+
+
+def test_health_with_a_model(client: TestClient) -> None:
+    answer = client.get("/health")
+    assert answer.status_code == 200
+    health = answer.json()
+    assert health["status"] == "ok" and health["advice"] is None and health["version"]
+    assert "CPUExecutionProvider" in health["providers"]
+    assert health["model"] == {"classifier": "tiny classifier", "detector": "tiny detector", "classes": 3,
+                               "class_map_hash": DRUGS.hash, "classifier_size": 64, "detector_size": 320}
+
+
+@pytest.mark.parametrize("folder", [None, "empty", "missing"])
+def test_health_and_predict_without_a_model(folder: str | None, tmp_path: Path, jpeg: bytes) -> None:
+    (tmp_path / "empty").mkdir()
+    bare = client_for(tmp_path / folder if folder else None)
+    health = bare.get("/health")
+    assert health.status_code == 200 and health.json()["status"] == "no model" and health.json()["model"] is None
+    assert "make demo" in health.json()["advice"] and str(tmp_path) not in health.text
+    refused(ask(bare, jpeg), 503, "MODEL_PATH")
+    assert bare.get("/health").status_code == 200
+
+
+def test_a_model_that_appears_later_is_used(tmp_path: Path, jpeg: bytes) -> None:
+    late = client_for(tmp_path)
+    refused(ask(late, jpeg), 503)
+    save_classifier(tmp_path)
+    assert ask(late, jpeg).status_code == 200
+    refused(ask(late, jpeg, "?pipeline=combo"), 422, "detector")
+
+
+def test_damaged_model_is_no_model(models: Path, tmp_path: Path, jpeg: bytes) -> None:
+    data = (models / "classifier.onnx").read_bytes()
+    (tmp_path / "classifier.onnx").write_bytes(data[: len(data) // 2])
+    broken = client_for(tmp_path)
+    assert broken.get("/health").json()["status"] == "no model"
+    refused(ask(broken, jpeg), 503, "classifier.onnx")
+
+
+def check_pill(pill: dict) -> None:
+    assert set(pill) == {"box", "box_confidence", "code", "edi_codes", "name", "confidence", "sure", "top5"}
+    assert set(pill["box"]) == {"x1", "y1", "x2", "y2"}
+    assert pill["code"].startswith("K-") and isinstance(pill["edi_codes"], list) and 0 <= pill["confidence"] <= 1
+    assert pill["top5"][0] == {name: pill[name] for name in ("code", "name", "edi_codes", "confidence")}
+    ranked = [candidate["confidence"] for candidate in pill["top5"]]
+    assert ranked == sorted(ranked, reverse=True) and sum(ranked) == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("query, pipeline, codes", [
+    ("", "single", ["K-000030"]), ("?pipeline=single", "single", ["K-000030"]), ("?pipeline=combo", "combo", ["K-000030", "K-000007"]),
+])
+def test_predict_schema(client: TestClient, jpeg: bytes, query: str, pipeline: str, codes: list[str]) -> None:
+    response = ask(client, jpeg, query)
+    assert response.status_code == 200, response.text
+    answer = response.json()
+    assert set(answer) == {"pipeline", "pills", "timings_ms", "notes", "model"}
+    assert answer["pipeline"] == pipeline and [pill["code"] for pill in answer["pills"]] == codes
+    for pill in answer["pills"]:
+        check_pill(pill)
+    assert answer["pills"][0]["edi_codes"] == ["649900030"] and answer["pills"][0]["sure"]
+    if pipeline == "combo":
+        assert answer["pills"][1]["edi_codes"] == ["641600010", "641600011"]
+    assert list(answer["timings_ms"]) == ["decode", "detect", "crop", "classify", "total"]
+    assert all(value >= 0 for value in answer["timings_ms"].values())
+    assert any("combo" in note for note in answer["notes"]) == (pipeline == "single")
+    assert answer["model"]["class_map_hash"] == DRUGS.hash
+
+
+def test_key_is_wanted(client: TestClient, models: Path, jpeg: bytes) -> None:
+    refused(ask(client, jpeg, headers={}), 401, "X-API-Key")
+    refused(ask(client, jpeg, headers={"X-API-Key": ""}), 401)
+    for wrong in ("wrong", "right-ke", "right-key2", "schl\u00fcssel".encode("latin-1")):
+        refused(ask(client, jpeg, headers={"X-API-Key": wrong}), 403)
+    refused(ask(client_for(models, api_key=None), jpeg), 503, "API_KEY")
+    refused(ask(client_for(models, api_key=""), jpeg), 503, "API_KEY")
+
+
+def test_nothing_that_is_sent_brings_it_down(client: TestClient, jpeg: bytes) -> None:
+    refused(ask(client, b"two white tablets and a red capsule"), 415, "JPEG")
+    refused(ask(client, b""), 415, "empty")
+    refused(ask(client, jpeg[: len(jpeg) // 2]), 422, "damaged")
+    refused(ask(client, huge_png()), 422, "pixels")
+    refused(ask(client, bytes(20_000_001)), 413, "20 MB")
+    refused(ask(client, bytes(25_000_000)), 413, "20 MB")
+    refused(ask(client, jpeg, "?pipeline=automatic"), 422, "combo")
+    refused(client.post("/predict", headers=KEY), 415, "image")
+    refused(client.post("/predict", headers=KEY, content=jpeg), 415, "multipart")
+    refused(client.post("/predict", headers=KEY, files={"photo": jpeg}), 422, "image")
+    refused(client.post("/predict", headers=KEY, files=[("image", jpeg), ("image", jpeg)]), 422, "one photo")
+    refused(client.get("/predict", headers=KEY), 405)
+    refused(client.get("/nowhere"), 404, "Not Found")
+    assert client.get("/health").status_code == 200
+    assert ask(client, jpeg).status_code == 200
+
+
+def test_upload_without_a_length_is_refused_too(client: TestClient) -> None:
+    def pieces() -> Iterator[bytes]:
+        yield b'--x\r\nContent-Disposition: form-data; name="image"; filename="a.jpg"\r\n\r\n'
+        for _ in range(60):
+            yield bytes(1_000_000)
+
+    response = client.post("/predict", headers=KEY | {"Content-Type": "multipart/form-data; boundary=x"}, content=pieces())
+    refused(response, 413, "20 MB")
+
+
+def test_unexpected_error_is_one_sentence(client: TestClient, jpeg: bytes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("a secret of the server")
+
+    monkeypatch.setattr(Identifier, "identify", fail)
+    response = ask(client, jpeg)
+    refused(response, 500)
+    assert "secret" not in response.text and "a secret of the server" in caplog.text
+    monkeypatch.undo()
+    assert client.get("/health").status_code == 200 and ask(client, jpeg).status_code == 200
+
+
+def test_health_answers_while_photos_are_worked_on(client: TestClient, jpeg: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    started, go_on = threading.Event(), threading.Event()
+    identify = Identifier.identify
+
+    def slow(self: Identifier, *arguments: object) -> object:
+        started.set()
+        go_on.wait(10)
+        return identify(self, *arguments)
+
+    monkeypatch.setattr(Identifier, "identify", slow)
+    answers = []
+    worker = threading.Thread(target=lambda: answers.append(ask(client, jpeg).status_code))
+    worker.start()
+    assert started.wait(10)
+    before = time.perf_counter()
+    assert client.get("/health").status_code == 200
+    assert time.perf_counter() - before < 5 and not answers
+    go_on.set()
+    worker.join(10)
+    assert answers == [200]
+
+
+def test_only_listed_pages_may_call(client: TestClient) -> None:
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "X-API-Key"}
+    allowed = client.options("/predict", headers=asked | {"Origin": "https://pillsnap.co.kr"})
+    assert allowed.status_code == 200 and allowed.headers["access-control-allow-origin"] == "https://pillsnap.co.kr"
+    other = client.options("/predict", headers=asked | {"Origin": "https://example.org"})
+    assert "access-control-allow-origin" not in other.headers
+
+
+def test_starts_anywhere_and_without_training_software(tmp_path: Path) -> None:
+    check = ("import sys\nimport pillsnap.serve\nassert pillsnap.serve.app.title == 'pillsnap'\n"
+             "print(sorted({'torch', 'timm', 'ultralytics', 'matplotlib'} & set(sys.modules)))")
+    done = subprocess.run([sys.executable, "-c", check], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"

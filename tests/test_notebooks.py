@@ -1,0 +1,114 @@
+"""The notebooks, the package and config.yaml hold together."""
+import ast
+import json
+import re
+from pathlib import Path
+
+from pillsnap.schema import LEAF_KEYS
+
+ROOT = Path(__file__).parents[1]
+ABOUT_SETTINGS = {"config.py", "schema.py", "layers.py"}  # they handle all settings and use none
+
+
+def names_read(file: Path) -> tuple[set[str], set[str]]:
+    """Attributes that a module reads, and all names it knows (attributes, variables, parameters)."""
+    nodes = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+    attributes = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    variables = {node.id for node in nodes if isinstance(node, ast.Name)}
+    return attributes, attributes | variables | {node.arg for node in nodes if isinstance(node, ast.arg)}
+
+
+def test_no_setting_is_dead():
+    """Each setting is read as an attribute by a module that also knows its section (`settings.train`, `train: Train`)."""
+    modules = [names_read(file) for file in (ROOT / "pillsnap").rglob("*.py") if file.name not in ABOUT_SETTINGS]
+    dead = []
+    for key in LEAF_KEYS:
+        section, _, name = key.rpartition(".")
+        section = section.split(".")[0]
+        if not any(name in attributes and (not section or section in known) for attributes, known in modules):
+            dead.append(key)
+    assert not dead, f"nothing reads {', '.join(dead)}"
+
+
+def test_every_key_says_its_type_and_meaning():
+    """Each value line of config.yaml reads `key: value  # (type) meaning`; blocks of profiles and stages repeat keys explained above."""
+    settings = (ROOT / "config.yaml").read_text(encoding="utf-8").split("\nprofiles:")[0]
+    lines = [line for line in settings.splitlines() if line.strip() and not line.startswith("#")]
+    section = re.compile(r"^ *\w+:( +#.*)?$")
+    value = re.compile(r"^ *\w+: +\S.* # \([^()]+\) \S")
+    silent = [line for line in lines if not section.match(line) and not value.match(line)]
+    assert not silent, f"without `# (type) meaning`: {silent}"
+    assert sum(bool(value.match(line)) for line in lines) == len(LEAF_KEYS)
+
+
+def notebooks() -> list[Path]:
+    """All notebooks of the project."""
+    return sorted(path for path in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
+
+
+def cells(book: Path, kind: str) -> list[dict]:
+    """Cells of one kind."""
+    return [cell for cell in json.loads(book.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == kind]
+
+
+def source(cell: dict) -> str:
+    """Text of a cell."""
+    return "".join(cell["source"])
+
+
+def test_every_module_has_its_notebook_and_every_chapter_its_module():
+    exported = {re.search(r"#\| *default_exp +(\S+)", source(cell)).group(1) for book in notebooks() for cell in cells(book, "code") if "default_exp" in source(cell)}
+    modules = {".".join(path.relative_to(ROOT / "pillsnap").with_suffix("").parts) for path in (ROOT / "pillsnap").rglob("*.py")}
+    modules = {name for name in modules if not name.split(".")[-1].startswith("_")}
+    assert modules == exported
+
+
+def test_run_notebooks_have_parameters_and_export_nothing():
+    runs = [book for book in notebooks() if book.parent == ROOT / "nbs" and re.match(r"1\d_", book.name)]
+    assert {book.name for book in runs} >= {"10_train.ipynb", "11_evaluate.ipynb", "12_export.ipynb"}
+    for book in runs:
+        tagged = [cell for cell in cells(book, "code") if "parameters" in cell["metadata"].get("tags", [])]
+        assert len(tagged) == 1, f"{book.name} needs one cell with the tag parameters, or papermill runs its defaults"
+        names = re.findall(r"^(\w+)(?:: *\w+)? *=", source(tagged[0]), re.M)
+        checks = [source(cell) for cell in cells(book, "code") if "check_parameters(" in source(cell)]
+        assert checks and all(f'"{name}"' in checks[0] for name in names), f"{book.name} does not check its parameters"
+        code = "\n".join(source(cell) for cell in cells(book, "code"))
+        assert "#| export" not in code and "default_exp" not in code
+        assert not re.search(r"^(def|class) ", code, re.M), f"{book.name} defines something: that belongs to a chapter"
+
+
+def test_every_notebook_names_the_kernel_that_everyone_has():
+    for book in notebooks():
+        assert json.loads(book.read_text(encoding="utf-8"))["metadata"]["kernelspec"]["name"] == "python3", book.name
+
+
+def test_no_notebook_holds_an_error_or_a_path_of_a_machine():
+    for book in notebooks():
+        for cell in cells(book, "code"):
+            text = json.dumps(cell.get("outputs", []))
+            assert '"output_type": "error"' not in text, book.name
+            assert not re.search(r"/(home|root|work|Users)/\w", text), f"{book.name}: {text[:200]}"
+
+
+def test_package_imports_neither_nbdev_nor_fastcore():
+    for path in (ROOT / "pillsnap").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert path.name == "_modidx.py" or not {name.split(".")[0] for name in names} & {"nbdev", "fastcore", "execnb"}, path
+
+
+def test_imports_point_down_only():
+    """A wing imports only from wings above it in this list."""
+    wings = [{"files", "schema", "layers", "environment", "config", "runlog"}, {"runtime"}, {"metrics", "draw"}, {"data"}, {"models"}, {"training"}, {"evaluation"}, {"export"}, {"serve"}, {"demo"}, {"cli"}]
+    level = {name: number for number, names in enumerate(wings) for name in names}
+    for path in (ROOT / "pillsnap").rglob("*.py"):
+        parts = path.relative_to(ROOT / "pillsnap").with_suffix("").parts
+        if parts[-1].startswith("_"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ImportFrom) or not node.level:
+                continue
+            base = parts[:len(parts) - node.level]
+            target = (*base, *(node.module or "").split("."))[0] or next(iter(alias.name for alias in node.names))
+            if target in level:
+                assert level[target] <= level[parts[0]], f"{path.name} imports {target}"

@@ -1,0 +1,53 @@
+"""The run notebooks as a user starts them: papermill, from another folder, with parameters right and wrong."""
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import TINY
+
+from pillsnap.runtime.identify import load_identifier
+
+ROOT = Path(__file__).parents[1]
+
+
+def papermill(folder: Path, notebook: str, *arguments: str) -> subprocess.CompletedProcess:
+    """`papermill nbs/<notebook> out.ipynb ...`, started in `folder`."""
+    command = [sys.executable, "-m", "papermill", str(ROOT / "nbs" / notebook), str(folder / "out.ipynb"), *arguments]
+    return subprocess.run(command, cwd=ROOT / "tests", capture_output=True, text=True)
+
+
+def test_train_evaluate_and_export_run_one_after_the_other(tiny_data: Path, tmp_path: Path):
+    overrides = shlex.join([*TINY, f"paths.cache_root={tmp_path / 'cache'}"])
+    trained = papermill(tmp_path, "10_train.ipynb", "-p", "stage", "1", "-p", "data_root", str(tiny_data), "-p", "profile", "cpu", "-p", "run_dir", str(tmp_path / "run"), "-p", "overrides", overrides)
+    assert trained.returncode == 0, trained.stderr[-2000:]
+    book = json.loads((tmp_path / "out.ipynb").read_text())
+    assert sum("image/png" in output.get("data", {}) for cell in book["cells"] for output in cell.get("outputs", [])) >= 1, "the record shows its curves"
+    evaluated = papermill(tmp_path, "11_evaluate.ipynb", "-p", "run_dir", str(tmp_path / "run"))
+    assert evaluated.returncode == 0, evaluated.stderr[-2000:]
+    assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["single"]["images"] > 0
+    exported = papermill(tmp_path, "12_export.ipynb", "-p", "run_dir", str(tmp_path / "run"))
+    assert exported.returncode == 0, exported.stderr[-2000:]
+    assert len(load_identifier(tmp_path / "run" / "export").rules.class_map) == 3
+
+
+@pytest.mark.parametrize("arguments, sentence", [
+    (["-p", "stgae", "1"], "stgae is not a parameter of this notebook"),
+    (["-p", "stage", "9"], "stage"),
+    (["-p", "data_root", "/nowhere/pills"], "There is no folder /nowhere/pills"),
+    (["-p", "overrides", "train.lrr=1"], "train.lr"),
+])
+def test_wrong_parameters_train_nothing_and_say_why(arguments: list[str], sentence: str, tmp_path: Path):
+    result = papermill(tmp_path, "10_train.ipynb", "-p", "run_dir", str(tmp_path / "run"), *arguments)
+    assert result.returncode != 0
+    assert sentence in result.stderr
+    assert not (tmp_path / "run" / "last.pt").exists()
+
+
+def test_evaluating_a_folder_without_a_model_says_so(tmp_path: Path):
+    result = papermill(tmp_path, "11_evaluate.ipynb", "-p", "run_dir", str(tmp_path))
+    assert result.returncode != 0 and "There is no checkpoint" in result.stderr or "config.yaml" in result.stderr

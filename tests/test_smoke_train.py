@@ -1,0 +1,96 @@
+"""One real epoch on a tiny dataset, with half precision and the compiler switched on, and what must hold after it."""
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from pillsnap.config import Settings, load_settings
+from pillsnap.evaluation import evaluate_run
+from pillsnap.training import loop
+from pillsnap.training.checkpoint import CheckpointError, load_checkpoint, load_trained
+from pillsnap.training.run import train
+
+
+def test_run_folder_holds_the_whole_record(trained_run: Path):
+    names = {path.name for path in trained_run.iterdir()}
+    assert {"best.pt", "last.pt", "config.yaml", "run.log", "metrics.jsonl", "decisions.json", "manifest.parquet", "class_map.json", "data_report.json", "tensorboard"} <= names
+    assert load_settings(trained_run / "config.yaml").train.compile == "default"
+    assert list((trained_run / "tensorboard").iterdir())
+
+
+def test_both_networks_took_steps_and_were_evaluated(trained_run: Path):
+    rows = [json.loads(line) for line in (trained_run / "metrics.jsonl").read_text().splitlines()]
+    for task, figure in (("detector", "map50"), ("classifier", "macro_f1")):
+        steps = [row for row in rows if row["task"] == task and "loss" in row]
+        assert len(steps) >= 3 and [row["step"] for row in steps] == list(range(1, len(steps) + 1))
+        assert {"epoch", "loss", "lr", "data_time", "compute_time", "throughput", "cuda_mem"} <= steps[0].keys()
+        assert all(row["throughput"] > 0 for row in steps)
+        assert any(figure in row["validation"] for row in rows if row["task"] == task and "validation" in row)
+
+
+def test_number_format_and_compiler_are_recorded(trained_run: Path):
+    decisions = {item["what"]: item for item in json.loads((trained_run / "decisions.json").read_text())}
+    assert decisions["amp"]["choice"] == "bf16"
+    for task in ("detector", "classifier"):
+        compiled = decisions[f"{task} compile"]
+        assert compiled["choice"] == "default" or (compiled["choice"] == "eager" and compiled["fallback"] and compiled["reason"])
+    assert decisions["classifier weights"]["choice"] == "random initialisation"
+
+
+def test_checkpoints_load_as_plain_data_with_class_map_and_decisions(trained_run: Path):
+    best = torch.load(trained_run / "best.pt", weights_only=True)
+    assert {"classifier", "detector", "rules", "config", "decisions", "git_revision", "best"} <= best.keys()
+    assert len(best["rules"]["class_map"]["drugs"]) == 3
+    last = torch.load(trained_run / "last.pt", weights_only=True)
+    assert {"network", "average", "optimizer", "scaler", "step", "epoch", "best"} <= last["tasks"]["detector"].keys()
+
+
+def test_evaluation_passes(trained_run: Path):
+    report = evaluate_run(trained_run, load_settings(trained_run / "config.yaml"))
+    assert report["split"] == "test" and report["single"]["images"] > 0 and report["combo"]["pills"] > 0
+    for part, names in (("single", ("top1", "top5", "macro_f1")), ("combo", ("map50", "map50_95", "precision", "recall", "end_to_end_top1"))):
+        assert all(0 <= report[part][name] <= 1 for name in names)
+    assert json.loads((trained_run / "evaluation.json").read_text()) == report
+
+
+def test_a_stopped_run_goes_on_to_the_same_weights(tiny_settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    overrides = ["train.amp=off", "train.classifier.epochs=2"]
+    whole = train(tiny_settings(*overrides), tmp_path / "whole")
+    real_step, made = loop.train_step, []
+
+    def step_until_killed(task, settings):
+        made.append(task.name)
+        if len(made) > 14:
+            raise KeyboardInterrupt
+        return real_step(task, settings)
+
+    monkeypatch.setattr(loop, "train_step", step_until_killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_settings(*overrides), tmp_path / "stopped")
+    monkeypatch.setattr(loop, "train_step", real_step)
+    stopped = load_checkpoint(tmp_path / "stopped" / "last.pt")["tasks"]
+    assert 0 < stopped["detector"]["step"] < stopped["detector"]["steps"]
+    resumed = train(tiny_settings(*overrides, "train.resume=last"), tmp_path / "stopped")
+    first, second = (load_checkpoint(folder / "last.pt")["tasks"] for folder in (whole, resumed))
+    for task in ("detector", "classifier"):
+        assert first[task]["step"] == second[task]["step"] == first[task]["steps"]
+        for name, tensor in first[task]["network"].items():
+            assert torch.equal(tensor, second[task]["network"][name]), name
+
+
+def test_resuming_without_a_checkpoint_starts_anew_and_says_so(tiny_settings: Callable[..., Settings], tmp_path: Path):
+    run = train(tiny_settings("train.resume=last", "train.interleave_ratio=[1,1]", "train.amp=off"), tmp_path / "new")
+    decisions = {item["what"]: item for item in json.loads((run / "decisions.json").read_text())}
+    assert decisions["resume"]["choice"] == "a new start" and decisions["resume"]["fallback"]
+
+
+def test_damaged_and_missing_checkpoints_are_refused(trained_run: Path, tmp_path: Path):
+    with pytest.raises(CheckpointError, match="There is no checkpoint"):
+        load_trained(tmp_path)
+    (tmp_path / "best.pt").write_bytes((trained_run / "best.pt").read_bytes()[:5000])
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_trained(tmp_path)
