@@ -3,4 +3,5 @@ import sys
 
 from pillsnap.cli import main
 
-sys.exit(main())
+if __name__ == "__main__":  # processes that render the sample import this file again
+    sys.exit(main())

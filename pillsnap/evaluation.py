@@ -161,7 +161,8 @@ def evaluate_run(
         report["confusions"] = confusion_pairs(pairs, dataset.class_map.codes)
     if combinations:
         report["combo"] = evaluate_combo(identifier, combinations)
-    report["all_photos"] = evaluate_combo(identifier, photos)
+    if dataset.report["format"] == "yolo":
+        report["all_photos"] = evaluate_combo(identifier, photos)
     report["goals"] = {"top1": settings.goals.top1, "map50": settings.goals.map50}
     write_json(Path(folder) / "evaluation.json", report)
     return report

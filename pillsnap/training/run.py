@@ -11,7 +11,8 @@ from pathlib import Path
 
 import polars as pl
 
-from ..config import Settings, find_root, settings_as_yaml
+import pillsnap
+from ..config import Settings, settings_as_yaml
 from ..data.loaders import classifier_samples, detector_samples
 from ..data.manifest import Dataset, prepare_data, save_dataset
 from ..data.sample import write_sample
@@ -93,7 +94,7 @@ def save_run(
 ) -> None:
     """Write last.pt, and best.pt once both tasks have been evaluated."""
     common = {"format": 1, "rules": rules.to_json(), "config": settings_as_yaml(settings), "decisions": [asdict(decision) for decision in run.decisions],
-              "models": {"classifier": settings.model.classifier.name, "detector": settings.model.detector.name}, "git_revision": git_revision(Path(__file__).parent),
+              "models": {"classifier": settings.model.classifier.name, "detector": settings.model.detector.name}, "git_revision": git_revision(Path(pillsnap.__file__).parent),
               "best": {task.monitor: task.best for task in tasks.values()}}
     save_checkpoint({**common, "tasks": {name: task.state() for name, task in tasks.items()}}, run.folder / "last.pt")
     if all(task.best_state for task in tasks.values()):
