@@ -5,9 +5,10 @@
 # %% ../nbs/07_evaluation.ipynb #a010d3bb
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,13 +23,15 @@ from .data.manifest import Dataset, load_dataset
 from .files import write_json
 from .metrics import classification_metrics, detection_metrics, match_boxes
 from .runlog import decide
-from .runtime.identify import Identification, Identifier
+from .runtime.identify import Identifier
 from .runtime.images import ImageError, decode_image
 from .training.checkpoint import Trained, load_trained
 
+logger = logging.getLogger("pillsnap")
+
 # %% auto #0
-__all__ = ['torch_forward', 'identifier_of', 'TruePhoto', 'true_photos', 'held_out', 'evaluate_single', 'evaluate_combo',
-           'confusion_pairs', 'measure_latency', 'evaluate_run']
+__all__ = ['logger', 'torch_forward', 'identifier_of', 'TruePhoto', 'true_photos', 'held_out', 'evaluate_single', 'decoded',
+           'evaluate_combo', 'confusion_pairs', 'measure_latency', 'evaluate_run']
 
 # %% ../nbs/07_evaluation.ipynb #629e1606
 def torch_forward(
@@ -60,14 +63,16 @@ class TruePhoto:
     kind: str               # single or combination
     boxes: np.ndarray       # (pills, 4) float32 x1 y1 x2 y2, pixels
     classes: tuple[int, ...]  # class index of each pill, -1: not in the class map
+    width: int              # of the photo, pixels
+    height: int             # of the photo, pixels
 
 
 def true_photos(
     manifest: pl.DataFrame  # rows of one split
 ) -> list[TruePhoto]:       # one per photo, in the order of the manifest
     """Gather the rows of each photo."""
-    grouped = manifest.group_by("image", "photo_kind", maintain_order=True).agg(pl.concat_list("x1", "y1", "x2", "y2").alias("boxes"), "class_index")
-    return [TruePhoto(image, kind, np.array(boxes, np.float32).reshape(-1, 4), tuple(classes)) for image, kind, boxes, classes in grouped.iter_rows()]
+    grouped = manifest.group_by("image", "photo_kind", "width", "height", maintain_order=True).agg(pl.concat_list("x1", "y1", "x2", "y2").alias("boxes"), "class_index")
+    return [TruePhoto(image, kind, np.array(boxes, np.float32).reshape(-1, 4), tuple(classes), width, height) for image, kind, width, height, boxes, classes in grouped.iter_rows()]
 
 
 def held_out(
@@ -86,19 +91,34 @@ def evaluate_single(
 ) -> tuple[dict[str, float], np.ndarray]:  # top1, top5, macro_f1, images, without_box; (photos, 2) true and given class index
     """Ask about each photo; top-1 counts the drug named first."""
     names = identifier.rules.class_map
-    scores = np.zeros((len(photos), len(names)))
-    whole = 0
-    for row, (photo, answer) in enumerate(_answers(identifier, photos, "single")):
-        whole += answer.pills[0].box_confidence is None
-        for candidate in answer.pills[0].top5:
-            scores[row, names.index_of(candidate.code)] = candidate.confidence
-    labels = np.array([photo.classes[0] for photo in photos])
-    return {**classification_metrics(scores, labels), "without_box": whole}, np.stack([labels, scores.argmax(axis=1)], axis=1)
+    rows, labels, whole = [], [], 0
+    for photo, image in decoded(photos, "evaluate single"):
+        pill = identifier.identify(image, "single").pills[0]
+        whole += pill.box_confidence is None
+        scores = np.zeros(len(names))
+        scores[[names.index_of(candidate.code) for candidate in pill.top5]] = [candidate.confidence for candidate in pill.top5]
+        rows.append(scores)
+        labels.append(photo.classes[0])
+    scores, true = np.array(rows).reshape(-1, len(names)), np.array(labels, np.int64)
+    return {**classification_metrics(scores, true), "without_box": whole}, np.stack([true, scores.argmax(axis=1)], axis=1)
 
 
-def _answers(identifier: Identifier, photos: Sequence[TruePhoto], pipeline: str):
-    for photo in tqdm(photos, desc=f"evaluate {pipeline}", unit="photo", mininterval=5):
-        yield photo, identifier.identify(decode_image(Path(photo.image)), pipeline)
+def decoded(
+    photos: Sequence[TruePhoto],  # photos to open
+    what: str                     # name for the progress display
+) -> Iterator[tuple[TruePhoto, np.ndarray]]:  # photo and its pixels, RGB uint8
+    """Open the photos one by one; damaged ones are left out and counted."""
+    damaged = 0
+    for photo in tqdm(photos, desc=what, unit="photo", mininterval=5):
+        try:
+            image = decode_image(Path(photo.image))
+        except ImageError as error:
+            damaged += 1
+            logger.warning("left out a damaged photo: %s", error)
+            continue
+        yield photo, image
+    if damaged:
+        decide(what, f"{damaged} of {len(photos)} photos left out", "they are damaged", fallback=True)
 
 # %% ../nbs/07_evaluation.ipynb #25f11aa7
 def evaluate_combo(
@@ -107,14 +127,15 @@ def evaluate_combo(
 ) -> dict[str, float]:           # map50, map50_95, precision, recall, end_to_end_top1: 0 to 1; images, pills: counts
     """Detection and end-to-end figures."""
     codes = identifier.rules.class_map.codes
-    detections, found, matched, right, pills = [], 0, 0, 0, 0
-    for photo, answer in _answers(identifier, photos, "combo"):
-        detections.append(identifier.find(decode_image(Path(photo.image)), confidence=0.001))
-        given = sorted(answer.pills, key=lambda pill: -pill.box_confidence)
+    truth, detections, found, matched, right, pills = [], [], 0, 0, 0, 0
+    for photo, image in decoded(photos, "evaluate combo"):
+        truth.append(photo.boxes)
+        detections.append(identifier.find(image, confidence=0.001))
+        given = identifier.identify(image, "combo").pills
         pairs = match_boxes(np.array([pill.box for pill in given]), photo.boxes)
         found, matched, pills = found + len(given), matched + len(pairs), pills + len(photo.boxes)
         right += sum(photo.classes[true] >= 0 and given[number].code == codes[photo.classes[true]] for number, true in pairs)
-    figures = detection_metrics([photo.boxes for photo in photos], detections)
+    figures = detection_metrics(truth, detections)
     return {**figures, "precision": matched / max(1, found), "recall": matched / max(1, pills), "end_to_end_top1": right / max(1, pills), "pills": pills}
 
 # %% ../nbs/07_evaluation.ipynb #dabdab31

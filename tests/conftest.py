@@ -39,8 +39,8 @@ def tiny_settings(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """Settings for a run on the tiny dataset, with more overrides if wanted."""
     folder = tmp_path_factory.mktemp("project")
 
-    def settings(*overrides: str) -> Settings:
-        return load_settings(profile="cpu", data_root=tiny_data, overrides=[*TINY, f"paths.cache_root={folder / 'cache'}", f"paths.run_root={folder / 'runs'}", *overrides])
+    def settings(*overrides: str, data: Path = tiny_data) -> Settings:
+        return load_settings(profile="cpu", data_root=data, overrides=[*TINY, f"paths.cache_root={folder / 'cache'}", f"paths.run_root={folder / 'runs'}", *overrides])
 
     return settings
 

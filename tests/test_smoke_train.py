@@ -2,13 +2,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import polars as pl
 import pytest
 import torch
 
 from pillsnap.config import Settings, load_settings
+from pillsnap.data.manifest import load_dataset
 from pillsnap.evaluation import evaluate_run
 from pillsnap.training import loop
 from pillsnap.training.checkpoint import CheckpointError, load_checkpoint, load_trained
@@ -94,3 +97,16 @@ def test_damaged_and_missing_checkpoints_are_refused(trained_run: Path, tmp_path
     (tmp_path / "best.pt").write_bytes((trained_run / "best.pt").read_bytes()[:5000])
     with pytest.raises(CheckpointError, match="damaged"):
         load_trained(tmp_path)
+
+
+def test_a_photo_cut_in_half_is_counted_and_not_trained_on(tiny_data: Path, tiny_settings: Callable[..., Settings], tmp_path: Path):
+    data = tmp_path / "data"
+    shutil.copytree(tiny_data, data)
+    for photo in sorted(data.glob("train/images/single/*/*/*.png"))[::10]:
+        photo.write_bytes(photo.read_bytes()[:2000])
+    run = train(tiny_settings("train.amp=off", data=data), tmp_path / "run")
+    left_out = [item for item in json.loads((run / "decisions.json").read_text()) if item["what"] == "classifier data"]
+    assert left_out and all(item["fallback"] and "damaged" in item["reason"] for item in left_out)
+    report = evaluate_run(run, load_settings(run / "config.yaml"))
+    manifest = load_dataset(run).manifest
+    assert 0 < report["single"]["images"] <= len(manifest.filter((pl.col("split") == "test") & (pl.col("photo_kind") == "single")))

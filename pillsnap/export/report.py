@@ -15,13 +15,13 @@ import torch
 
 from ..config import Settings
 from ..data.manifest import Dataset, load_dataset
-from ..data.cache import Cut, cut_photo
+from ..data.cache import Cut, open_store
 from ..evaluation import torch_forward, true_photos
 from .compare import compare_classifier, compare_detector, cover_classes, failures
 from .onnx import export_onnx
 from ..files import write_json
 from ..runtime.boxes import Box
-from ..runtime.images import decode_image, letterbox, normalise, to_letterbox
+from ..runtime.images import normalise, place_letterbox, to_letterbox
 from ..runtime.session import open_model
 from ..training.checkpoint import Trained, load_trained
 
@@ -45,26 +45,35 @@ def export_networks(
 def compared_crops(
     dataset: Dataset,    # manifest of the run
     trained: Trained,    # its rules say how to cut
-    count: int           # crops wanted
+    settings: Settings   # export.images and data.max_pixels are read
 ) -> np.ndarray:         # (n, 3, size, size) float32, normalised
     """Held-out crops, every class at least once where it has any."""
     rows = _held_out_rows(dataset).filter(pl.col("class_index") >= 0)
-    chosen = rows[cover_classes(rows["class_index"].to_list(), count)]
+    chosen = rows[cover_classes(rows["class_index"].to_list(), settings.export.images)]
     cuts = [Cut(image, Box(*box)) for image, *box in chosen.select("image", "x1", "y1", "x2", "y2").iter_rows()]
-    crops = np.stack([cut_photo(decode_image(Path(cut.image)), cut, trained.rules.classifier_size, trained.rules.margin) for cut in cuts])
-    return normalise(crops, trained.rules.mean, trained.rules.std)
+    pixels = [crop for crop in _pictures(cuts, trained.rules.classifier_size, trained, settings) if crop is not None]
+    return normalise(np.stack(pixels), trained.rules.mean, trained.rules.std)
 
 
 def compared_frames(
     dataset: Dataset,   # manifest of the run
     trained: Trained,   # its rules say how large
-    count: int          # photos wanted
+    settings: Settings  # export.images and data.max_pixels are read
 ) -> tuple[np.ndarray, list[np.ndarray]]:  # (n, 3, size, size) float32, 0 to 1; per photo (pills, 4) letterboxed pixels
     """Held-out photos, combinations first."""
-    photos = sorted(true_photos(_held_out_rows(dataset)), key=lambda photo: photo.kind != "combination")[:count]
-    boxed = [(letterbox(decode_image(Path(photo.image)), trained.rules.detector_size), photo) for photo in photos]
-    frames = normalise(np.stack([frame for (frame, _), _ in boxed]), (0, 0, 0), (1, 1, 1))
-    return frames, [to_letterbox(photo.boxes, placement) for (_, placement), photo in boxed]
+    photos = sorted(true_photos(_held_out_rows(dataset)), key=lambda photo: photo.kind != "combination")[:settings.export.images]
+    size = trained.rules.detector_size
+    pixels, truth = [], []
+    for photo, frame in zip(photos, _pictures([Cut(photo.image) for photo in photos], size, trained, settings)):
+        if frame is not None:
+            pixels.append(frame)
+            truth.append(to_letterbox(photo.boxes, place_letterbox(photo.width, photo.height, size)))
+    return normalise(np.stack(pixels), (0, 0, 0), (1, 1, 1)), truth
+
+
+def _pictures(cuts: list[Cut], size: int, trained: Trained, settings: Settings) -> list[np.ndarray | None]:
+    store = open_store(cuts, size, trained.rules.margin, settings.data.max_pixels, folder=None)
+    return [store[number] for number in range(len(store))]
 
 
 def _held_out_rows(dataset: Dataset) -> pl.DataFrame:
@@ -97,9 +106,9 @@ def compare_files(
 ) -> dict:              # classifier, detector: differences; passed; failures: sentences
     """Compare two files with the networks they were made from."""
     cpu, rules = torch.device("cpu"), trained.rules
-    crops = compared_crops(dataset, trained, settings.export.images)
+    crops = compared_crops(dataset, trained, settings)
     classifier = compare_classifier(torch_forward(trained.classifier, cpu), open_model(folder / "classifier.onnx"), crops)
-    frames, truth = compared_frames(dataset, trained, settings.export.images)
+    frames, truth = compared_frames(dataset, trained, settings)
     detector = compare_detector(torch_forward(trained.detector, cpu), open_model(folder / "detector.onnx"), frames, truth, rules.box_confidence, rules.nms_iou)
     reasons = failures(classifier, detector, settings.export)
     return {"passed": not reasons, "failures": reasons, "classifier": classifier, "detector": detector, "opset": settings.export.opset}

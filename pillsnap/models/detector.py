@@ -20,12 +20,16 @@ os.environ.setdefault("YOLO_VERBOSE", "false")
 os.environ.setdefault("YOLO_CONFIG_DIR", str(Path(tempfile.gettempdir()) / f"pillsnap-ultralytics-{os.getuid()}"))
 Path(os.environ["YOLO_CONFIG_DIR"]).mkdir(parents=True, exist_ok=True)
 
+_threads = os.environ.get("OMP_NUM_THREADS")
+
 from ultralytics.cfg import DEFAULT_CFG_DICT
 from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import SETTINGS, IterableSimpleNamespace
 
 from ..runlog import decide
 
+if _threads is None:
+    os.environ.pop("OMP_NUM_THREADS", None)  # the import sets it to 1, and every process started from here would train on one core
 if SETTINGS.get("sync"):
     SETTINGS.update({"sync": False})
 
