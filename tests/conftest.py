@@ -12,7 +12,7 @@ from pillsnap.data.sample_plan import PlannedPhoto, plan_sample
 
 TINY = [  # networks and sizes that train in seconds
     "model.classifier.name=test_efficientnet", "model.classifier.pretrained=false", "model.classifier.image_size=64",
-    "model.detector.name=yolo11n.yaml", "model.detector.image_size=96", "identify.box_confidence=0.001",
+    f"model.detector.name={Path(__file__).parent / 'tiny_detector.yaml'}", "model.detector.image_size=96", "identify.box_confidence=0.001",
     "train.classifier.epochs=1", "train.classifier.min_steps=0", "train.classifier.batch_size=8",
     "train.detector.epochs=1", "train.detector.min_steps=0", "train.detector.batch_size=4", "train.evaluations=2", "train.log_every=1",
 ]
@@ -40,7 +40,9 @@ def tiny_settings(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     folder = tmp_path_factory.mktemp("project")
 
     def settings(*overrides: str, data: Path = tiny_data) -> Settings:
-        return load_settings(profile="cpu", data_root=data, overrides=[*TINY, f"paths.cache_root={folder / 'cache'}", f"paths.run_root={folder / 'runs'}", *overrides])
+        chosen = [*TINY, f"paths.cache_root={folder / 'cache'}", f"paths.run_root={folder / 'runs'}", *overrides]
+        latest = {text.partition("=")[0]: text for text in chosen}
+        return load_settings(profile="cpu", data_root=data, overrides=list(latest.values()))
 
     return settings
 

@@ -18,7 +18,7 @@ elif [ "$changes" != "$(git diff -- nbs pillsnap | sha256sum)" ] || [ "$before" 
 fi
 
 echo "== notebooks run"
-nbdev_test --n_workers 2
+OMP_NUM_THREADS=1 nbdev_test --n_workers 2  # one thread each, or two notebooks at a time would wait for each other
 
 echo "== tests"
 python -m pytest -q tests

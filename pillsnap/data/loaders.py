@@ -21,7 +21,7 @@ from ..runtime.boxes import Box
 from ..runtime.images import place_letterbox, to_letterbox
 
 # %% auto #0
-__all__ = ['Samples', 'classifier_samples', 'detector_samples', 'Batches', 'Batch', 'make_loader', 'in_order']
+__all__ = ['Samples', 'report_damaged', 'classifier_samples', 'detector_samples', 'Batches', 'Batch', 'make_loader', 'in_order']
 
 # %% ../../nbs/data/07_loaders.ipynb #a4d234e5
 @dataclass
@@ -35,10 +35,14 @@ class Samples:
         return len(self.usable)
 
 
-def _report_damaged(store: Store, what: str) -> None:
-    if store.damaged:
-        first = next(iter(store.damaged.values()))
-        decide(f"{what} data", f"{len(store.damaged)} of {len(store)} left out", f"damaged, for example: {first}", fallback=True)
+def report_damaged(
+    samples: Samples,  # what was used
+    what: str          # name in the log, for example classifier
+) -> None:
+    """One decision that counts the damaged photos, if there are any."""
+    damaged = samples.store.damaged
+    if damaged:
+        decide(f"{what} data", f"{len(damaged)} of {len(samples.store)} left out", f"damaged, for example: {next(iter(damaged.values()))}", fallback=True)
 
 
 def classifier_samples(
@@ -49,8 +53,9 @@ def classifier_samples(
     rows = manifest.filter(pl.col("class_index") >= 0)
     cuts = [Cut(image, Box(*box)) for image, *box in rows.select("image", "x1", "y1", "x2", "y2").iter_rows()]
     store = _open(cuts, settings.model.classifier.image_size, settings)
-    _report_damaged(store, "classifier")
-    return Samples(store, torch.tensor(rows["class_index"].to_numpy().astype(np.int64)), [], store.usable())
+    samples = Samples(store, torch.tensor(rows["class_index"].to_numpy().astype(np.int64)), [], store.usable())
+    report_damaged(samples, "classifier")
+    return samples
 
 
 def detector_samples(
@@ -61,11 +66,12 @@ def detector_samples(
     size = settings.model.detector.image_size
     photos = manifest.group_by("image", "width", "height", maintain_order=True).agg(pl.concat_list("x1", "y1", "x2", "y2").alias("boxes"))
     store = _open([Cut(image) for image in photos["image"]], size, settings)
-    _report_damaged(store, "detector")
     boxes = []
     for width, height, rows in photos.select("width", "height", "boxes").iter_rows():
         boxes.append(torch.from_numpy(to_letterbox(np.array(rows, np.float32), place_letterbox(width, height, size)).astype(np.float32)))
-    return Samples(store, torch.zeros(0, dtype=torch.int64), boxes, store.usable())
+    samples = Samples(store, torch.zeros(0, dtype=torch.int64), boxes, store.usable())
+    report_damaged(samples, "detector")
+    return samples
 
 
 def _open(cuts: list[Cut], size: int, settings: Settings) -> Store:
@@ -106,8 +112,9 @@ class _Pictures(Dataset):
     def __len__(self) -> int:
         return len(self.samples.store)
 
-    def __getitem__(self, number: int) -> tuple[int, np.ndarray | None]:
-        return number, self.samples.store[number]
+    def __getitem__(self, number: int) -> tuple[int, np.ndarray | None, str]:
+        pixels = self.samples.store[number]
+        return number, pixels, self.samples.store.damaged.get(number, "")
 
 
 @dataclass
@@ -115,23 +122,25 @@ class Batch:
     images: torch.Tensor       # uint8 (n, 3, size, size)
     labels: torch.Tensor       # classifier: (n,) int64
     boxes: list[torch.Tensor]  # detector: n times (pills, 4) float32 x1 y1 x2 y2, letterboxed pixels
+    damaged: dict[int, str]    # samples that gave no pixels, with the reason
 
     def pin_memory(self) -> Batch:
         """Called by the loader's pinning thread."""
-        return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.boxes)
+        return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.boxes, self.damaged)
 
 
 class _Collate:
     def __init__(self, samples: Samples):
         self.labels, self.boxes = samples.labels, samples.boxes
 
-    def __call__(self, items: list[tuple[int, np.ndarray | None]]) -> Batch:
-        items = [(number, pixels) for number, pixels in items if pixels is not None]
-        if not items:
+    def __call__(self, items: list[tuple[int, np.ndarray | None, str]]) -> Batch:
+        damaged = {number: reason for number, pixels, reason in items if pixels is None}
+        numbers = [number for number, pixels, _ in items if pixels is not None]
+        if not numbers:
             raise ValueError("No photo of a whole batch can be decoded: check data_root, the run log names the files.")
-        numbers = [number for number, _ in items]
-        images = torch.from_numpy(np.stack([pixels for _, pixels in items])).permute(0, 3, 1, 2)
-        return Batch(images, self.labels[numbers] if len(self.labels) else self.labels, [self.boxes[number] for number in numbers] if self.boxes else [])
+        images = torch.from_numpy(np.stack([pixels for _, pixels, _ in items if pixels is not None])).permute(0, 3, 1, 2)
+        labels = self.labels[numbers] if len(self.labels) else self.labels
+        return Batch(images, labels, [self.boxes[number] for number in numbers] if self.boxes else [], damaged)
 
 # %% ../../nbs/data/07_loaders.ipynb #4affa915
 def make_loader(

@@ -63,28 +63,28 @@ def compare_detector(
     scores = [detection_metrics(truth, [detections_from_output(raw, 0.001, nms_iou) for raw in raws])["map50"] for raws in (expected, given)]
     overlaps = []
     for first, second in zip(expected, given):
-        overlaps.extend(_smallest_overlaps(*(detections_from_output(raw, confidence, nms_iou)[0] for raw in (first, second))))
+        for shown, other in ((first, second), (second, first)):
+            overlaps.extend(_counterparts(detections_from_output(shown, confidence, nms_iou)[0], detections_from_output(other, confidence * 0.9, 1.0, other.shape[1])[0]))
     return {"map_difference": abs(scores[0] - scores[1]), "min_iou": float(min(overlaps, default=0.0)), "boxes": len(overlaps), "images": len(frames)}
 
 
-def _smallest_overlaps(first: np.ndarray, second: np.ndarray) -> list[float]:
-    overlaps = iou_matrix(first, second)
-    if not overlaps.size:
-        return [0.0] * (len(first) + len(second))
-    return [*overlaps.max(axis=1).tolist(), *overlaps.max(axis=0).tolist()]
+def _counterparts(shown: np.ndarray, candidates: np.ndarray) -> list[float]:
+    if not len(candidates):
+        return [0.0] * len(shown)
+    return iou_matrix(shown, candidates).max(axis=1).tolist()
 
 # %% ../../nbs/export/01_compare.ipynb #fd1bca23
 def failures(
     classifier: dict,  # from `compare_classifier`
     detector: dict,    # from `compare_detector`
-    limits: Export     # tolerances from the settings
+    export: Export     # tolerances from the settings
 ) -> list[str]:        # a sentence for each tolerance that is not kept
     """Compare the differences with the tolerances."""
     checks = [
-        (classifier["mse"] <= limits.classifier_mse, f"the classifier's logits differ by a mean square of {classifier['mse']:.2e}, allowed is {limits.classifier_mse:.0e}"),
+        (classifier["mse"] <= export.classifier_mse, f"the classifier's logits differ by a mean square of {classifier['mse']:.2e}, allowed is {export.classifier_mse:.0e}"),
         (classifier["top1_match"] == 1.0, f"the classifier names another drug on {1 - classifier['top1_match']:.1%} of the crops"),
-        (detector["map_difference"] <= limits.detector_map_difference, f"the detector's mAP@0.5 differs by {detector['map_difference']:.4f}, allowed is {limits.detector_map_difference}"),
+        (detector["map_difference"] <= export.detector_map_difference, f"the detector's mAP@0.5 differs by {detector['map_difference']:.4f}, allowed is {export.detector_map_difference}"),
         (detector["boxes"] > 0, "the detector finds no pill in any compared photo, so its boxes can't be compared"),
-        (detector["boxes"] == 0 or detector["min_iou"] >= limits.detector_min_iou, f"a detected box overlaps its counterpart by {detector['min_iou']:.3f} only, at least {limits.detector_min_iou} is wanted"),
+        (detector["boxes"] == 0 or detector["min_iou"] >= export.detector_min_iou, f"a detected box overlaps its counterpart by {detector['min_iou']:.3f} only, at least {export.detector_min_iou} is wanted"),
     ]
     return [sentence for kept, sentence in checks if not kept]

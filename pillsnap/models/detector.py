@@ -10,31 +10,36 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import cv2
 import torch
+from PIL import Image
 from torch import nn
 
-# The library asks the network at import whether it is online and keeps a settings file in the home folder: neither is wanted in a training run.
+from ..runlog import decide
+
+# %% auto #0
+__all__ = ['build_detector', 'detection_loss', 'RawDetections']
+
+# %% ../../nbs/models/01_detector.ipynb #3e4e7f63
+_REPLACED = ((Image, ("open",)), (torch, ("save",)), (cv2, ("imread", "imwrite", "imshow")))
+_originals = [(owner, name, getattr(owner, name)) for owner, names in _REPLACED for name in names]
+_threads = os.environ.get("OMP_NUM_THREADS")
 os.environ.setdefault("YOLO_OFFLINE", "1")
 os.environ.setdefault("YOLO_AUTOINSTALL", "false")
 os.environ.setdefault("YOLO_VERBOSE", "false")
 os.environ.setdefault("YOLO_CONFIG_DIR", str(Path(tempfile.gettempdir()) / f"pillsnap-ultralytics-{os.getuid()}"))
 Path(os.environ["YOLO_CONFIG_DIR"]).mkdir(parents=True, exist_ok=True)
 
-_threads = os.environ.get("OMP_NUM_THREADS")
-
 from ultralytics.cfg import DEFAULT_CFG_DICT
 from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import SETTINGS, IterableSimpleNamespace
 
-from ..runlog import decide
-
 if _threads is None:
-    os.environ.pop("OMP_NUM_THREADS", None)  # the import sets it to 1, and every process started from here would train on one core
+    os.environ.pop("OMP_NUM_THREADS", None)
+for _owner, _name, _original in _originals:
+    setattr(_owner, _name, _original)
 if SETTINGS.get("sync"):
     SETTINGS.update({"sync": False})
-
-# %% auto #0
-__all__ = ['build_detector', 'detection_loss', 'RawDetections']
 
 # %% ../../nbs/models/01_detector.ipynb #282eb6a6
 def build_detector(
@@ -58,7 +63,7 @@ def detection_loss(
     forward: Callable | None = None  # compiled network, where there is one
 ) -> torch.Tensor:             # scalar: mean loss per photo
     """Box, class and distribution focal loss with task-aligned assignment (Feng et al. 2021, arXiv 2108.07755)."""
-    answers = (forward or network)(images)
+    answers = (network if forward is None else forward)(images)
     batch = {"img": images, "bboxes": boxes, "cls": boxes.new_zeros(len(boxes), 1), "batch_idx": photo_index.float()}
     loss, _ = network.loss(batch, answers)
     return loss.sum() / len(images)

@@ -13,7 +13,7 @@ import polars as pl
 
 import pillsnap
 from ..config import Settings, settings_as_yaml
-from ..data.loaders import classifier_samples, detector_samples
+from ..data.loaders import classifier_samples, detector_samples, report_damaged
 from ..data.manifest import Dataset, prepare_data, save_dataset
 from ..data.sample import write_sample
 from ..files import write_text
@@ -134,6 +134,8 @@ def train(
         if settings.train.resume == "last":
             resume_run(tasks, rules, folder)
         train_tasks(tasks, settings, run, lambda: save_run(tasks, rules, settings, run))
+        for task in tasks.values():
+            report_damaged(task.samples, task.name)
     if folder.parent == settings.paths.run_root:
         write_text(settings.paths.run_root / "latest", folder.name + "\n")
     return folder

@@ -107,6 +107,7 @@ def train_step(
     """Make one step; raises `TrainingError` for a loss that is not finite."""
     start = time.perf_counter()
     batch = next(task.batches)
+    task.samples.store.damaged.update(batch.damaged)  # found by a decoding process, counted here
     key = int(np.random.SeedSequence((task.seed, task.step)).generate_state(1)[0])
     torch.manual_seed(key)
     task.schedule.step_update(task.step)
@@ -146,7 +147,7 @@ def classifier_task(
         crops = normalised(augment_crops(hardware.to_device(batch.images), generator))
         ready = time.perf_counter()
         with hardware.autocast():
-            logits = (task.forward or network)(crops)
+            logits = (network if task.forward is None else task.forward)(crops)
         return functional.cross_entropy(logits.float(), labels, label_smoothing=chosen.label_smoothing), ready
 
     def evaluate(averaged: nn.Module) -> dict[str, float]:
@@ -182,12 +183,13 @@ def detector_task(
             return detection_loss(network, images, centred, index, task.forward), ready
 
     def evaluate(averaged: nn.Module) -> dict[str, float]:
-        raw_network, found = RawDetections(averaged), []
+        raw_network, found, truth = RawDetections(averaged), [], []
         with torch.inference_mode(), hardware.autocast():
             for batch in make_loader(validation, in_order(validation, chosen.batch_size), settings):
                 raw = raw_network(hardware.to_device(batch.images).float() / 255).float().cpu().numpy()
                 found.extend(detections_from_output(answer, 0.001, settings.identify.nms_iou) for answer in raw)
-        return detection_metrics([validation.boxes[number].numpy() for number in validation.usable], found)
+                truth.extend(boxes.numpy() for boxes in batch.boxes)
+        return detection_metrics(truth, found)
 
     return _task("detector", network, loss, evaluate, "map50", training, chosen, settings, hardware)
 
