@@ -8,35 +8,32 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /|/' | awk -F'|' '{printf "  make %-8s %s\n", $$1, $$2}'
 
-# What training and the demo need. The time that it took goes into the demo's report.
-.venv/train-ready: setup.py settings.ini constraints.txt
+# One environment for everything, always made from nothing: pip's resolver loops when it adds pinned packages to an environment
+# that has some of them. The time that it took goes into the demo's report.
+.venv/ready: setup.py settings.ini constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "pillsnap needs Python 3.10 or newer: make PYTHON=/path/to/python"; exit 1; }
+	@echo "installing into .venv, which takes about two minutes"
 	@start=$$(date +%s); set -e; \
-	$(PYTHON) -m venv .venv; \
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[train]'; \
+	$(PYTHON) -m venv --clear .venv; \
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[all]'; \
 	$(BIN)/python -m ipykernel install --sys-prefix --name python3 > /dev/null 2>&1; \
 	echo $$(( $$(date +%s) - start )) > .venv/install-seconds
 	@touch $@
 
-# What tests and editing need on top.
-.venv/dev-ready: .venv/train-ready
-	@$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
-	@touch $@
-
-demo: .venv/train-ready  ## train, evaluate, export and serve on the embedded sample, write runs/demo/report.json
+demo: .venv/ready  ## train, evaluate, export and serve on the embedded sample, write runs/demo/report.json
 	@$(BIN)/python -m pillsnap demo
 
-test: .venv/dev-ready  ## check that notebooks are clean and exported, run all notebooks and tests
+test: .venv/ready  ## check that notebooks are clean and exported, run all notebooks and tests
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash tests/run.sh
 
-lab: .venv/dev-ready  ## open JupyterLab
+lab: .venv/ready  ## open JupyterLab
 	@$(BIN)/jupyter lab nbs
 
 .env:
 	@$(BIN)/python -c 'import secrets; print(f"API_KEY={secrets.token_urlsafe(24)}\nMODEL_PATH=runs/demo/train/export")' > .env
 	@echo "wrote .env with a new API_KEY"
 
-serve: .venv/train-ready .env  ## serve the demo's model (or MODEL_PATH of .env) on http://127.0.0.1:8000
+serve: .venv/ready .env  ## serve the demo's model (or MODEL_PATH of .env) on http://127.0.0.1:8000
 	@$(BIN)/uvicorn pillsnap.serve:app
 
 clean:  ## remove run folders, the sample and the caches, keep .venv
