@@ -177,5 +177,10 @@ def main(
     setup_logging()
     try:
         return arguments.action(arguments)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("pillsnap"):
+            raise
+        print(f"pillsnap: {arguments.command} needs the package {error.name}, which serving does without: pip install 'pillsnap[train]'", file=sys.stderr)
+        return 2
     except ValueError as error:
         return _end(error, status=2)

@@ -14,16 +14,20 @@ from sklearn.metrics import f1_score
 from .runtime.boxes import iou_matrix
 
 # %% auto #0
-__all__ = ['classification_metrics', 'detection_metrics', 'match_boxes']
+__all__ = ['NothingToEvaluate', 'classification_metrics', 'detection_metrics', 'match_boxes']
 
 # %% ../nbs/06_metrics.ipynb #eba13f5a
+class NothingToEvaluate(ValueError):
+    """There is no photo or no box to measure on."""
+
+
 def classification_metrics(
     scores: np.ndarray,  # (photos, classes) logits or probabilities
     labels: np.ndarray   # (photos,) true class index
 ) -> dict[str, float]:   # top1, top5, macro_f1: 0 to 1; images: count
-    """Top-1, top-5 and macro-F1; raises `ValueError` without photos."""
+    """Top-1, top-5 and macro-F1; raises `NothingToEvaluate` without photos."""
     if len(labels) == 0:
-        raise ValueError("There is nothing to evaluate: the split holds no photo of a known class.")
+        raise NothingToEvaluate("There is nothing to evaluate: the split holds no photo of a known class.")
     ranks = (scores > scores[np.arange(len(labels)), labels][:, None]).sum(axis=1)
     answers = scores.argmax(axis=1)
     return {
@@ -38,9 +42,9 @@ def detection_metrics(
     truth: Sequence[np.ndarray],                   # per photo (pills, 4): x1 y1 x2 y2, pixels
     found: Sequence[tuple[np.ndarray, np.ndarray]] # per photo boxes (n, 4) and scores (n,), also those of low score
 ) -> dict[str, float]:                             # map50, map50_95: 0 to 1; images: count
-    """mAP@0.5 and mAP@0.5:0.95 as COCO defines them; raises `ValueError` without any true box."""
+    """mAP@0.5 and mAP@0.5:0.95 as COCO defines them; raises `NothingToEvaluate` without any true box."""
     if not sum(len(boxes) for boxes in truth):
-        raise ValueError("There is nothing to evaluate: no photo of the split has a box.")
+        raise NothingToEvaluate("There is nothing to evaluate: no photo of the split has a box.")
     photos = [{"id": number, "width": 0, "height": 0} for number in range(1, len(truth) + 1)]
     annotations = [{"image_id": number, "category_id": 1, "bbox": _xywh(box), "area": _area(box), "iscrowd": 0}
                    for number, boxes in enumerate(truth, 1) for box in boxes]

@@ -260,3 +260,15 @@ def test_every_setting_is_in_the_file():
         for part in key.split("."):
             assert part in value, f"{key} is missing in config.yaml"
             value = value[part]
+
+
+def test_a_command_that_needs_training_software_says_what_to_install(monkeypatch, capsys):
+    from pillsnap import cli
+
+    def without_torch(arguments):
+        raise ModuleNotFoundError("No module named 'torch'", name="torch")
+
+    without_torch.__name__ = "train"
+    monkeypatch.setattr(cli, "train", without_torch)
+    assert cli.main(["train"]) == 2
+    assert "pip install 'pillsnap[train]'" in capsys.readouterr().err

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..config import Settings
 from .cache import Cut, Store, open_store
+from .records import DataError
 from ..runlog import decide
 from ..runtime.boxes import Box
 from ..runtime.images import place_letterbox, to_letterbox
@@ -137,7 +138,7 @@ class _Collate:
         damaged = {number: reason for number, pixels, reason in items if pixels is None}
         numbers = [number for number, pixels, _ in items if pixels is not None]
         if not numbers:
-            raise ValueError("No photo of a whole batch can be decoded: check data_root, the run log names the files.")
+            raise DataError("No photo of a whole batch can be decoded: check data_root, the run log names the files.")
         images = torch.from_numpy(np.stack([pixels for _, pixels, _ in items if pixels is not None])).permute(0, 3, 1, 2)
         labels = self.labels[numbers] if len(self.labels) else self.labels
         return Batch(images, labels, [self.boxes[number] for number in numbers] if self.boxes else [], damaged)

@@ -12,6 +12,7 @@ import timm
 import torch
 from torch import nn
 
+from ..config import SettingsError
 from ..runlog import decide
 
 # %% auto #0
@@ -41,10 +42,10 @@ def build_classifier(
     pretrained: bool = True, # start from ImageNet weights
     drop_rate: float = 0.2   # dropout before the last layer, 0 to 1
 ) -> nn.Module:              # float32 (n, 3, height, width) -> logits (n, classes)
-    """Build the network; weights that can't be had become a recorded fallback. Raises `ValueError` for a name timm does not know."""
+    """Build the network; weights that can't be had become a recorded fallback. Raises `SettingsError` for a name timm does not know."""
     if not timm.is_model(name.split(".")[0]):
         near = timm.list_models(f"*{name.split('.')[0][:12]}*")[:3]
-        raise ValueError(f"model.classifier.name: timm has no network {name!r}; near names are {near}.")
+        raise SettingsError(f"model.classifier.name: timm has no network {name!r}; near names are {near}.")
     package = PACKAGED_WEIGHTS.get(name)
     if not pretrained:
         decide("classifier weights", "random initialisation", "model.classifier.pretrained is false")

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from ..config import SettingsError
 from ..runlog import decide
 
 # %% auto #0
@@ -45,11 +46,11 @@ if SETTINGS.get("sync"):
 def build_detector(
     name: str  # ultralytics network description, for example yolo11n.yaml
 ) -> nn.Module:  # training: dictionary for `detection_loss`; evaluation: (raw (n, 5, anchors), ...)
-    """Build a one-class detector with random weights; raises `ValueError` for an unknown name."""
+    """Build a one-class detector with random weights; raises `SettingsError` for an unknown name."""
     try:
         network = DetectionModel(name, nc=1, verbose=False)
     except (FileNotFoundError, KeyError, ValueError) as error:
-        raise ValueError(f"model.detector.name: ultralytics has no network {name!r}; use for example yolo11n.yaml, yolo11s.yaml or yolo11m.yaml.") from error
+        raise SettingsError(f"model.detector.name: ultralytics has no network {name!r}; use for example yolo11n.yaml, yolo11s.yaml or yolo11m.yaml.") from error
     network.args = IterableSimpleNamespace(**DEFAULT_CFG_DICT)
     decide("detector weights", "random initialisation", f"{name} describes a network, no weights belong to it")
     return network
