@@ -30,11 +30,11 @@ lab: .venv/ready  ## open JupyterLab
 	@$(BIN)/jupyter lab nbs
 
 .env:
-	@$(BIN)/python -c 'import secrets; print(f"API_KEY={secrets.token_urlsafe(24)}\nMODEL_PATH=runs/demo/train/export")' > .env
+	@$(BIN)/python -c 'import secrets; print(f"API_KEY={secrets.token_urlsafe(24)}\nMODEL_PATH=runs/demo/train/export")' > .env; chmod 600 .env
 	@echo "wrote .env with a new API_KEY"
 
 serve: .venv/ready .env  ## serve the demo's model (or MODEL_PATH of .env) on http://127.0.0.1:8000
 	@$(BIN)/uvicorn pillsnap.serve:app
 
-clean:  ## remove run folders, the sample and the caches, keep .venv
-	@rm -rf runs data build *.egg-info
+clean:  ## remove caches and build leftovers; runs, models and data stay
+	@rm -rf data/cache build *.egg-info .pytest_cache

@@ -109,7 +109,7 @@ def decoded(
 ) -> Iterator[tuple[TruePhoto, np.ndarray]]:  # photo and its pixels, RGB uint8
     """Open the photos one by one; damaged ones are left out and counted."""
     damaged = 0
-    for photo in tqdm(photos, desc=what, unit="photo", mininterval=5):
+    for photo in tqdm(photos, desc=what, unit="photo", disable=None):
         try:
             image = decode_image(Path(photo.image))
         except ImageError as error:

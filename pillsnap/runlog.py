@@ -154,6 +154,7 @@ class RunLog:
         self,
         task: str,            # "classifier" or "detector"
         step: int,            # steps made of this task
+        steps: int,           # steps of the whole run
         epoch: int,           # passes begun over its data
         loss: float,          # mean over the step's images
         lr: float,            # learning rate of this step
@@ -170,8 +171,8 @@ class RunLog:
         self._metrics.write(json.dumps(row | {name: _finite(value) for name, value in figures.items()}) + "\n")
         self.scalars({f"{task}/{name}": value for name, value in figures.items()}, step)
         if step % self._log_every == 0:
-            LOGGER.info("%s step %d epoch %d loss %.4f lr %.2e data_time %.3f s compute_time %.3f s throughput %.1f img/s cuda_mem %.0f MB",
-                        task, step, epoch, loss, lr, data_time, compute_time, rate, cuda_mem)
+            LOGGER.info("%s step %d of %d epoch %d loss %.4f lr %.2e data_time %.3f s compute_time %.3f s throughput %.1f img/s cuda_mem %.0f MB",
+                        task, step, steps, epoch, loss, lr, data_time, compute_time, rate, cuda_mem)
 
     def scalars(
         self,

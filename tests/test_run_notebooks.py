@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY
+from papermill import inspect_notebook
 
 from pillsnap.runtime.identify import load_identifier
 
@@ -51,3 +52,13 @@ def test_wrong_parameters_train_nothing_and_say_why(arguments: list[str], senten
 def test_evaluating_a_folder_without_a_model_says_so(tmp_path: Path):
     result = papermill(tmp_path, "11_evaluate.ipynb", "-p", "run_dir", str(tmp_path))
     assert result.returncode != 0 and "There is no checkpoint" in result.stderr or "config.yaml" in result.stderr
+
+
+@pytest.mark.parametrize("notebook", ["10_train.ipynb", "11_evaluate.ipynb", "12_export.ipynb"])
+def test_papermill_understands_every_parameter(notebook: str):
+    """papermill skips a parameter line with a second `=` in it, and then warns about a parameter that is there."""
+    found = {parameter["name"]: parameter["help"] for parameter in inspect_notebook(str(ROOT / "nbs" / notebook)).values()}
+    book = json.loads((ROOT / "nbs" / notebook).read_text(encoding="utf-8"))
+    cell = next(cell for cell in book["cells"] if "parameters" in cell["metadata"].get("tags", []))
+    assert len(found) == len([line for line in "".join(cell["source"]).splitlines() if line.strip()])
+    assert all(found.values())

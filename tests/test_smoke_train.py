@@ -111,3 +111,10 @@ def test_a_photo_cut_in_half_is_counted_and_not_trained_on(overrides: list[str],
     report = evaluate_run(run, load_settings(run / "config.yaml"))
     manifest = load_dataset(run).manifest
     assert 0 < report["single"]["images"] <= len(manifest.filter((pl.col("split") == "test") & (pl.col("photo_kind") == "single")))
+
+
+def test_a_folder_that_holds_a_run_is_never_trained_over(trained_run: Path, tiny_settings: Callable[..., Settings]):
+    before = (trained_run / "last.pt").read_bytes()
+    with pytest.raises(CheckpointError, match="already holds a run"):
+        train(tiny_settings("train.amp=off"), trained_run)
+    assert (trained_run / "last.pt").read_bytes() == before

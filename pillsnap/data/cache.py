@@ -110,7 +110,7 @@ def _fill(store: Store, pixels: np.ndarray, workers: int) -> None:
                 store.damaged[number] = f"{image}: {error}"
 
     with ThreadPoolExecutor(workers) as pool:
-        for _ in tqdm(pool.map(fill_photo, by_image.items()), total=len(by_image), desc=f"cache {store.size} px", unit="photo", mininterval=2):
+        for _ in tqdm(pool.map(fill_photo, by_image.items()), total=len(by_image), desc=f"cache {store.size} px", unit="photo", disable=None):
             pass
 
 # %% ../../nbs/data/05_cache.ipynb #6f04490e

@@ -19,7 +19,7 @@ from ..config import SettingsError
 from ..runlog import decide
 
 # %% auto #0
-__all__ = ['build_detector', 'detection_loss', 'RawDetections']
+__all__ = ['detector_network', 'build_detector', 'detection_loss', 'RawDetections']
 
 # %% ../../nbs/models/01_detector.ipynb #3e4e7f63
 _REPLACED = ((Image, ("open",)), (torch, ("save",)), (cv2, ("imread", "imwrite", "imshow")))
@@ -43,15 +43,23 @@ if SETTINGS.get("sync"):
     SETTINGS.update({"sync": False})
 
 # %% ../../nbs/models/01_detector.ipynb #282eb6a6
-def build_detector(
+def detector_network(
     name: str  # ultralytics network description, for example yolo11n.yaml
 ) -> nn.Module:  # training: dictionary for `detection_loss`; evaluation: (raw (n, 5, anchors), ...)
-    """Build a one-class detector with random weights; raises `SettingsError` for an unknown name."""
+    """A one-class detector, its weights still to be loaded or learnt; raises `SettingsError` for an unknown name."""
     try:
         network = DetectionModel(name, nc=1, verbose=False)
     except (FileNotFoundError, KeyError, ValueError) as error:
         raise SettingsError(f"model.detector.name: ultralytics has no network {name!r}; use for example yolo11n.yaml, yolo11s.yaml or yolo11m.yaml.") from error
     network.args = IterableSimpleNamespace(**DEFAULT_CFG_DICT)
+    return network
+
+
+def build_detector(
+    name: str  # ultralytics network description, for example yolo11n.yaml
+) -> nn.Module:  # as `detector_network`
+    """A detector that starts to learn, with random weights; that is recorded."""
+    network = detector_network(name)
     decide("detector weights", "random initialisation", f"{name} describes a network, no weights belong to it")
     return network
 

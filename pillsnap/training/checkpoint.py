@@ -5,16 +5,15 @@
 # %% ../../nbs/training/01_checkpoint.ipynb #c996ba6f
 from __future__ import annotations
 
-from dataclasses import asdict
-from pathlib import Path
 import subprocess
+from pathlib import Path
 
+import timm
 import torch
 from torch import nn
 
 from ..files import replacing
-from ..models.classifier import build_classifier
-from ..models.detector import RawDetections, build_detector
+from ..models.detector import RawDetections, detector_network
 from ..runtime.identify import Rules
 
 # %% auto #0
@@ -55,9 +54,9 @@ class Trained:
         self.git_revision: str = content["git_revision"]
         self.decisions: list[dict] = content["decisions"]
         self.best: dict[str, float] = content["best"]
-        self.classifier = build_classifier(self.names["classifier"], len(self.rules.class_map), pretrained=False).eval()
+        self.classifier = timm.create_model(self.names["classifier"], num_classes=len(self.rules.class_map)).eval()
         self.classifier.load_state_dict(content["classifier"])
-        network = build_detector(self.names["detector"]).eval()
+        network = detector_network(self.names["detector"]).eval()
         network.load_state_dict(content["detector"])
         self.detector = RawDetections(network).eval()
 

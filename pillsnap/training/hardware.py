@@ -23,7 +23,7 @@ __all__ = ['cpu_bf16_speedup', 'Hardware', 'choose_hardware', 'compile_forward',
 
 # %% ../../nbs/training/00_hardware.ipynb #dd3a7901
 def cpu_bf16_speedup(
-    runs: int = 5  # timed steps per format; the median counts
+    runs: int = 7  # timed steps per format; the fastest counts
 ) -> float:        # time of a float32 step over the time of a bfloat16 step
     """Measure forward and backward of a small convolution network in both formats."""
     network = nn.Sequential(nn.Conv2d(32, 96, 1), nn.Conv2d(96, 96, 3, padding=1, groups=96), nn.Conv2d(96, 64, 1)).to(memory_format=torch.channels_last)
@@ -36,7 +36,7 @@ def cpu_bf16_speedup(
                 network(images).float().square().mean().backward()
             if run:
                 seconds[bf16].append(time.perf_counter() - start)
-    return float(np.median(seconds[False]) / np.median(seconds[True]))
+    return min(seconds[False]) / min(seconds[True])
 
 # %% ../../nbs/training/00_hardware.ipynb #fba6b38d
 @dataclass(frozen=True)
@@ -54,6 +54,10 @@ class Hardware:
         """Gradient scaler, active for float16 only."""
         return torch.amp.GradScaler(self.device.type, enabled=self.amp is torch.float16)
 
+    def amp_name(self) -> str:
+        """The number format as train.amp names it."""
+        return {None: "off", torch.bfloat16: "bf16", torch.float16: "fp16"}[self.amp]
+
     def to_device(self, images: torch.Tensor) -> torch.Tensor:
         """Move a batch of pictures and lay it out as the kernels like it."""
         return images.to(self.device, non_blocking=True).contiguous(memory_format=self.memory_format)
@@ -65,16 +69,16 @@ class Hardware:
 # %% ../../nbs/training/00_hardware.ipynb #fe5cd4ca
 def _choose_amp(wanted: str, device: torch.device) -> torch.dtype | None:
     if wanted == "off":
-        decide("amp", "float32", "train.amp is off")
+        decide("amp", "float32", "train.amp is off, or was when this run began")
         return None
     if device.type == "cpu":
         return _choose_cpu_amp(wanted)
     supported = torch.cuda.is_bf16_supported(including_emulation=False)
     if wanted == "fp16" or not supported:
-        reason = "train.amp asks for it" if wanted == "fp16" else "this GPU has no bfloat16 units"
+        reason = "asked for by train.amp or by the run that goes on" if wanted == "fp16" else "this GPU has no bfloat16 units"
         decide("amp", "fp16", reason, fallback=wanted == "bf16")
         return torch.float16
-    decide("amp", "bf16", "this GPU has bfloat16 units" if wanted == "auto" else "train.amp asks for it")
+    decide("amp", "bf16", "this GPU has bfloat16 units" if wanted == "auto" else "asked for by train.amp or by the run that goes on")
     return torch.bfloat16
 
 
@@ -83,7 +87,7 @@ def _choose_cpu_amp(wanted: str) -> torch.dtype | None:
         decide("amp", "float32", "float16 training is not for processors: use train.amp=auto", fallback=True)
         return None
     if wanted == "bf16":
-        decide("amp", "bf16", "train.amp asks for it")
+        decide("amp", "bf16", "asked for by train.amp or by the run that goes on")
         return torch.bfloat16
     speedup = cpu_bf16_speedup()
     if speedup > 1.1:
@@ -94,8 +98,9 @@ def _choose_cpu_amp(wanted: str) -> torch.dtype | None:
 
 
 def choose_hardware(
-    settings: Settings  # train is read
-) -> Hardware:          # how this machine trains
+    settings: Settings,  # train is read
+    amp: str             # auto, bf16, fp16 or off: train.amp, or the format of the run that goes on
+) -> Hardware:           # how this machine trains
     """Choose device and number format; each choice is one decision in the log."""
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
@@ -105,7 +110,7 @@ def choose_hardware(
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.set_float32_matmul_precision("high")
     memory_format = torch.channels_last if settings.train.channels_last else torch.contiguous_format
-    return Hardware(device, _choose_amp(settings.train.amp, device), memory_format, settings.train.compile)
+    return Hardware(device, _choose_amp(amp, device), memory_format, settings.train.compile)
 
 # %% ../../nbs/training/00_hardware.ipynb #ee0f8bba
 def compile_forward(

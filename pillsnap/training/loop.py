@@ -64,12 +64,12 @@ def train_tasks(
     due = {name: evaluation_steps(task.steps, settings.train.evaluations) for name, task in tasks.items()}
     for task in tasks.values():
         start_batches(task, settings)
-    with tqdm(total=len(order), initial=made, desc="training", unit="step", mininterval=5) as progress:
+    with tqdm(total=len(order), initial=made, desc="training", unit="step", disable=None) as progress:
         for name in order[made:]:
             task = tasks[name]
             task.network.train()
             measured = train_step(task, settings)
-            run.step(task.name, step=task.step, epoch=(task.step - 1) // task.per_epoch, cuda_mem=task.hardware.memory_mb(), **measured)
+            run.step(task.name, step=task.step, steps=task.steps, epoch=(task.step - 1) // task.per_epoch, cuda_mem=task.hardware.memory_mb(), **measured)
             progress.update()
             if task.step in due[name]:
                 evaluate_task(task, run)

@@ -93,7 +93,7 @@ def save_run(
     run: RunLog              # its folder is written to
 ) -> None:
     """Write last.pt, and best.pt once both tasks have been evaluated."""
-    common = {"format": 1, "rules": rules.to_json(), "config": settings_as_yaml(settings), "decisions": [asdict(decision) for decision in run.decisions],
+    common = {"format": 1, "amp": next(iter(tasks.values())).hardware.amp_name(), "rules": rules.to_json(), "config": settings_as_yaml(settings), "decisions": [asdict(decision) for decision in run.decisions],
               "models": {"classifier": settings.model.classifier.name, "detector": settings.model.detector.name}, "git_revision": git_revision(Path(pillsnap.__file__).parent),
               "best": {task.monitor: task.best for task in tasks.values()}}
     save_checkpoint({**common, "tasks": {name: task.state() for name, task in tasks.items()}}, run.folder / "last.pt")
@@ -125,17 +125,20 @@ def train(
 ) -> Path:                      # the run folder
     """Prepare the data, train both networks, keep the best; raises a `ValueError` of ours with one sentence when that can't be done."""
     folder = Path(folder) if folder else new_run_folder(settings)
+    resuming = settings.train.resume == "last" and (folder / "last.pt").exists()
+    if (folder / "last.pt").exists() and not resuming:
+        raise CheckpointError(f"The run folder {folder} already holds a run: name another folder, or go on with train.resume=last.")
     with open_run(folder, settings) as run:
         dataset = prepare_data(settings, data_root(settings))
         save_dataset(dataset, folder)
         seed_everything(settings.seed)
-        hardware = choose_hardware(settings)
+        hardware = choose_hardware(settings, load_checkpoint(folder / "last.pt")["amp"] if resuming else settings.train.amp)
         tasks, rules = build_tasks(dataset, settings, hardware)
         if settings.train.resume == "last":
             resume_run(tasks, rules, folder)
         train_tasks(tasks, settings, run, lambda: save_run(tasks, rules, settings, run))
         for task in tasks.values():
             report_damaged(task.samples, task.name)
-    if folder.parent == settings.paths.run_root:
-        write_text(settings.paths.run_root / "latest", folder.name + "\n")
+    if folder.is_relative_to(settings.paths.run_root):
+        write_text(settings.paths.run_root / "latest", f"{folder.relative_to(settings.paths.run_root)}\n")
     return folder
