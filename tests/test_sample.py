@@ -16,6 +16,7 @@ from pillsnap.data.aihub_labels import parse_photo_name
 from pillsnap.data.sample import SampleError, draw_photo, write_sample
 from pillsnap.data.sample_drugs import sample_drugs
 from pillsnap.data.sample_plan import PlannedPhoto, arrange, gap, plan_sample, random_of, turned
+from pillsnap.data.sample_relief import relief
 
 
 def few_of_each(seed: int = 42) -> list[PlannedPhoto]:
@@ -154,6 +155,22 @@ def test_interrupted_write_is_completed(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.undo()
     write_sample(root, workers=1, _limit=5)
     assert pictures(root) == whole
+
+
+def test_a_relief_is_the_same_to_the_last_bit_wherever_it_lies_in_memory() -> None:
+    threads, held = cv2.getNumThreads(), []
+    cv2.setNumThreads(1)  # as in the processes that write the sample
+    try:
+        for drug in {drug.shape: drug for drug in sample_drugs()}.values():
+            seen = set()
+            for attempt in range(8):
+                held.append(np.empty(1000 + 777 * attempt, np.uint8))
+                relief.cache_clear()
+                maps = relief(drug, 0)
+                seen.add(b"".join(part.tobytes() for part in (maps.half, maps.slope, maps.paint, maps.shade)))
+            assert len(seen) == 1, f"{drug.shape}: {len(seen)} different reliefs of 8"
+    finally:
+        cv2.setNumThreads(threads)
 
 
 def test_another_version_or_seed_is_written_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,7 +108,7 @@ def _write_overview(photo: PlannedPhoto, root: Path, seed: int) -> None:
     _put(photo.folder(root, "images") / f"{photo.codes}_index.png", _png(overview))
 
 # %% ../../nbs/data/03_sample.ipynb #031bd086
-GENERATOR = 3  # version of pictures and labels; a sample of another version is written anew
+GENERATOR = 4  # version of pictures and labels; a sample of another version is written anew
 _MARKER, _UNFINISHED = "sample.json", "unfinished.json"
 
 

@@ -11,6 +11,7 @@ from functools import lru_cache
 import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from scipy.ndimage import distance_transform_edt  # OpenCV's differs from call to call in the last digit
 
 from .sample_drugs import SampleDrug
 
@@ -70,7 +71,7 @@ def _inside_distance(
     fine = outline(drug) * (2, -2) * detail + (len(x), len(y)) - 0.5
     mask = np.zeros((len(y) * 2, len(x) * 2), np.uint8)
     cv2.fillPoly(mask, [np.round(fine * 16).astype(np.int32)], 1, shift=4)
-    inner, outer = (cv2.distanceTransform(part, cv2.DIST_L2, cv2.DIST_MASK_PRECISE) for part in (mask, 1 - mask))
+    inner, outer = (distance_transform_edt(part).astype(np.float32) for part in (mask, 1 - mask))
     distance = cv2.resize(inner - outer, (len(x), len(y)), interpolation=cv2.INTER_AREA) / (2 * detail)
     return cv2.GaussianBlur(distance, (0, 0), 0.08 * detail)
 
