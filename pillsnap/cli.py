@@ -27,6 +27,13 @@ def _settings(
     return load_settings(arguments.cfg or file, arguments.overrides, arguments.stage, arguments.profile, arguments.data_root)
 
 
+def _settings_of_run(arguments: Namespace) -> Settings:
+    """The settings that a run was trained with, and what the command line changes."""
+    if not (arguments.run / "config.yaml").is_file():
+        raise SettingsError(f"there is no run in {arguments.run}: name with --run the folder that training has printed")
+    return _settings(arguments, arguments.run / "config.yaml")
+
+
 def _print_json(value: object) -> None:
     print(json.dumps(value, ensure_ascii=False, indent=2, default=str))
 
@@ -65,7 +72,7 @@ def train(arguments: Namespace) -> int:
 
 def evaluate(arguments: Namespace) -> int:
     """Measure a run on its held-out photos and print the figures."""
-    settings = _settings(arguments, arguments.run / "config.yaml")
+    settings = _settings_of_run(arguments)
     from pillsnap.evaluation import evaluate_run
 
     _print_json(evaluate_run(arguments.run.resolve(), settings))
@@ -74,7 +81,7 @@ def evaluate(arguments: Namespace) -> int:
 
 def export(arguments: Namespace) -> int:
     """Export a run, compare it with the trained networks and print the report; status 1 when it differs too much."""
-    settings = _settings(arguments, arguments.run / "config.yaml")
+    settings = _settings_of_run(arguments)
     from pillsnap.export.report import export_run
 
     try:
@@ -152,7 +159,7 @@ def make_parser() -> ArgumentParser:
         added[name].add_argument("--run", type=Path, metavar="DIR", required=True, help="folder of a finished run")
     added["identify"].add_argument("photo", type=Path, metavar="PHOTO", help="JPEG, PNG, WebP or BMP")
     added["identify"].add_argument("--model", type=Path, metavar="DIR", help="folder with classifier.onnx and detector.onnx")
-    added["identify"].add_argument("--pipeline", choices=("single", "combo"), required=True, help="one pill, or several")
+    added["identify"].add_argument("--pipeline", choices=("single", "combo"), default="single", help="one pill (default), or several")
     return parser
 
 

@@ -52,8 +52,6 @@ class Trained:
         self.rules = Rules.from_json(content["rules"])
         self.names: dict[str, str] = content["models"]
         self.git_revision: str = content["git_revision"]
-        self.decisions: list[dict] = content["decisions"]
-        self.best: dict[str, float] = content["best"]
         self.classifier = timm.create_model(self.names["classifier"], num_classes=len(self.rules.class_map)).eval()
         self.classifier.load_state_dict(content["classifier"])
         network = detector_network(self.names["detector"]).eval()
