@@ -3,15 +3,15 @@ PYTHON ?= $(shell command -v python3.11 || echo python3)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 .DEFAULT_GOAL := help
-.PHONY: help demo test lab serve clean
+.PHONY: help demo test lab serve bench-data clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /|/' | awk -F'|' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 # One environment for everything, always made from nothing: pip's resolver loops when it adds pinned packages to an environment
 # that has some of them. The time that it took goes into the demo's report.
 .venv/ready: setup.py settings.ini constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "pillsnap needs Python 3.10 or newer: make PYTHON=/path/to/python"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "pillsnap needs Python 3.11 or newer: make PYTHON=/path/to/python"; exit 1; }
 	@echo "installing into .venv, which takes about two minutes"
 	@start=$$(date +%s); set -e; \
 	$(PYTHON) -m venv --clear .venv; \
@@ -35,6 +35,9 @@ lab: .venv/ready  ## open JupyterLab
 
 serve: .venv/ready .env  ## serve the demo's model (or MODEL_PATH of .env) on http://127.0.0.1:8000
 	@$(BIN)/uvicorn pillsnap.serve:app
+
+bench-data: .venv/ready  ## measure scan, cache and loaders against other libraries, write runs/bench/data.json (needs 20 GB of disk)
+	@$(BIN)/python -m pillsnap.bench.data --photos 5000 --labels 1000000 --out runs/bench
 
 clean:  ## remove caches and build leftovers; runs, models and data stay
 	@rm -rf data/cache build *.egg-info .pytest_cache

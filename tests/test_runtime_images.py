@@ -13,8 +13,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 
+from pillsnap.runtime import images
 from pillsnap.runtime.boxes import Box
 from pillsnap.runtime.images import (
     GREY,
@@ -118,6 +119,23 @@ def test_exif_orientation_is_applied_once(orientation: int, kind: str) -> None:
     data = saved(picture(), kind, exif=exif, **options)
     expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"))
     assert difference(decode_image(data), expected) <= 1
+
+
+@pytest.mark.parametrize("options", [{}, {"compress_level": 9}, {"gamma": True}, {"icc_profile": b"not a real profile"}, {"dpi": (300, 300)}])
+def test_a_png_has_the_same_pixels_for_every_decoder(options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = np.random.default_rng(3).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+    info = PngImagePlugin.PngInfo()
+    if options.pop("gamma", False):
+        info.add(b"gAMA", struct.pack(">I", 22000))
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG", pnginfo=info, **options)
+    assert np.array_equal(decode_image(file.getvalue()), pixels)
+
+    def refuse(*arguments: object) -> None:
+        raise RuntimeError("not this one")
+
+    monkeypatch.setattr(images, "decode_image_png_u8", refuse)
+    assert np.array_equal(decode_image(file.getvalue()), pixels)
 
 
 def test_exif_behind_the_pixels_of_a_png() -> None:
