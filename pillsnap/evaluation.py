@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from .config import Settings
 from .data.manifest import Dataset, load_dataset
+from .data.photo_files import decode_photo
 from .files import write_json
 from .metrics import classification_metrics, detection_metrics, match_boxes
 from .runlog import decide
@@ -111,7 +112,7 @@ def decoded(
     damaged = 0
     for photo in tqdm(photos, desc=what, unit="photo", disable=None):
         try:
-            image = decode_image(Path(photo.image))
+            image = decode_photo(photo.image)
         except ImageError as error:
             damaged += 1
             logger.warning("left out a damaged photo: %s", error)
@@ -182,7 +183,7 @@ def evaluate_run(
         report["confusions"] = confusion_pairs(pairs, dataset.class_map.codes)
     if combinations:
         report["combo"] = evaluate_combo(identifier, combinations)
-    if dataset.report["format"] == "yolo":
+    if dataset.report["format"] != "aihub":
         report["all_photos"] = evaluate_combo(identifier, photos)
     report["goals"] = {"top1": settings.goals.top1, "map50": settings.goals.map50}
     write_json(Path(folder) / "evaluation.json", report)

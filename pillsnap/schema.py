@@ -85,7 +85,7 @@ class Paths(Section):
 class Data(Section):
     """Which photos a run takes, and how they are split and cut."""
 
-    format: Literal["auto", "aihub", "yolo"] = "auto"
+    format: Literal["auto", "aihub", "yolo", "coco", "folders"] = "auto"
     images: Count = 5000
     classes: Count = 50
     class_images: Count = 80
@@ -94,7 +94,11 @@ class Data(Section):
     validation_share: Share = 0.15
     test_share: Share = 0.15
     margin: Annotated[float, Field(ge=0, le=0.5)] = 0.12
-    cache: Literal["none", "hotset"] = "hotset"
+    class_map: PosixPath | None = None
+    twin_check: Literal["full", "content", "off"] = "full"
+    cache: Literal["none", "hotset", "lmdb"] = "hotset"
+    cache_memory_share: Share = 0.5
+    cache_lmdb_gb: Positive = 64.0
     max_pixels: Count = 50_000_000
 
     @field_validator("test_share")
@@ -109,9 +113,16 @@ class Data(Section):
 class Dataloader(Section):
     """How photos reach the network."""
 
-    num_workers: CountOrZero = 0
+    num_workers: int | Literal["auto"] = "auto"
     prefetch_factor: Count = 4
     pin_memory: bool = True
+
+    @field_validator("num_workers", mode="before")
+    @classmethod
+    def _count_or_auto(cls, value: object) -> object:
+        if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+            raise ValueError("must be a number of processes from 0 on, or auto")
+        return value
 
 # %% ../nbs/03_schema.ipynb #fcd0553e
 class ClassifierModel(Section):

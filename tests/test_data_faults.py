@@ -6,19 +6,23 @@ import json
 import os
 import random
 import unicodedata
+import zlib
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pytest
 from PIL import Image
 
 from pillsnap.config import load_settings
-from pillsnap.data.aihub import looks_like_aihub, read_aihub
-from pillsnap.data.groups import check_no_leak
-from pillsnap.data.manifest import DataError, load_dataset, make_manifest, prepare_data, save_dataset
-from pillsnap.data.records import PillRecord
-from pillsnap.data.yolo import read_yolo
-from pillsnap.runtime.classes import ClassMap, Drug
+from pillsnap.data.aihub_layout import looks_like_aihub
+from pillsnap.data import manifest as manifest_module
+from pillsnap.data.groups import check_groups
+from pillsnap.data.manifest import load_dataset, prepare_data, save_dataset
+from pillsnap.data.readers import read_all
+from pillsnap.data.records import DataError
+from pillsnap.data.scan import scan
 
 ENGLISH = {"train": "train", "val": "val", "images": "images", "labels": "labels", "single": "single", "combination": "combination"}
 KOREAN = {"train": "01.데이터/1.Training", "val": "01.데이터/2.Validation", "images": "원천데이터", "labels": "라벨링데이터",
@@ -26,9 +30,24 @@ KOREAN = {"train": "01.데이터/1.Training", "val": "01.데이터/2.Validation"
 CODES = ("K-000010", "K-000020", "K-000030")
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test scans anew, in this process."""
+    monkeypatch.setitem(PLACES, "cache", tmp_path_factory.mktemp("cache"))
+    monkeypatch.setattr(manifest_module, "scan", partial(scan, workers=1))
+
+
+PLACES: dict[str, Path] = {}
+
+
 def settings_for(*overrides: str):
     """Settings of a plain machine."""
-    return load_settings(profile="cpu", overrides=list(overrides))
+    return load_settings(profile="cpu", overrides=[f"paths.cache_root={PLACES['cache']}", *overrides])
+
+
+def picture(name: str, size: tuple[int, int] = (97, 128)) -> Image.Image:
+    """A grey picture that no other name has."""
+    return Image.fromarray(np.random.default_rng(zlib.crc32(name.encode())).integers(0, 256, size[::-1], dtype=np.uint8))
 
 
 class Collection:
@@ -48,7 +67,7 @@ class Collection:
         stem = f"{name}_0_{background}_{side}_0_{elevation}_{turn:03d}_200"
         photo = self.folder(part, kind, "images") / f"TS_1_{kind}" / name / f"{stem}.png"
         photo.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("L", (97, 128)).save(photo)
+        picture(f"{part} {stem}").save(photo)
         labels = []
         for number, code in enumerate(codes):
             inner = f"{name}_json" if kind == "single" else f"{name}_json/{code}"
@@ -81,7 +100,7 @@ def collection(tmp_path: Path) -> Collection:
 
 def quarantine(root: Path) -> dict[str, int]:
     """Counts by reason; the account of files is checked on the way."""
-    scan = read_aihub(root)
+    scan = read_all(root)
     return scan.summary()["quarantined"]
 
 
@@ -100,14 +119,14 @@ def test_root_is_a_file(tmp_path):
 
 
 def test_empty_root(tmp_path):
-    with pytest.raises(DataError, match="is empty: unpack the dataset there"):
+    with pytest.raises(DataError, match="is empty: put the dataset there"):
         prepare_data(settings_for(), tmp_path)
 
 
 def test_unknown_layout_says_what_was_looked_for(tmp_path):
     (tmp_path / "pictures").mkdir()
-    (tmp_path / "TS_1_single.zip").write_bytes(b"PK")
-    with pytest.raises(DataError, match="no data.yaml .*train_images beside train_annotations.*packed archives such as TS_1_single.zip: unpack"):
+    (tmp_path / "photos.zip").write_bytes(b"PK")
+    with pytest.raises(DataError, match="looks like no known dataset. Looked for: a data.yaml .*COCO.*train_images beside train_annotations.*the archive photos.zip.*: unpack"):
         prepare_data(settings_for(), tmp_path)
 
 
@@ -137,7 +156,7 @@ def test_photos_unpacked_without_labels(tmp_path):
     photo, labels = Collection(tmp_path / "set").add("K-000010")
     labels[0].unlink()
     assert looks_like_aihub(tmp_path / "set")
-    with pytest.raises(DataError, match="label_missing 1.*Check that photos and labels are both unpacked"):
+    with pytest.raises(DataError, match="label_missing 1.*Check that photos and labels are both there"):
         prepare_data(settings_for(), tmp_path / "set")
 
 
@@ -182,7 +201,7 @@ def test_flat_edition(tmp_path):
 def test_index_pictures_are_skipped(collection):
     photo, _ = collection.add(*CODES, turn=40)
     photo.with_name("K-000010-000020-000030_index.png").write_bytes(photo.read_bytes())
-    assert read_aihub(collection.root).summary()["skipped"] == {"index_image": 1}
+    assert read_all(collection.root).summary()["skipped"] == {"index_image": 1}
 
 
 # Labels
@@ -222,21 +241,21 @@ def test_one_bad_box_puts_the_whole_combination_aside(collection):
     content = json.loads(labels[1].read_text(encoding="utf-8"))
     content["annotations"][0]["bbox"] = [6567, 40, 15, 15]
     labels[1].write_text(json.dumps(content))
-    scan = read_aihub(collection.root)
+    scan = read_all(collection.root)
     assert scan.quarantined_by_reason() == {"box_outside": 1} and str(photo) not in {record.image for record in scan.records}
 
 
 def test_cp949_label(collection):
     photo, labels = collection.add("K-000010", turn=40, dl_name="예시정 10밀리그램")
     labels[0].write_bytes(labels[0].read_text(encoding="utf-8").encode("cp949"))
-    records = {record.image: record for record in read_aihub(collection.root).records}
+    records = {record.image: record for record in read_all(collection.root).records}
     assert records[str(photo)].name == "예시정 10밀리그램"
 
 
 def test_null_fields_and_numbers_as_text(collection):
     nulls = dict.fromkeys(("dl_name", "dl_company", "di_edi_code", "print_front", "print_back", "color_class1", "color_class2", "drug_shape", "camera_la", "back_color"))
     photo, _ = collection.add("K-000010", turn=40, box=["5", 40.0, "15", 15], **nulls | {"width": "97", "height": 128.0, "item_seq": "200012345"})
-    record = {record.image: record for record in read_aihub(collection.root).records}[str(photo)]
+    record = {record.image: record for record in read_all(collection.root).records}[str(photo)]
     assert (record.name, record.edi_codes, record.shape, record.width, record.x2, record.elevation) == ("", (), "", 97, 20.0, 60)
     assert prepare_data(settings_for(), collection.root).class_map[0].name == "약 K-000010"
 
@@ -245,7 +264,7 @@ def test_size_missing_in_the_label_is_read_from_the_header(collection):
     photo, _ = collection.add("K-000010", turn=40, width=None, height="")
     broken, _ = collection.add("K-000010", turn=60, width=None)
     broken.write_bytes(b"no picture")
-    scan = read_aihub(collection.root)
+    scan = read_all(collection.root)
     assert scan.quarantined_by_reason() == {"image_damaged": 1}
     assert {(record.width, record.height) for record in scan.records} == {(97, 128)}
 
@@ -263,9 +282,8 @@ def test_code_of_another_drug(collection):
 
 def test_code_missing(tmp_path):
     photo, labels = Collection(tmp_path / "set").add("K-000010", drug_N=None)
-    photo.rename(photo.with_name("photo.png"))
-    target = labels[0].parents[1] / "photo.json"
-    labels[0].rename(target)
+    photo.rename(photo.parents[1] / "photo.png")
+    labels[0].rename(labels[0].parents[1] / "photo.json")
     assert quarantine(tmp_path / "set") == {"code_missing": 1}
 
 
@@ -275,7 +293,7 @@ def test_code_missing(tmp_path):
 def test_combination_with_a_missing_label(collection):
     photo, labels = collection.add(*CODES, turn=40)
     labels[2].unlink()
-    scan = read_aihub(collection.root)
+    scan = read_all(collection.root)
     assert scan.quarantined_by_reason() == {"box_count_mismatch": 1}
     assert "2 boxes for 3 K-codes in the name; without box: K-000030" == scan.quarantined[0].detail
 
@@ -301,7 +319,7 @@ def test_a_copied_label_is_skipped(collection):
     copy = labels[0].parents[1] / "copy" / labels[0].name
     copy.parent.mkdir()
     copy.write_bytes(labels[0].read_bytes())
-    summary = read_aihub(collection.root).summary()
+    summary = read_all(collection.root).summary()
     assert summary["skipped"] == {"repeated_label": 1} and summary["quarantined"] == {}
 
 
@@ -392,21 +410,40 @@ def test_official_validation_with_training_drugs(collection):
 def test_same_seed_same_dataset(tmp_path, collection, monkeypatch):
     settings = settings_for("data.images=40", "data.classes=2")
     first = prepare_data(settings, collection.root)
-    walk, scandir = os.walk, os.scandir
+    scandir, listdir, shuffled = os.scandir, os.listdir, []
 
-    def shuffled_walk(*args, **kwargs):
-        for parent, folders, names in walk(*args, **kwargs):
-            random.Random(parent).shuffle(names)
-            random.Random(parent).shuffle(folders)
-            yield parent, folders, names
+    class Shuffled:
+        def __init__(self, path="."):
+            shuffled.append(path)
+            with scandir(path) as entries:
+                self.entries = sorted(entries, key=lambda entry: zlib.crc32(entry.name.encode()))
 
-    monkeypatch.setattr(os, "walk", shuffled_walk)
-    again = prepare_data(settings, collection.root)
-    monkeypatch.undo()
-    assert again.manifest.equals(first.manifest) and again.class_map == first.class_map and again.report == first.report
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            if not self.entries:
+                raise StopIteration
+            return self.entries.pop()
+
+        def close(self):
+            pass
+
+    monkeypatch.setitem(PLACES, "cache", tmp_path / "another cache")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", Shuffled)
+        patch.setattr(os, "listdir", lambda path=".": random.Random(str(path)).sample(names := listdir(path), len(names)))
+        again = prepare_data(settings_for("data.images=40", "data.classes=2"), collection.root)
+    assert shuffled and again.manifest.equals(first.manifest) and again.class_map == first.class_map and again.report == first.report
     moved = prepare_data(settings, collection.root.rename(tmp_path / "moved"))
     assert moved.manifest.drop("image").equals(first.manifest.drop("image"))
-    other = prepare_data(load_settings(profile="cpu", overrides=["data.images=40", "data.classes=2", "seed=7"]), tmp_path / "moved")
+    other = prepare_data(settings_for("data.images=40", "data.classes=2", "seed=7"), tmp_path / "moved")
     assert not other.manifest.drop("image").equals(first.manifest.drop("image"))
 
 
@@ -416,12 +453,9 @@ def test_no_group_is_divided(collection):
 
 
 def test_group_leak_is_refused():
-    def record(image: str) -> PillRecord:
-        return PillRecord(image, 97, 128, "single", "train", "K-000010|front|0|0|low", "K-000010", "", (), 1, 1, 5, 5)
-
-    with pytest.raises(DataError, match=r"capture group K-000010\|front\|0\|0\|low is in (test and in train|train and in test)"):
-        make_manifest([record("/a.png"), record("/b.png")], {"/a.png": "train", "/b.png": "test"}, ClassMap([Drug("K-000010", "")]))
-    check_no_leak([("a", "train"), ("a", "left_out")])
+    with pytest.raises(DataError, match=r"capture group K-000010\|front\|0\|0\|low is in test and in train"):
+        check_groups(pl.DataFrame({"group": ["K-000010|front|0|0|low"] * 2, "split": ["train", "test"]}))
+    check_groups(pl.DataFrame({"group": ["a", "a"], "split": ["train", "left_out"]}))
 
 
 def test_kept_files_that_do_not_belong_together(tmp_path, collection):
@@ -444,7 +478,7 @@ def yolo_set(root: Path, data: str, photos: dict[str, str | None]) -> Path:
     for name, label in photos.items():
         for kind in ("images", "labels"):
             (root / kind / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (40, 30)).save(root / "images" / f"{name}.jpg")
+        picture(name, (40, 30)).save(root / "images" / f"{name}.jpg")
         if label is not None:
             (root / "labels" / f"{name}.txt").write_text(label)
     (root / "data.yaml").write_text(data)
@@ -484,12 +518,12 @@ def test_yolo_twins_of_training_photos_are_left_out(tmp_path):
      ("0 0.5 0.5 0.2", "label_unreadable"), ("0 a b c d", "label_unreadable"), ("0 0.5 0.5 0 0.2", "box_missing"), ("0 nan 0.5 0.2 0.2", "box_outside")],
 )
 def test_yolo_lines(tmp_path, label, reason):
-    scan = read_yolo(yolo_set(tmp_path, YAML, {"train/good": f"0 {BOX}", "train/bad": label}))
+    scan = read_all(yolo_set(tmp_path, YAML, {"train/good": f"0 {BOX}", "train/bad": label}))
     assert scan.quarantined_by_reason() == {reason: 1} and len(scan.records) == 1
 
 
 def test_yolo_background_photos_are_skipped(tmp_path):
-    scan = read_yolo(yolo_set(tmp_path, YAML, {"train/good": f"0 {BOX}", "train/empty": "", "train/none": None}))
+    scan = read_all(yolo_set(tmp_path, YAML, {"train/good": f"0 {BOX}", "train/empty": "", "train/none": None}))
     assert scan.summary()["skipped"] == {"photo_without_label": 1, "photo_without_pills": 2} and not scan.quarantined
 
 
@@ -497,7 +531,7 @@ def test_yolo_damaged_header_and_label_of_bytes(tmp_path):
     root = yolo_set(tmp_path, YAML, {"train/good": f"0 {BOX}", "train/header": f"0 {BOX}", "train/bytes": ""})
     (root / "images/train/header.jpg").write_bytes(b"")
     (root / "labels/train/bytes.txt").write_bytes(b"\xff\xfe\x00\x80")
-    assert read_yolo(root).quarantined_by_reason() == {"image_damaged": 1, "label_unreadable": 1}
+    assert read_all(root).quarantined_by_reason() == {"image_damaged": 1, "label_unreadable": 1}
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from pillsnap.data import sample
-from pillsnap.data.aihub import looks_like_aihub, read_aihub
-from pillsnap.data.aihub_labels import parse_photo_name
+from pillsnap.data.aihub_layout import looks_like_aihub
+from pillsnap.data.aihub_names import parse_photo_name
+from pillsnap.data.readers import read_all
 from pillsnap.data.sample import SampleError, draw_photo, write_sample
 from pillsnap.data.sample_drugs import sample_drugs
 from pillsnap.data.sample_plan import PlannedPhoto, arrange, gap, plan_sample, random_of, turned
@@ -72,8 +73,8 @@ def test_layout_and_names_are_those_of_the_original(small: Path) -> None:
     assert sum(path.name.endswith("index.png") for path in small.rglob("*.png")) == 1
     for path in small.rglob("*.png"):
         if not path.name.endswith("index.png"):
-            name = parse_photo_name(path.stem)
-            assert name.elevation in (60, 70, 75, 90) and name.azimuth % 20 == 0 and name.side in ("front", "back")
+            _, session = parse_photo_name(path.stem)
+            assert session.elevation in (60, 70, 75, 90) and session.azimuth % 20 == 0 and session.side in ("front", "back")
 
 
 def test_labels_match_their_photo(small: Path) -> None:
@@ -90,7 +91,7 @@ def test_labels_match_their_photo(small: Path) -> None:
 
 def test_the_original_reader_takes_every_photo(small: Path) -> None:
     assert looks_like_aihub(small)
-    result = read_aihub(small)
+    result = read_all(small)
     assert not result.quarantined
     pills = sum(len(photo.drugs) for photo in few_of_each())
     assert len(result.records) == pills

@@ -9,65 +9,19 @@ import json
 import math
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from sys import intern
-from typing import Any
+from typing import Any, NamedTuple
 
+import msgspec
+
+from .aihub_names import Session, codes_in
 from .records import LabelError, Reason
 
 # %% auto #0
-__all__ = ['PhotoName', 'codes_in', 'parse_photo_name', 'single_group', 'as_text', 'as_number', 'as_code', 'PillLabel',
-           'decode_label', 'parse_label']
+__all__ = ['as_text', 'as_number', 'as_code', 'DrugFacts', 'PillLabel', 'parse_label']
 
 # %% ../../nbs/data/01_aihub_labels.ipynb #b51d72f1
-_CODES = re.compile(r"K-?(\d{1,6}(?:-\d{1,6})*)(?!\d)", re.IGNORECASE)
-_SESSION = re.compile(r"_(\d+)_(\d)_(\d)_(\d)_(\d{1,3})_(\d{1,3})_(\d+)$")
-
-
-@dataclass(frozen=True, slots=True)
-class PhotoName:
-    """The parts of a photo's file name."""
-
-    codes: tuple[str, ...]  # K-codes of the pills on the photo, sorted
-    side: str               # "front", "back" or ""
-    background: str         # number of the backdrop, or ""
-    light: str              # number of the light, or ""
-    elevation: int | None   # camera height, degrees
-    azimuth: int | None     # turntable angle, degrees
-
-
-def codes_in(
-    text: str,            # a file or folder name, such as "K-000250-000573_json"
-) -> tuple[str, ...]:     # K-codes in six digits, sorted
-    """The K-codes that a name begins with; none where it begins otherwise."""
-    found = _CODES.match(text)
-    if found is None:
-        return ()
-    return tuple(sorted(intern(f"K-{int(digits):06d}") for digits in found[1].split("-")))
-
-
-def parse_photo_name(
-    stem: str,     # file name without its suffix
-) -> PhotoName:    # what it says; empty where it says nothing
-    """Read K-codes and session from `{K}_{drug_S}_{back_color}_{drug_dir}_{light}_{camera_la}_{camera_lo}_{size}`."""
-    session = _SESSION.search(stem)
-    if session is None:
-        return PhotoName(codes_in(stem), "", "", "", None, None)
-    side = {"0": "front", "1": "back"}.get(session[3], "")
-    return PhotoName(codes_in(stem), side, intern(session[2]), intern(session[4]), int(session[5]), int(session[6]))
-
-# %% ../../nbs/data/01_aihub_labels.ipynb #5ff5a33c
-def single_group(
-    code: str,              # K-code
-    side: str,              # "front", "back" or ""
-    background: str,        # backdrop of the session
-    light: str,             # light of the session
-    elevation: int | None,  # camera height, degrees
-) -> str:                   # name of the capture group
-    """The turntable session that a photo of one pill belongs to."""
-    block = "any" if elevation is None else "low" if elevation <= 70 else "high"
-    return intern("|".join((code, side, background, light, block)))
-
-# %% ../../nbs/data/01_aihub_labels.ipynb #9846e85c
 def as_text(
     value: Any,  # anything that JSON can hold
 ) -> str:        # stripped text; "" for null
@@ -76,14 +30,15 @@ def as_text(
         return ""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    return intern(str(value).strip())
+    text = str(value).strip()
+    return intern(text if text.isascii() else text.encode("utf-8", "replace").decode())
 
 
 def as_number(
     value: Any,          # int, float, text or anything else
 ) -> float | None:       # None where it is not a finite number
     """A number, however it is written."""
-    if value is None or isinstance(value, (bool, dict, list)):
+    if not isinstance(value, (int, float, str)) or isinstance(value, bool):
         return None
     try:
         number = float(value)
@@ -100,29 +55,96 @@ def as_code(
     codes = codes_in(f"K-{text}" if text.isdigit() else text)
     return codes[0] if len(codes) == 1 else ""
 
-# %% ../../nbs/data/01_aihub_labels.ipynb #384a105f
-@dataclass(frozen=True, slots=True)
-class PillLabel:
-    """What one label says about one pill."""
+# %% ../../nbs/data/01_aihub_labels.ipynb #53457c69
+class DrugFacts(NamedTuple):
+    """What a label says about the drug, the same on all of its photos."""
 
-    code: str                               # K-code, or "" where the label does not say
-    box: tuple[float, float, float, float]  # x1, y1, x2, y2 in pixels, not yet checked against the image
-    width: int | None                       # pixels
-    height: int | None                      # pixels
-    session: PhotoName                      # side, backdrop, light and camera as the label words them
+    code: str                    # K-code, or "" where the label does not say
     name: str
-    edi_codes: tuple[str, ...]
+    edi_codes: tuple[str, ...]   # insurance codes, none to several
     shape: str
-    colors: str
+    colors: str                  # comma separated
     print_front: str
     print_back: str
     company: str
+    length_mm: float | None      # longer side, mm
+    width_mm: float | None       # shorter side, mm
+    thick_mm: float | None       # mm
 
 
-def decode_label(
-    data: bytes,       # content of a JSON file, UTF-8 (with or without mark) or cp949
-) -> dict[str, Any]:   # the JSON object
-    """The JSON object of a label file; raises `LabelError`."""
+def _millimetres(value: Any) -> float | None:
+    """A length that a pill can have, or None."""
+    number = as_number(value)
+    return number if number is not None and 0 < number < 100 else None
+
+
+@lru_cache(maxsize=1 << 14, typed=True)
+def _drug_facts(
+    drug_n: Any, mapping_code: Any, name: Any, name_en: Any, edi_codes: Any, shape: Any, color: Any, color_too: Any,
+    print_front: Any, print_back: Any, company: Any, length: Any, width: Any, thick: Any,
+) -> DrugFacts:
+    """The fields of a label, cleaned."""
+    return DrugFacts(
+        code=as_code(drug_n) or as_code(mapping_code),
+        name=as_text(name) or as_text(name_en),
+        edi_codes=tuple(intern(code) for code in re.split(r"[,;\s]+", as_text(edi_codes)) if code),
+        shape=as_text(shape), colors=intern(", ".join(filter(None, (as_text(color), as_text(color_too))))),
+        print_front=as_text(print_front), print_back=as_text(print_back), company=as_text(company),
+        length_mm=_millimetres(length), width_mm=_millimetres(width), thick_mm=_millimetres(thick),
+    )
+
+# %% ../../nbs/data/01_aihub_labels.ipynb #c61dcc29
+class _Facts(msgspec.Struct, gc=False):
+    """The needed fields of `images[0]`, of any type."""
+
+    drug_N: Any = None
+    dl_mapping_code: Any = None
+    dl_name: Any = None
+    dl_name_en: Any = None
+    di_edi_code: Any = None
+    drug_shape: Any = None
+    color_class1: Any = None
+    color_class2: Any = None
+    print_front: Any = None
+    print_back: Any = None
+    dl_company: Any = None
+    leng_long: Any = None
+    leng_short: Any = None
+    thick: Any = None
+    width: Any = None
+    height: Any = None
+    drug_dir: Any = None
+    back_color: Any = None
+    light_color: Any = None
+    camera_la: Any = None
+    camera_lo: Any = None
+
+
+class _Annotation(msgspec.Struct, gc=False):
+    """The needed field of an annotation, of any type."""
+
+    bbox: Any = None
+
+
+class _Label(msgspec.Struct, gc=False):
+    """The needed parts of a label file."""
+
+    images: list[_Facts]
+    annotations: list[_Annotation]
+
+
+_decode_strictly = msgspec.json.Decoder(_Label).decode
+
+
+def _entries(content: dict[str, Any], key: str, kind: type) -> list[Any]:
+    """The objects below `key` as `kind`; a lone object counts as a list of one."""
+    value = content.get(key)
+    listed = value if isinstance(value, list) else [value]
+    return [kind(*(entry.get(name) for name in kind.__struct_fields__)) for entry in listed if isinstance(entry, dict)]
+
+
+def _decode_patiently(data: bytes) -> _Label:
+    """The JSON object of a label file, however it was saved; raises `LabelError`."""
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -133,25 +155,38 @@ def decode_label(
         raise LabelError(Reason.LABEL_UNREADABLE, f"not JSON: {error}") from error
     if not isinstance(content, dict):
         raise LabelError(Reason.LABEL_UNREADABLE, f"the label holds a JSON {type(content).__name__}, not an object")
-    return content
+    return _Label(_entries(content, "images", _Facts), _entries(content, "annotations", _Annotation))
 
 
-def _entries(content: dict[str, Any], key: str) -> list[dict[str, Any]]:
-    """The objects below `key`; a lone object counts as a list of one."""
-    value = content.get(key)
-    listed = value if isinstance(value, list) else [value]
-    return [entry for entry in listed if isinstance(entry, dict)]
+def _decode(data: bytes) -> _Label:
+    """The needed parts of a label file, UTF-8 (with or without mark) or cp949; raises `LabelError`."""
+    try:
+        return _decode_strictly(data)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return _decode_patiently(data)
+
+# %% ../../nbs/data/01_aihub_labels.ipynb #384a105f
+class PillLabel(NamedTuple):
+    """What one label says about one pill."""
+
+    code: str                               # K-code, or "" where the label does not say
+    box: tuple[float, float, float, float]  # x1, y1, x2, y2 in pixels, not yet checked against the image
+    width: int | None                       # of the image, pixels
+    height: int | None                      # of the image, pixels
+    session: Session                        # as the label words it
+    drug: DrugFacts                         # what describes the drug
 
 
 def _box(bbox: Any) -> tuple[float, float, float, float]:
     """`[x, y, width, height]` as corners; raises `LabelError` for anything that is no box."""
-    numbers = [as_number(value) for value in bbox] if isinstance(bbox, (list, tuple)) else []
-    if len(numbers) != 4 or any(number is None for number in numbers) or numbers[2] <= 0 or numbers[3] <= 0:
+    numbers = [as_number(value) for value in bbox] if isinstance(bbox, list) else []
+    if len(numbers) != 4 or None in numbers or numbers[2] <= 0 or numbers[3] <= 0:
         raise LabelError(Reason.BOX_MISSING, f"bbox is {json.dumps(bbox, ensure_ascii=False)}, not [x, y, width, height]")
     x, y, width, height = numbers
     return x, y, x + width, y + height
 
 
+@lru_cache(maxsize=1 << 10, typed=True)
 def _pixels(value: Any) -> int | None:
     """A whole number of pixels that an image can have, or None."""
     number = as_number(value)
@@ -164,28 +199,38 @@ def _degrees(value: Any) -> int | None:
     return int(number) if number is not None and abs(number) <= 360 else None
 
 
-_DESCRIPTIONS = {"name": "dl_name", "shape": "drug_shape", "print_front": "print_front", "print_back": "print_back", "company": "dl_company"}
+@lru_cache(maxsize=1 << 16, typed=True)
+def _session(side: Any, background: Any, light: Any, elevation: Any, azimuth: Any) -> Session:
+    """The session in the words of the label."""
+    return Session({"앞면": "front", "뒷면": "back"}.get(as_text(side), ""), as_text(background), as_text(light), _degrees(elevation), _degrees(azimuth))
 
 # %% ../../nbs/data/01_aihub_labels.ipynb #41d93eef
+def _without_nested(facts: _Facts) -> _Facts:
+    """The same with null for every list or object, which none of the fields can mean."""
+    return _Facts(*(None if isinstance(value, (list, dict)) else value for value in msgspec.structs.astuple(facts)))
+
+
+def _common(facts: _Facts) -> tuple[int | None, int | None, Session, DrugFacts]:
+    """Width, height, session and drug; raises `TypeError` for nested values."""
+    drug = _drug_facts(
+        facts.drug_N, facts.dl_mapping_code, facts.dl_name, facts.dl_name_en, facts.di_edi_code, facts.drug_shape, facts.color_class1, facts.color_class2,
+        facts.print_front, facts.print_back, facts.dl_company, facts.leng_long, facts.leng_short, facts.thick,
+    )
+    session = _session(facts.drug_dir, facts.back_color, facts.light_color, facts.camera_la, facts.camera_lo)
+    return _pixels(facts.width), _pixels(facts.height), session, drug
+
+
 def parse_label(
     data: bytes,         # content of a label's JSON file
 ) -> list[PillLabel]:    # one per annotation
     """What a label file says; raises `LabelError` for no JSON, and for a box that is missing or empty."""
-    content = decode_label(data)
-    images = _entries(content, "images")
-    facts = images[0] if images else {}
-    boxes = [_box(entry.get("bbox")) for entry in _entries(content, "annotations")]
+    label = _decode(data)
+    boxes = [_box(annotation.bbox) for annotation in label.annotations]
     if not boxes:
         raise LabelError(Reason.BOX_MISSING, "the label has no annotation")
-    elevation, azimuth = _degrees(facts.get("camera_la")), _degrees(facts.get("camera_lo"))
-    side = {"앞면": "front", "뒷면": "back"}.get(as_text(facts.get("drug_dir")), "")
-    session = PhotoName((), side, as_text(facts.get("back_color")), as_text(facts.get("light_color")), elevation, azimuth)
-    described = {key: as_text(facts.get(field)) for key, field in _DESCRIPTIONS.items()}
-    described["name"] = described["name"] or as_text(facts.get("dl_name_en"))
-    colors = ", ".join(filter(None, (as_text(facts.get(key)) for key in ("color_class1", "color_class2"))))
-    common = dict(
-        code=as_code(facts.get("drug_N")) or as_code(facts.get("dl_mapping_code")),
-        width=_pixels(facts.get("width")), height=_pixels(facts.get("height")), session=session, colors=intern(colors),
-        edi_codes=tuple(intern(code) for code in re.split(r"[,;\s]+", as_text(facts.get("di_edi_code"))) if code), **described,
-    )
-    return [PillLabel(box=box, **common) for box in boxes]
+    facts = label.images[0] if label.images else _Facts()
+    try:
+        width, height, session, drug = _common(facts)
+    except TypeError:
+        width, height, session, drug = _common(_without_nested(facts))
+    return [PillLabel(drug.code, box, width, height, session, drug) for box in boxes]

@@ -11,8 +11,8 @@ import torch
 from torch.nn import functional
 
 # %% auto #0
-__all__ = ['GREY', 'uniform', 'random_views', 'random_light', 'random_cover', 'augment_crops', 'mosaic', 'quarter_turns',
-           'zoom_and_shift', 'augment_photos']
+__all__ = ['GREY', 'uniform', 'random_views', 'random_light', 'random_cover', 'pieces', 'augment_crops', 'mosaic',
+           'quarter_turns', 'zoom_and_shift', 'augment_photos']
 
 # %% ../../nbs/data/06_augment.ipynb #05f21be6
 GREY = 114 / 255  # the padding of crops and letterboxes
@@ -48,33 +48,42 @@ def random_views(
     rows, columns = torch.meshgrid(steps, steps, indexing="ij")
     points = torch.stack([columns, rows, torch.ones_like(rows)], dim=-1).view(1, -1, 3) @ maps.transpose(1, 2)
     grid = (points[..., :2] / points[..., 2:]).view(count, size, size, 2)
-    return functional.grid_sample(images - GREY, grid, align_corners=False) + GREY
+    return functional.grid_sample(images - GREY, grid, align_corners=False).add_(GREY)
 
 # %% ../../nbs/data/06_augment.ipynb #d562b554
+def _noise(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    if images.device.type == "cpu":
+        return torch.randn(images.shape, generator=generator)
+    there = torch.Generator(images.device).manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
+    return torch.randn(images.shape, generator=there, device=images.device)
+
+
 def random_light(
     images: torch.Tensor,       # float (n, 3, size, size), 0 to 1
     generator: torch.Generator  # source of randomness
 ) -> torch.Tensor:              # float (n, 3, size, size), 0 to 1
     """Change brightness, contrast and colour temperature, blur some pictures, add noise."""
     count, device = len(images), images.device
+    contrast, brightness = (uniform(count, 0.75, 1.25, generator, device) for _ in range(2))
+    tint = 1 + uniform(count, -0.06, 0.06, generator, device) * images.new_tensor([1.0, 0.0, -1.0]).view(1, 3, 1, 1)
     mean = images.mean(dim=(1, 2, 3), keepdim=True)
-    images = (images - mean) * uniform(count, 0.75, 1.25, generator, device) + mean * uniform(count, 0.75, 1.25, generator, device)
-    warmth = uniform(count, -0.06, 0.06, generator, device)
-    images = images * (1 + warmth * images.new_tensor([1.0, 0.0, -1.0]).view(1, 3, 1, 1))
-    blurred = functional.avg_pool2d(images, 3, stride=1, padding=1, count_include_pad=False)
-    images = torch.lerp(images, blurred, uniform(count, -1, 1, generator, device).clamp(min=0))
-    noise = torch.randn(images.shape, generator=generator, dtype=torch.float32).to(images)
-    return (images + noise * uniform(count, 0, 0.03, generator, device)).clamp(0, 1)
+    images = torch.addcmul(mean * (brightness - contrast) * tint, images, contrast * tint)
+    strength = uniform(count, -1, 1, generator)
+    blurred = torch.nonzero(strength.flatten() > 0).flatten()
+    if len(blurred):
+        sharp = images[blurred.to(device)]
+        soft = functional.avg_pool2d(sharp, 3, stride=1, padding=1, count_include_pad=False)
+        images[blurred.to(device)] = sharp.lerp_(soft, strength[blurred].to(images))
+    return images.addcmul_(_noise(images, generator).to(images), uniform(count, 0, 0.03, generator, device)).clamp_(0, 1)
 
-
+# %% ../../nbs/data/06_augment.ipynb #732eedd7
 def random_cover(
-    images: torch.Tensor,        # float (n, 3, size, size), 0 to 1
+    images: torch.Tensor,        # float (n, 3, size, size), 0 to 1; changed
     generator: torch.Generator,  # source of randomness
     share: float = 0.25          # share of the pictures that get covered
-) -> torch.Tensor:               # float (n, 3, size, size)
+) -> torch.Tensor:               # the same tensor
     """Cover a small rectangle of some pictures with grey, as a finger or another pill would (random erasing, Zhong et al. 2020)."""
     size = images.shape[-1]
-    images = images.clone()
     chosen = torch.rand(len(images), generator=generator) < share
     for number in torch.nonzero(chosen).flatten().tolist():
         height, width = (torch.rand(2, generator=generator) * 0.2 * size + 0.08 * size).int().tolist()
@@ -82,13 +91,23 @@ def random_cover(
         images[number, :, top:top + height, left:left + width] = GREY
     return images
 
+# %% ../../nbs/data/06_augment.ipynb #993308f9
+def pieces(
+    images: torch.Tensor  # (n, 3, size, size)
+) -> list[int]:           # pictures of each piece
+    """How a batch is cut for the device it is on."""
+    count, size = len(images), images.shape[-1]
+    most = max(1, 400_000 // size**2) if images.device.type == "cpu" else max(1, count)
+    return [min(most, count - start) for start in range(0, count, most)]
+
 
 def augment_crops(
     crops: torch.Tensor,        # uint8 (n, 3, size, size)
     generator: torch.Generator  # source of randomness
 ) -> torch.Tensor:              # float (n, 3, size, size), 0 to 1
     """All of it for the classifier."""
-    return random_cover(random_light(random_views(crops.float() / 255, generator), generator), generator)
+    parts = [random_light(random_views(part.float() / 255, generator), generator) for part in crops.split(pieces(crops))]
+    return random_cover(torch.cat(parts), generator)
 
 # %% ../../nbs/data/06_augment.ipynb #156e7eff
 def mosaic(
@@ -149,7 +168,7 @@ def zoom_and_shift(
     maps[:, 0, 0] = maps[:, 1, 1] = 1 / scale
     maps[:, :, 2] = -moves * 2 / size / scale[:, None]
     grid = functional.affine_grid(maps.to(images), list(images.shape), align_corners=False)
-    moved = functional.grid_sample(images - GREY, grid, align_corners=False) + GREY
+    moved = functional.grid_sample(images - GREY, grid, align_corners=False).add_(GREY)
     result = []
     for box, factor, move in zip(boxes, scale, moves):
         placed = (box - size / 2) * factor + size / 2 + move.repeat(2).to(box)
@@ -166,6 +185,10 @@ def augment_photos(
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:  # float (n, 3, size, size) 0 to 1; n times (pills, 4)
     """All of it for the detector."""
     images, boxes = mosaic(photos.float() / 255, boxes, generator)
-    images, boxes = quarter_turns(images, boxes, generator)
-    images, boxes = zoom_and_shift(images, boxes, generator)
-    return random_light(images, generator), boxes
+    parts, moved = [], []
+    for part in images.split(pieces(images)):
+        part, rows = quarter_turns(part, boxes[len(moved):len(moved) + len(part)], generator)
+        part, rows = zoom_and_shift(part, rows, generator)
+        parts.append(random_light(part, generator))
+        moved.extend(rows)
+    return torch.cat(parts), moved

@@ -7,44 +7,50 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-from .records import PhotoKind, PillRecord
+import numpy as np
+import polars as pl
+
 from ..runlog import Decision, decide
 
 # %% auto #0
-__all__ = ['Photo', 'photos_of', 'draw_key', 'choose_classes', 'Draw', 'draw_photos', 'say_shortfall']
+__all__ = ['PHOTO_SCHEMA', 'photos_of', 'draw_key', 'draw_order', 'choose_classes', 'Draw', 'in_codes', 'foreign_pills',
+           'draw_photos', 'say_shortfall']
 
 # %% ../../nbs/data/04_draw.ipynb #cca5b3e0
-@dataclass(frozen=True, slots=True)
-class Photo:
-    """One photo with the drugs on it."""
+PHOTO_SCHEMA: dict[str, pl.DataType | type[pl.DataType]] = {
+    "photo": pl.UInt32,          # number of the photo, in the order of the keys
+    "key": pl.String,            # path below the root of the dataset, with forward slashes: the same on every machine
+    "image": pl.String,          # reference of the photo
+    "kind": pl.String,           # "single" or "combination"
+    "official_split": pl.String, # what the dataset itself calls its part
+    "group": pl.String,          # capture group
+    "codes": pl.List(pl.String), # class keys on the photo, sorted, each once
+    "bytes": pl.Int64,           # size of the photo's file
+    "content_hash": pl.String,   # as the scan knows it, "" = not read
+}
 
-    key: str                # path below the root of the dataset, with forward slashes: the same on every machine
-    image: str              # absolute path
-    kind: PhotoKind
-    official_split: str
-    group: str              # capture group
-    codes: tuple[str, ...]  # class keys on the photo, sorted, each once
+
+def _keys(images: pl.DataFrame, root: str) -> pl.DataFrame:
+    """Add the key of every photo; the few that lie outside of `root` get a path with `..`."""
+    start = root.rstrip("/") + "/"
+    below = pl.col("image").str.starts_with(start)
+    inside = images.filter(below).with_columns(key=pl.col("image").str.strip_prefix(start))
+    outside = images.filter(~below)
+    keys = pl.Series([os.path.relpath(image, root) for image in outside["image"]], dtype=pl.String)
+    return pl.concat([inside, outside.with_columns(key=keys)])
 
 
 def photos_of(
-    records: Iterable[PillRecord],  # one per pill, in any order
-    root: str,                      # folder of the dataset
-) -> list[Photo]:                   # sorted by key
+    records: pl.DataFrame | pl.LazyFrame,  # one row per pill: image, photo_kind, official_split, group, code, bytes and content_hash are read
+    root: str,                             # folder of the dataset
+) -> pl.DataFrame:                         # one row per photo as in PHOTO_SCHEMA, sorted by key
     """The photos behind the records."""
-    codes: dict[str, set[str]] = {}
-    first: dict[str, PillRecord] = {}
-    for record in records:
-        codes.setdefault(record.image, set()).add(record.code)
-        first.setdefault(record.image, record)
-    photos = [
-        Photo(os.path.relpath(image, root).replace(os.sep, "/"), image, record.photo_kind, record.official_split, record.group, tuple(sorted(codes[image])))
-        for image, record in first.items()
-    ]
-    return sorted(photos, key=lambda photo: photo.key)
+    facts = [pl.first("photo_kind").alias("kind"), pl.first("official_split", "group", "bytes", "content_hash")]
+    photos = records.lazy().group_by("image").agg(*facts, codes=pl.col("code").unique().sort()).collect()
+    return _keys(photos, root).sort("key").with_row_index("photo").select(list(PHOTO_SCHEMA)).cast(PHOTO_SCHEMA)
 
 # %% ../../nbs/data/04_draw.ipynb #ab2b1729
 def draw_key(
@@ -53,6 +59,15 @@ def draw_key(
 ) -> bytes:     # sorting by it is a shuffle
     """A place in the shuffled order, fixed by seed and text."""
     return hashlib.blake2b(f"{seed}|{text}".encode(), digest_size=8).digest()
+
+
+def draw_order(
+    seed: int,        # seed of the run
+    texts: pl.Series, # of text
+) -> pl.Series:       # UInt64, sorting by it is the same shuffle
+    """The places of many texts at once."""
+    digests = b"".join(draw_key(seed, text) for text in texts)
+    return pl.Series("order", np.frombuffer(digests, ">u8").astype(np.uint64))
 
 # %% ../../nbs/data/04_draw.ipynb #6daea308
 def _listed(names: Sequence[str], most: int = 8) -> str:
@@ -67,13 +82,15 @@ def choose_classes(
     class_images: int,       # photos wanted of each class
     min_class_images: int,   # photos below which a class is left out
     seed: int,               # seed of the run
+    known: Collection[str] = (),  # classes of an earlier class map, which come first
 ) -> tuple[list[str], list[str], list[Decision]]:  # chosen classes, classes that are too small (both sorted), what was decided
     """Choose the drugs of a run; every shortfall is a decision."""
     too_small = sorted(code for code, count in counts.items() if count < min_class_images)
-    rich = sorted((code for code, count in counts.items() if count >= max(class_images, min_class_images)), key=lambda code: draw_key(seed, code))
-    poor = sorted((code for code, count in counts.items() if min_class_images <= count < class_images), key=lambda code: (-counts[code], code))
-    fill = poor[: max(0, classes - len(rich))]
-    chosen = sorted(rich[:classes] + fill)
+    enough = [code for code in sorted(counts) if counts[code] >= min_class_images]
+    rich = sorted((code for code in enough if counts[code] >= class_images), key=lambda code: draw_key(seed, code))
+    poor = sorted((code for code in enough if counts[code] < class_images), key=lambda code: (-counts[code], code))
+    chosen = sorted(sorted(rich + poor, key=lambda code: code not in known)[:classes])
+    fill = [code for code in chosen if counts[code] < class_images]
     decisions = []
     if too_small:
         why = f"fewer than {min_class_images} training photos (data.min_class_images): {_listed([f'{code} ({counts[code]})' for code in too_small])}"
@@ -91,38 +108,54 @@ def choose_classes(
 # %% ../../nbs/data/04_draw.ipynb #0677e71e
 @dataclass(frozen=True)
 class Draw:
-    """The photos that were drawn, by kind."""
+    """The photos that were drawn, by kind, each table as in PHOTO_SCHEMA."""
 
-    singles: list[Photo]
-    combinations: list[Photo]
+    singles: pl.DataFrame
+    combinations: pl.DataFrame
 
     @property
-    def photos(self) -> list[Photo]:
+    def photos(self) -> pl.DataFrame:
         """All drawn photos, sorted by key."""
-        return sorted(self.singles + self.combinations, key=lambda photo: photo.key)
+        return pl.concat([self.singles, self.combinations]).sort("photo")
+
+
+def in_codes(
+    codes: Iterable[str],  # class keys
+) -> pl.Series:            # for `is_in`
+    """Class keys as polars wants them for a membership test."""
+    return pl.Series(sorted(set(codes)), dtype=pl.String).implode()
+
+
+def foreign_pills(
+    chosen: Iterable[str],  # class keys of the run
+) -> pl.Expr:               # UInt32
+    """How many drugs of a photo are not chosen, to be computed on a table as in PHOTO_SCHEMA."""
+    return pl.col("codes").list.eval(pl.element().is_in(in_codes(chosen)).not_()).list.sum()
+
+
+def _dealt(photos: pl.DataFrame, chosen: Iterable[str], seed: int) -> pl.DataFrame:
+    """Photos of one pill, like cards dealt to the chosen classes."""
+    code = pl.col("codes").list.first()
+    singles = photos.filter(pl.col("kind") == "single", code.is_in(in_codes(chosen))).with_columns(code=code)
+    places = pl.DataFrame({"code": sorted(set(chosen))}, schema={"code": pl.String}).with_columns(draw_order(seed, pl.Series(sorted(set(chosen)))).alias("seat"))
+    shuffled = singles.sort(draw_order(seed, singles["key"])).with_columns(round=pl.int_range(pl.len()).over("code"))
+    return shuffled.join(places, on="code").sort("round", "seat").select(photos.columns)
 
 
 def draw_photos(
-    photos: Sequence[Photo],    # what there is
+    photos: pl.DataFrame,       # what there is, as in PHOTO_SCHEMA
     chosen: Iterable[str],      # class keys of the run
     images: int,                # photos wanted at most
     combination_share: float,   # wanted share of combination photos, 0 to 1
     seed: int,                  # seed of the run
 ) -> Draw:                      # whole photos
     """Draw photos evenly over the chosen classes, and combinations up to their share."""
-    known = set(chosen)
-    shuffled = sorted(photos, key=lambda photo: draw_key(seed, photo.key))
-    rounds: Counter[str] = Counter()
-    dealt = []
-    for photo in shuffled:
-        if photo.kind == "single" and photo.codes[0] in known:
-            dealt.append((rounds[photo.codes[0]], draw_key(seed, photo.codes[0]), photo))
-            rounds[photo.codes[0]] += 1
-    singles = [photo for _, _, photo in sorted(dealt, key=lambda entry: entry[:2])]
-    combinations = sorted((photo for photo in shuffled if photo.kind == "combination"), key=lambda photo: len(set(photo.codes) - known))
+    singles = _dealt(photos, chosen, seed)
+    combinations = photos.filter(pl.col("kind") == "combination")
+    combinations = combinations.with_columns(foreign_pills(chosen).alias("foreign"), draw_order(seed, combinations["key"])).sort("foreign", "order").select(photos.columns)
     wanted = min(len(combinations), round(images * combination_share))
     wanted = max(wanted, min(len(combinations), images - len(singles)))
-    return Draw(singles[: images - wanted], combinations[:wanted])
+    return Draw(singles.head(images - wanted), combinations.head(wanted))
 
 
 def say_shortfall(
@@ -133,15 +166,16 @@ def say_shortfall(
 ) -> list[Decision]:           # one per shortfall
     """Compare a draw with what was asked for."""
     decisions = []
-    total, known = len(draw.photos), set(chosen)
+    combinations = len(draw.combinations)
+    total = len(draw.singles) + combinations
     if total < images:
         decisions.append(decide("photos", str(total), f"data.images asks for {images}, the data has no more of the chosen classes", fallback=True))
-    share = len(draw.combinations) / total if total else 0.0
-    if len(draw.combinations) < round(total * combination_share):
+    share = combinations / total if total else 0.0
+    if combinations < round(total * combination_share):
         why = f"data.combination_share asks for {combination_share:.0%}, the data has no more; they are {share:.1%} of the photos"
-        decisions.append(decide("combination photos", str(len(draw.combinations)), why, fallback=True))
-    partly = sum(not known.issuperset(photo.codes) for photo in draw.combinations)
+        decisions.append(decide("combination photos", str(combinations), why, fallback=True))
+    partly = len(draw.combinations.filter(foreign_pills(chosen) > 0))
     if partly:
-        why = f"of {len(draw.combinations)}: they hold pills of classes outside this run, which only the detector learns from"
+        why = f"of {combinations}: they hold pills of classes outside this run, which only the detector learns from"
         decisions.append(decide("combination photos with other pills", str(partly), why))
     return decisions

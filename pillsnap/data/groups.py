@@ -5,14 +5,17 @@
 # %% ../../nbs/data/04_groups.ipynb #039a7e29
 from __future__ import annotations
 
+import heapq
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from .draw import Photo, draw_key
+import polars as pl
+
+from .draw import draw_key
 from .records import DataError
 
 # %% auto #0
-__all__ = ['held_out_count', 'GroupSplit', 'split_groups', 'check_no_leak']
+__all__ = ['held_out_count', 'GroupSplit', 'split_groups', 'check_groups']
 
 # %% ../../nbs/data/04_groups.ipynb #85f37b2e
 def held_out_count(
@@ -30,17 +33,14 @@ class GroupSplit:
 
     def __init__(
         self,
-        photos: Iterable[Photo],  # photos of the training pool
+        photos: pl.DataFrame,     # photos of the training pool, as in PHOTO_SCHEMA
         classes: Iterable[str],   # class keys of the run; other pills on a combination do not count
         seed: int,                # seed of the run
     ) -> None:
         known = set(classes)
-        codes: dict[str, set[str]] = {}
-        combined: set[str] = set()
-        for photo in photos:
-            codes.setdefault(photo.group, set()).update(known.intersection(photo.codes))
-            if photo.kind == "combination":
-                combined.add(photo.group)
+        groups = photos.group_by("group").agg(pl.col("codes").explode().unique(), combined=(pl.col("kind") == "combination").any())
+        codes = {group: known.intersection(found) for group, found in groups.select("group", "codes").iter_rows()}
+        combined = set(groups.filter("combined")["group"])
         order = sorted(codes, key=lambda group: draw_key(seed, group))
         self.codes = {group: frozenset(codes[group]) for group in order}
         self.combined = [group for group in order if group in combined or len(codes[group]) > 1]
@@ -82,22 +82,26 @@ class GroupSplit:
         for group, split in self.split.items():
             if split == target:
                 missing -= self.codes[group]
-        waiting = [group for group in self.combined if self.codes[group] & missing]
-        while waiting:
-            best = max(waiting, key=lambda group: len(self.codes[group] & missing))
-            if self._hold_out(best, target):
-                missing -= self.codes[best]
-            waiting = [group for group in waiting if group != best and self.codes[group] & missing]
+        waiting = [(-len(self.codes[group] & missing), place) for place, group in enumerate(self.combined)]
+        heapq.heapify(waiting)
+        while waiting and missing:
+            claimed, place = heapq.heappop(waiting)
+            group = self.combined[place]
+            gain = len(self.codes[group] & missing)
+            if gain and gain < -claimed:
+                heapq.heappush(waiting, (-gain, place))
+            elif gain and self._hold_out(group, target):
+                missing -= self.codes[group]
         done = sum(self.split[group] == target for group in self.combined)
         self._take(self.combined, held_out_count(len(self.combined), share) - done, target)
 
 
 def split_groups(
-    photos: Iterable[Photo],   # photos of the training pool
-    classes: Iterable[str],    # class keys of the run
+    photos: pl.DataFrame,         # photos of the training pool, as in PHOTO_SCHEMA
+    classes: Iterable[str],       # class keys of the run
     shares: Mapping[str, float],  # share of the groups to hold out, by split: {"test": 0.15, "validation": 0.15}
-    seed: int,                 # seed of the run
-) -> dict[str, str]:           # split of every capture group
+    seed: int,                    # seed of the run
+) -> dict[str, str]:              # split of every capture group
     """Split by capture group: every class keeps a group in training, and has one in each other split where it has three or more."""
     dealt = GroupSplit(photos, classes, seed)
     for target, share in shares.items():
@@ -107,11 +111,12 @@ def split_groups(
     return dealt.split
 
 # %% ../../nbs/data/04_groups.ipynb #841133a9
-def check_no_leak(
-    splits: Iterable[tuple[str, str]],  # capture group and split of every photo
+def check_groups(
+    manifest: pl.DataFrame,  # group and split are read; photos that are left out do not count
 ) -> None:
-    """Raise `DataError` when a capture group is in two splits; photos that are left out do not count."""
-    seen: dict[str, str] = {}
-    for group, split in splits:
-        if split != "left_out" and seen.setdefault(group, split) != split:
-            raise DataError(f"The capture group {group} is in {seen[group]} and in {split}: near-duplicates of training photos would be measured. Split by whole groups.")
+    """Raise `DataError` when a capture group is in two splits."""
+    places = manifest.filter(pl.col("split") != "left_out").group_by("group").agg(pl.col("split").unique().sort())
+    torn = places.filter(pl.col("split").list.len() > 1).sort("group")
+    if len(torn):
+        examples = "; ".join(f"{group} is in {' and in '.join(splits)}" for group, splits in torn.head(3).iter_rows())
+        raise DataError(f"{len(torn)} capture groups are in two splits, so near-duplicates of training photos would be measured: the capture group {examples}. Split by whole groups.")

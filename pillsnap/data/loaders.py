@@ -5,35 +5,245 @@
 # %% ../../nbs/data/07_loaders.ipynb #8bbe158b
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 
+import cv2
 import numpy as np
 import polars as pl
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from ..config import Settings
-from .cache import Cut, Store, open_store
+from .budget import Budget
+from .cache import open_store, record_notes
+from .cuts import Cuts, Note, Store
 from .records import DataError
 from ..runlog import decide
-from ..runtime.boxes import Box
 from ..runtime.images import place_letterbox, to_letterbox
 
+logger = logging.getLogger("pillsnap")
+
 # %% auto #0
-__all__ = ['Samples', 'report_damaged', 'classifier_samples', 'detector_samples', 'Batches', 'Batch', 'make_loader', 'in_order']
+__all__ = ['logger', 'Samples', 'classifier_samples', 'detector_samples', 'Batches', 'in_order', 'Batch', 'make_loader',
+           'received', 'report_damaged']
 
 # %% ../../nbs/data/07_loaders.ipynb #a4d234e5
 @dataclass
 class Samples:
-    store: Store               # pixels by number
-    labels: torch.Tensor       # classifier: (samples,) int64 class index; detector: empty
-    boxes: list[torch.Tensor]  # detector: per photo (pills, 4) float32 x1 y1 x2 y2, letterboxed pixels; classifier: empty
-    usable: np.ndarray         # (usable,) numbers of the samples that have pixels
+    store: Store              # pixels by number
+    labels: torch.Tensor      # classifier: (samples,) int64 class index; detector: empty
+    boxes: torch.Tensor       # detector: (pills, 4) float32 x1 y1 x2 y2, letterboxed pixels, photo by photo; classifier: empty
+    first_box: torch.Tensor   # (samples + 1,) int64 where the boxes of each photo begin and end; all 0 for the classifier
+    damaged: dict[int, str] = field(default_factory=dict)  # number of a sample met that has no pixels -> reason
+    notes: set[Note] = field(default_factory=set)          # fallbacks recorded so far
 
     def __len__(self) -> int:
-        return len(self.usable)
+        return len(self.store)
+
+    def boxes_of(self, number: int) -> torch.Tensor:  # (pills, 4)
+        """Boxes of one photo."""
+        return self.boxes[self.first_box[number]:self.first_box[number + 1]]
+
+
+def classifier_samples(
+    manifest: pl.DataFrame,       # rows of one split
+    settings: Settings,           # data, model and paths are read
+    budget: Budget | None = None  # what the caches of this run may take, less by this call
+) -> Samples:                     # one sample per pill that has a class
+    """Crops of all pills with a class."""
+    rows = manifest.filter(pl.col("class_index") >= 0)
+    cuts = Cuts(rows["image"], rows.select("x1", "y1", "x2", "y2").cast(pl.Float64).to_numpy())
+    store = _open(cuts, settings.model.classifier.image_size, settings, budget)
+    labels = torch.from_numpy(rows["class_index"].cast(pl.Int64).to_numpy().copy())
+    return Samples(store, labels, torch.zeros(0, 4), torch.zeros(len(rows) + 1, dtype=torch.int64))
+
+
+def detector_samples(
+    manifest: pl.DataFrame,       # rows of one split
+    settings: Settings,           # data, model and paths are read
+    budget: Budget | None = None  # what the caches of this run may take, less by this call
+) -> Samples:                     # one sample per photo
+    """Letterboxed photos with all their boxes."""
+    size = settings.model.detector.image_size
+    photos = manifest.group_by("image", "width", "height", maintain_order=True).agg(pl.concat_list("x1", "y1", "x2", "y2").alias("boxes"))
+    store = _open(Cuts(photos["image"]), size, settings, budget)
+    first_box = np.append(0, np.cumsum(photos["boxes"].list.len().to_numpy().astype(np.int64)))
+    boxes = photos["boxes"].explode().explode().cast(pl.Float32).to_numpy().reshape(-1, 4).copy()
+    sizes = photos.select("width", "height").to_numpy().repeat(np.diff(first_box), axis=0)
+    for width, height in np.unique(sizes, axis=0).tolist():
+        chosen = (sizes == (width, height)).all(axis=1)
+        boxes[chosen] = to_letterbox(boxes[chosen], place_letterbox(width, height, size))
+    return Samples(store, torch.zeros(0, dtype=torch.int64), torch.from_numpy(boxes), torch.from_numpy(first_box))
+
+
+def _open(cuts: Cuts, size: int, settings: Settings, budget: Budget | None) -> Store:
+    return open_store(cuts, size, settings.data.margin, settings.data.max_pixels, settings.data.cache, settings.paths.cache_root, budget)
+
+# %% ../../nbs/data/07_loaders.ipynb #f2997081
+class Batches(Sampler):
+    """Step and numbers of its samples, from `start` up to `steps`."""
+
+    def __init__(
+        self,
+        samples: int,     # samples to draw from
+        batch_size: int,  # samples per step
+        steps: int,       # step after the last one
+        seed: int,        # the order depends on it
+        start: int = 0    # first step
+    ):
+        self.samples, self.batch_size, self.steps, self.seed, self.start = samples, batch_size, steps, seed, start
+        self.per_epoch = max(1, samples // batch_size)
+
+    def __len__(self) -> int:
+        return self.steps - self.start
+
+    def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
+        order, epoch_of_order = None, -1
+        for step in range(self.start, self.steps):
+            epoch, place = divmod(step, self.per_epoch)
+            if epoch != epoch_of_order:
+                order, epoch_of_order = np.random.default_rng((self.seed, epoch)).permutation(self.samples), epoch
+            yield step, order[place * self.batch_size:(place + 1) * self.batch_size]
+
+
+def in_order(
+    samples: Samples,  # what to go through
+    batch_size: int    # samples per batch, the last one may be smaller
+) -> list[tuple[int, np.ndarray]]:  # step and numbers of its samples
+    """Every sample once, in order."""
+    return [(step, np.arange(start, min(start + batch_size, len(samples)))) for step, start in enumerate(range(0, len(samples), batch_size))]
+
+# %% ../../nbs/data/07_loaders.ipynb #20e6a8be
+@dataclass
+class Batch:
+    images: torch.Tensor       # uint8 (n, 3, size, size)
+    labels: torch.Tensor       # classifier: (n,) int64; detector: empty
+    pills: torch.Tensor        # detector: (pills of all photos, 4) float32 x1 y1 x2 y2, letterboxed pixels
+    counts: torch.Tensor       # (n,) int64 how many of the pills are on each photo
+    numbers: torch.Tensor      # (n,) int64 which samples these are
+    damaged: dict[int, str]    # samples that gave no pixels, with the reason
+    notes: list[Note]          # fallbacks of the process that read the batch
+
+    @property
+    def boxes(self) -> list[torch.Tensor]:
+        """Boxes of each photo, (pills, 4)."""
+        return list(torch.split(self.pills, self.counts.tolist()))
+
+    def pin_memory(self) -> Batch:
+        """Called by the loader's pinning thread."""
+        return Batch(**{**self.__dict__, "images": self.images.pin_memory(), "labels": self.labels.pin_memory()})
+
+    def __getstate__(self) -> dict:
+        """The pictures stay in shared memory; what is small goes through the pipe, which is faster than a file for each."""
+        return {**self.__dict__, **{name: getattr(self, name).numpy() for name in ("labels", "pills", "counts", "numbers")}}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update({name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in state.items()})
+
+
+def _room(pictures: int, size: int) -> torch.Tensor:  # (pictures, size, size, 3) uint8
+    shape = (pictures, size, size, 3)
+    if get_worker_info() is None:
+        return torch.from_numpy(np.empty(shape, np.uint8))
+    shared = torch.empty(0, dtype=torch.uint8).untyped_storage()._new_shared(int(np.prod(shape)))  # as torch's own collate does: no copy on the way out
+    return torch.empty(0, dtype=torch.uint8).set_(shared).view(shape)
+
+# %% ../../nbs/data/07_loaders.ipynb #4affa915
+class _Pictures(Dataset):
+    """Answers a step with its batch."""
+
+    def __init__(self, samples: Samples, seed: int | None):
+        self.samples, self.seed = samples, seed  # seed None: leave damaged samples out
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, wanted: tuple[int, np.ndarray]) -> Batch:
+        step, numbers = wanted[0], np.array(wanted[1], np.int64)
+        store = self.samples.store
+        images = _room(len(numbers), store.size)
+        good = store.read(numbers, images.numpy())
+        damaged = {number: store.damaged[number] for number in numbers[~good].tolist()}
+        if not good.all():
+            if self.seed is not None:
+                damaged |= self._replace(step, numbers, images.numpy(), good)
+            numbers, images = numbers[good], images[torch.from_numpy(good)]
+        return self._batch(images, torch.from_numpy(numbers), damaged)
+
+    def _replace(self, step: int, numbers: np.ndarray, images: np.ndarray, good: np.ndarray) -> dict[int, str]:
+        store, damaged = self.samples.store, {}
+        draw = np.random.default_rng((self.seed, step, 1))
+        for place in np.flatnonzero(~good).tolist():
+            for number in draw.integers(len(store), size=100).tolist():
+                if store.read([number], images[place:place + 1])[0]:
+                    numbers[place], good[place] = number, True
+                    break
+                damaged[number] = store.damaged[number]
+            else:
+                good[:] = False  # hopeless: `received` says so
+                return damaged
+        return damaged
+
+    def _batch(self, images: torch.Tensor, numbers: torch.Tensor, damaged: dict[int, str]) -> Batch:
+        samples = self.samples
+        labels = samples.labels[numbers] if len(samples.labels) else samples.labels
+        boxes = [samples.boxes_of(number) for number in numbers.tolist()] if len(samples.boxes) else []
+        pills = torch.cat(boxes) if boxes else samples.boxes[:0]
+        counts = samples.first_box[numbers + 1] - samples.first_box[numbers]
+        return Batch(images.permute(0, 3, 1, 2), labels, pills, counts, numbers, damaged, samples.store.take_notes())
+
+
+def _start_worker(worker: int) -> None:
+    cv2.setNumThreads(0)  # one process, one core; a 1 here would wait for threads that the fork has not taken along
+
+
+def make_loader(
+    samples: Samples,          # what to draw from
+    batches: Batches | list[tuple[int, np.ndarray]],  # step and numbers; from `in_order`: damaged samples are left out
+    settings: Settings,        # dataloader is read
+    cuda: bool = False,        # batches go to a GPU
+    workers: int | None = None # decoding processes; None: dataloader.num_workers, which must be a number then
+) -> DataLoader:               # gives `Batch`
+    """The loader for training (endless order) or evaluation (`in_order`)."""
+    workers = settings.dataloader.num_workers if workers is None else workers
+    if workers == "auto":
+        raise DataError("dataloader.num_workers is auto, which is settled when training starts: give a number here.")
+    return DataLoader(
+        _Pictures(samples, batches.seed if isinstance(batches, Batches) else None), sampler=batches, batch_size=None, collate_fn=_as_it_is, num_workers=workers,
+        prefetch_factor=settings.dataloader.prefetch_factor if workers else None, worker_init_fn=_start_worker,
+        persistent_workers=workers > 0, pin_memory=settings.dataloader.pin_memory and cuda)
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
+
+# %% ../../nbs/data/07_loaders.ipynb #864b4082
+_MOST_LOGGED = 20  # damaged photos named in the log; all of them are counted
+
+
+def received(
+    loader: DataLoader,  # from `make_loader`
+    samples: Samples     # as given to `make_loader`: its damaged samples are counted
+) -> Iterator[Batch]:    # with at least one picture each
+    """Pass on the batches and record what they report; raises `DataError` where no photo can be decoded."""
+    training, any_picture = isinstance(loader.sampler, Batches), False
+    for batch in loader:
+        for number, reason in batch.damaged.items():
+            if number not in samples.damaged:
+                samples.damaged[number] = reason
+                if len(samples.damaged) <= _MOST_LOGGED:
+                    logger.warning("skipped a damaged photo: %s", reason)
+        record_notes(note for note in batch.notes if note not in samples.notes)
+        samples.notes.update(batch.notes)
+        if len(batch.images):
+            any_picture = True
+            yield batch
+        elif training:
+            raise DataError(f"Hardly any photo can be decoded, 100 drawn in a row are damaged, for example: {next(iter(samples.damaged.values()))}")
+    if not any_picture and not training:
+        raise DataError(f"None of the {len(samples)} photos to evaluate can be decoded, for example: {next(iter(samples.damaged.values()), 'there is none')}")
 
 
 def report_damaged(
@@ -41,126 +251,5 @@ def report_damaged(
     what: str          # name in the log, for example classifier
 ) -> None:
     """One decision that counts the damaged photos, if there are any."""
-    damaged = samples.store.damaged
-    if damaged:
-        decide(f"{what} data", f"{len(damaged)} of {len(samples.store)} left out", f"damaged, for example: {next(iter(damaged.values()))}", fallback=True)
-
-
-def classifier_samples(
-    manifest: pl.DataFrame,  # rows of one split
-    settings: Settings       # data, model and paths are read
-) -> Samples:                # one sample per pill that has a class
-    """Crops of all pills with a class."""
-    rows = manifest.filter(pl.col("class_index") >= 0)
-    cuts = [Cut(image, Box(*box)) for image, *box in rows.select("image", "x1", "y1", "x2", "y2").iter_rows()]
-    store = _open(cuts, settings.model.classifier.image_size, settings)
-    samples = Samples(store, torch.tensor(rows["class_index"].to_numpy().astype(np.int64)), [], store.usable())
-    report_damaged(samples, "classifier")
-    return samples
-
-
-def detector_samples(
-    manifest: pl.DataFrame,  # rows of one split
-    settings: Settings       # data, model and paths are read
-) -> Samples:                # one sample per photo
-    """Letterboxed photos with all their boxes."""
-    size = settings.model.detector.image_size
-    photos = manifest.group_by("image", "width", "height", maintain_order=True).agg(pl.concat_list("x1", "y1", "x2", "y2").alias("boxes"))
-    store = _open([Cut(image) for image in photos["image"]], size, settings)
-    boxes = []
-    for width, height, rows in photos.select("width", "height", "boxes").iter_rows():
-        boxes.append(torch.from_numpy(to_letterbox(np.array(rows, np.float32), place_letterbox(width, height, size)).astype(np.float32)))
-    samples = Samples(store, torch.zeros(0, dtype=torch.int64), boxes, store.usable())
-    report_damaged(samples, "detector")
-    return samples
-
-
-def _open(cuts: list[Cut], size: int, settings: Settings) -> Store:
-    folder = settings.paths.cache_root if settings.data.cache == "hotset" else None
-    return open_store(cuts, size, settings.data.margin, settings.data.max_pixels, folder)
-
-# %% ../../nbs/data/07_loaders.ipynb #9cd4684d
-class Batches(Sampler):
-    """Numbers of the samples of each step, from `start` up to `steps`."""
-
-    def __init__(
-        self,
-        usable: np.ndarray,  # numbers to draw from
-        batch_size: int,     # samples per step
-        steps: int,          # step after the last one
-        seed: int,           # the order depends on it
-        start: int = 0       # first step
-    ):
-        self.usable, self.batch_size, self.steps, self.seed, self.start = usable, batch_size, steps, seed, start
-        self.per_epoch = max(1, len(usable) // batch_size)
-
-    def __len__(self) -> int:
-        return self.steps - self.start
-
-    def __iter__(self) -> Iterator[list[int]]:
-        order, epoch_of_order = None, -1
-        for step in range(self.start, self.steps):
-            epoch, place = divmod(step, self.per_epoch)
-            if epoch != epoch_of_order:
-                order, epoch_of_order = np.random.default_rng((self.seed, epoch)).permutation(self.usable), epoch
-            yield order[place * self.batch_size:(place + 1) * self.batch_size].tolist()
-
-# %% ../../nbs/data/07_loaders.ipynb #20e6a8be
-class _Pictures(Dataset):
-    def __init__(self, samples: Samples):
-        self.samples = samples
-
-    def __len__(self) -> int:
-        return len(self.samples.store)
-
-    def __getitem__(self, number: int) -> tuple[int, np.ndarray | None, str]:
-        pixels = self.samples.store[number]
-        return number, pixels, self.samples.store.damaged.get(number, "")
-
-
-@dataclass
-class Batch:
-    images: torch.Tensor       # uint8 (n, 3, size, size)
-    labels: torch.Tensor       # classifier: (n,) int64
-    boxes: list[torch.Tensor]  # detector: n times (pills, 4) float32 x1 y1 x2 y2, letterboxed pixels
-    damaged: dict[int, str]    # samples that gave no pixels, with the reason
-
-    def pin_memory(self) -> Batch:
-        """Called by the loader's pinning thread."""
-        return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.boxes, self.damaged)
-
-
-class _Collate:
-    def __init__(self, samples: Samples):
-        self.labels, self.boxes = samples.labels, samples.boxes
-
-    def __call__(self, items: list[tuple[int, np.ndarray | None, str]]) -> Batch:
-        damaged = {number: reason for number, pixels, reason in items if pixels is None}
-        numbers = [number for number, pixels, _ in items if pixels is not None]
-        if not numbers:
-            raise DataError("No photo of a whole batch can be decoded: check data_root, the run log names the files.")
-        images = torch.from_numpy(np.stack([pixels for _, pixels, _ in items if pixels is not None])).permute(0, 3, 1, 2)
-        labels = self.labels[numbers] if len(self.labels) else self.labels
-        return Batch(images, labels, [self.boxes[number] for number in numbers] if self.boxes else [], damaged)
-
-# %% ../../nbs/data/07_loaders.ipynb #4affa915
-def make_loader(
-    samples: Samples,     # what to draw from
-    batches: Sampler | list[list[int]],  # numbers per step
-    settings: Settings,   # dataloader is read
-    cuda: bool = False    # batches go to a GPU
-) -> DataLoader:          # gives `Batch`
-    """The loader for training (endless order) or evaluation (`in_order`)."""
-    workers = settings.dataloader.num_workers
-    return DataLoader(
-        _Pictures(samples), batch_sampler=batches, collate_fn=_Collate(samples), num_workers=workers,
-        prefetch_factor=settings.dataloader.prefetch_factor if workers else None,
-        persistent_workers=workers > 0, pin_memory=settings.dataloader.pin_memory and cuda)
-
-
-def in_order(
-    samples: Samples,  # what to go through
-    batch_size: int    # samples per batch, the last one may be smaller
-) -> list[list[int]]:  # numbers per batch
-    """Every usable sample once, in order."""
-    return [samples.usable[start:start + batch_size].tolist() for start in range(0, len(samples.usable), batch_size)]
+    if samples.damaged:
+        decide(f"{what} data", f"{len(samples.damaged)} of {len(samples)} left out", f"damaged, for example: {next(iter(samples.damaged.values()))}", fallback=True)

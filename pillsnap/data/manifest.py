@@ -6,118 +6,57 @@
 from __future__ import annotations
 
 import json
-import os
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
-from .aihub import looks_like_aihub, read_aihub
+from .class_map import make_class_map, read_class_map
 from .draw import photos_of
-from .groups import check_no_leak
-from .pools import Pools, choose_run_classes, divide_pools, draw_run, leave_out_untrained, split_run
-from .records import DataError, PillRecord, ScanResult, records_table
-from .yolo import looks_like_yolo, read_yolo
+from .groups import check_groups
+from .pools import Pools, choose_run_classes, codes_of, divide_pools, draw_run, leave_out_untrained, say_untested, shares_of, split_run
+from .readers import check_root
+from .records import DataError
+from .scan import ScanReport, scan
+from .twins import check_no_leak, describe, find_twins, fingerprinted, to_leave_out
 from ..files import replacing, write_json
 from ..runlog import Decision, decide
-from ..runtime.classes import ClassMap, Drug
+from ..runtime.classes import ClassMap
 from ..schema import Settings
 
 # %% auto #0
-__all__ = ['SPLITS', 'check_root', 'choose_format', 'read_dataset', 'make_class_map', 'Dataset', 'make_manifest', 'make_report',
-           'prepare_data', 'save_dataset', 'load_dataset']
+__all__ = ['SPLITS', 'scan_folder', 'read_dataset', 'Dataset', 'make_manifest', 'make_report', 'leave_out_twins', 'take_photos',
+           'photos_of_run', 'prepare_data', 'save_dataset', 'load_dataset']
 
 # %% ../../nbs/data/04_manifest.ipynb #8fb8bd1e
-_READERS: dict[str, tuple[Callable[[Path], bool], Callable[[Path], ScanResult]]] = {
-    "yolo": (looks_like_yolo, read_yolo),
-    "aihub": (looks_like_aihub, read_aihub),
-}
-
-
-def check_root(
-    root: Path | str,  # folder of a dataset
-) -> Path:             # the same, absolute
-    """A folder with something in it; raises `DataError` otherwise."""
-    folder = Path(os.path.abspath(root))
-    if not folder.exists():
-        raise DataError(f"There is no folder {folder}: set paths.data_root to the unpacked dataset, or to null for the embedded sample.")
-    if not folder.is_dir():
-        raise DataError(f"{folder} is a file: paths.data_root must be the folder of the unpacked dataset.")
-    if next(folder.iterdir(), None) is None:
-        raise DataError(f"The folder {folder} is empty: unpack the dataset there, or set paths.data_root to where it is.")
-    return folder
-
-
-def choose_format(
-    wanted: str,  # "auto", "aihub" or "yolo"
-    root: Path,   # folder of a dataset
-) -> str:         # "aihub" or "yolo"
-    """The layout to read; raises `DataError` where the folder looks like none."""
-    if wanted != "auto":
-        return wanted
-    for name, (looks_like, _) in _READERS.items():
-        if looks_like(root):
-            return name
-    packed = next((f" It holds packed archives such as {path.name}: unpack them first." for path in sorted(root.glob("*.zip")) + sorted(root.glob("*/*.zip"))), "")
-    raise DataError(
-        f"{root} looks like no known dataset: there is no data.yaml (YOLO), no train or val folder with images and labels in it, "
-        f"and no train_images beside train_annotations (AI Hub).{packed} Set paths.data_root to the folder above these."
-    )
-
-
 def _counted(counts: dict[str, int]) -> str:
     """Counts by reason for a sentence."""
     return ", ".join(f"{reason} {count}" for reason, count in sorted(counts.items())) or "none"
 
 
+def scan_folder(
+    settings: Settings,  # paths.cache_root
+    root: Path,          # folder of the dataset, absolute
+) -> Path:               # where its scan and what is known of its photos are kept
+    """The place of a dataset's scan in the cache."""
+    return settings.paths.cache_root / "scans" / blake2b(str(root).encode(), digest_size=8).hexdigest()
+
+
 def read_dataset(
-    wanted: str,  # "auto", "aihub" or "yolo"
-    root: Path,   # folder of a dataset
-) -> tuple[str, ScanResult]:  # the layout and what was found
-    """Read a dataset folder; raises `DataError` where nothing can be used."""
-    layout = choose_format(wanted, root)
-    scan = _READERS[layout][1](root)
-    if not scan.records:
+    settings: Settings,  # data.format and paths.cache_root
+    root: Path,          # folder of a dataset, absolute
+) -> tuple[ScanReport, pl.LazyFrame]:  # what was found, and one row per pill as in RECORD_SCHEMA
+    """Scan a dataset folder; raises `DataError` where nothing can be used."""
+    found = scan(root, scan_folder(settings, root) / "manifest.parquet", settings.data.format)
+    if not found.pills:
         raise DataError(
-            f"No photo below {root} can be used: {scan.files_found} files found as {layout}; "
-            f"in quarantine: {_counted(scan.quarantined_by_reason())}; skipped: {_counted(scan.skipped)}. Check that photos and labels are both unpacked."
+            f"No photo below {root} can be used: {found.files['found']} files found as {found.layout}; "
+            f"in quarantine: {_counted(found.quarantined)}; skipped: {_counted(found.skipped)}. Check that photos and labels are both there."
         )
-    return layout, scan
-
-# %% ../../nbs/data/04_manifest.ipynb #8903473f
-_ATTRIBUTES = ("shape", "colors", "print_front", "print_back", "company")
-
-
-def _most_common(values: Iterable[Any], otherwise: Any) -> Any:
-    """The most frequent non-empty value; of equally frequent ones the first in order."""
-    counts = Counter(value for value in values if value)
-    return min(counts, key=lambda value: (-counts[value], value)) if counts else otherwise
-
-
-def make_class_map(
-    records: Iterable[PillRecord],  # of any class
-    codes: Iterable[str],           # class keys of the run
-) -> ClassMap:                      # sorted by code
-    """The drugs of a run with what their labels say; raises `DataError` for fewer than two."""
-    by_code: dict[str, list[PillRecord]] = {code: [] for code in codes}
-    for record in records:
-        if record.code in by_code:
-            by_code[record.code].append(record)
-    drugs = []
-    for code, own in by_code.items():
-        facts = {key: _most_common((getattr(record, key) for record in own), "") for key in _ATTRIBUTES}
-        name = _most_common((record.name for record in own), code)
-        edi_codes = _most_common((record.edi_codes for record in own), ())
-        drugs.append(Drug(code, name, edi_codes, {key: value for key, value in facts.items() if value}))
-    if len(drugs) < 2:
-        raise DataError(
-            f"Only {len(drugs)} class is left to train on ({', '.join(by_code) or 'none'}), and a classifier needs two: "
-            "lower data.min_class_images, raise data.classes or data.images, or add photos of more drugs."
-        )
-    return ClassMap(drugs)
+    return found, pl.scan_parquet(found.manifest)
 
 # %% ../../nbs/data/04_manifest.ipynb #26acb65d
 @dataclass(frozen=True)
@@ -131,20 +70,15 @@ class Dataset:
 
 
 def make_manifest(
-    records: Iterable[PillRecord],  # of the whole dataset
-    splits: dict[str, str],         # split by path of the photo; photos without split are not taken
-    class_map: ClassMap,            # drugs of the run
-) -> pl.DataFrame:                  # one row per pill, sorted by image and box
-    """The table of a run; raises `DataError` when a capture group is in two splits."""
-    table = records_table([record for record in records if record.image in splits])
-    numbers = {code: index for index, code in enumerate(class_map.codes)}
-    table = table.with_columns(
-        split=pl.col("image").replace_strict(splits, return_dtype=pl.String),
-        class_index=pl.col("code").replace_strict(numbers, default=-1, return_dtype=pl.Int32),
-    )
-    table = table.with_columns(class_index=pl.when(pl.col("split") == "left_out").then(pl.lit(-1, pl.Int32)).otherwise("class_index"))
-    check_no_leak(table.select("group", "split").unique().sort("group", "split").rows())
-    return table
+    records: pl.LazyFrame,    # of the whole dataset, as in RECORD_SCHEMA
+    photos: pl.DataFrame,     # photos of the run: image, split, content_hash and perceptual_hash
+    numbers: dict[str, int],  # class number by code; pills of other drugs get -1
+) -> pl.DataFrame:            # one row per pill, sorted by image and box
+    """The table of a run."""
+    own = photos.lazy().select("image", "split", "content_hash", "perceptual_hash")
+    table = records.drop("content_hash").join(own, on="image").collect(engine="streaming").sort("image", "code", "x1", "y1", "x2", "y2")
+    number = pl.col("code").replace_strict(numbers, default=-1, return_dtype=pl.Int32)
+    return table.with_columns(class_index=pl.when(pl.col("split") == "left_out").then(pl.lit(-1, pl.Int32)).otherwise(number))
 
 # %% ../../nbs/data/04_manifest.ipynb #a4c24919
 SPLITS = ("train", "validation", "test", "unseen", "left_out")
@@ -152,34 +86,35 @@ SPLITS = ("train", "validation", "test", "unseen", "left_out")
 
 def _by_split(table: pl.DataFrame) -> dict[str, int]:
     """Rows by split, all splits named."""
-    counts = Counter(table["split"].to_list())
-    return {name: counts[name] for name in SPLITS}
+    counts = dict(table["split"].value_counts().rows())
+    return {name: counts.get(name, 0) for name in SPLITS}
+
+
+def _examples(quarantine: str) -> dict[str, list[str]]:
+    """The first entries in quarantine of each reason."""
+    rows = pl.scan_parquet(quarantine).group_by("reason").agg(pl.format("{}: {}", "image", "detail").sort().head(5)).sort("reason").collect()
+    return dict(rows.rows())
 
 
 def make_report(
-    scan: ScanResult,         # what was found
+    found: ScanReport,        # what the scan found
     manifest: pl.DataFrame,   # table of the run
     class_map: ClassMap,      # drugs of the run
     pools: Pools,             # what was left out, and the decisions
 ) -> dict[str, Any]:          # plain values
     """Counts of files, photos, pills and classes; raises `DataError` when they do not add up."""
-    found = scan.summary()
     photos = manifest.unique("image", maintain_order=True)
-    examples: dict[str, list[str]] = {}
-    for entry in scan.quarantined:
-        listed = examples.setdefault(entry.reason.value, [])
-        if len(listed) < 5:
-            listed.append(f"{entry.image}: {entry.detail}")
+    left_out = pools.photos.filter(pl.col("left_out") != "").group_by("left_out").len().sort("left_out")
     report = {
-        **found,
-        "photos_by_split": {**_by_split(photos), "not_drawn": found["photos"] - len(photos)},
-        "pills_by_split": {**_by_split(manifest), "not_drawn": found["pills"] - len(manifest)},
+        "files": found.files, "photos": found.photos, "pills": found.pills, "quarantined": found.quarantined, "skipped": found.skipped,
+        "photos_by_split": {**_by_split(photos), "not_drawn": found.photos - len(photos)},
+        "pills_by_split": {**_by_split(manifest), "not_drawn": found.pills - len(manifest)},
         "photos_by_kind": {kind: _by_split(photos.filter(pl.col("photo_kind") == kind)) for kind in ("single", "combination")},
-        "left_out": dict(sorted(Counter(pools.left_out.values()).items())),
+        "left_out": dict(left_out.rows()),
         "classes": len(class_map),
-        "classes_in_data": found["classes"],
+        "classes_in_data": found.classes,
         "class_map_hash": class_map.hash,
-        "quarantined_examples": dict(sorted(examples.items())),
+        "quarantined_examples": _examples(found.quarantine),
         "shortfalls": [f"{decision.what}: {decision.choice} ({decision.reason})" for decision in pools.decisions if decision.fallback],
     }
     if sum(report["left_out"].values()) != report["photos_by_split"]["left_out"] or min(report["photos_by_split"].values()) < 0:
@@ -187,27 +122,71 @@ def make_report(
     return report
 
 # %% ../../nbs/data/04_manifest.ipynb #fa951d4f
+def leave_out_twins(
+    taken: pl.DataFrame,  # photos of the run as in Pools, with split and their hashes
+    pools: Pools,         # where they are left out
+    root: Path,           # folder of the dataset
+) -> pl.DataFrame:        # the photos that stay
+    """Leave held-out photos out that are in an earlier split too, as a copy or almost."""
+    twins = find_twins(taken)
+    dropped = taken.filter(pl.col("image").is_in(to_leave_out(twins)))
+    if len(dropped):
+        why = f"they are in an earlier split too, where they could be learned by heart: {describe(twins, f'{root}/')}"
+        pools.leave_out(dropped, "twin_in_earlier_split", "held-out photos with a twin", why)
+    return taken.join(dropped, on="image", how="anti")
+
+
+def take_photos(
+    pools: Pools,         # photos by what they may be used for
+    settings: Settings,   # data.* and seed
+    root: Path,           # folder of the dataset
+    known: Iterable[str], # classes of an earlier class map
+) -> tuple[pl.DataFrame, set[str]]:  # drawn photos as in Pools, with split and hashes; class keys with training photos
+    """Choose, draw, split, and compare the splits."""
+    chosen = choose_run_classes(pools, settings, set(known))
+    draws = draw_run(pools, chosen, settings)
+    taken = split_run(draws, chosen, settings, pools.decisions)
+    taken, decisions = fingerprinted(taken, settings.data.twin_check, scan_folder(settings, root) / "fingerprints.parquet", settings.data.max_pixels)
+    pools.decisions += decisions
+    staying = taken if settings.data.twin_check == "off" else leave_out_twins(taken, pools, root)
+    pools.decisions += say_untested(staying, chosen, shares_of(draws, settings))
+    trained = codes_of(staying.filter(pl.col("split") == "train"))
+    leave_out_untrained(pools, staying.filter(pl.col("part").is_in(["validation", "test"])), trained)
+    return taken, trained.intersection(chosen)
+
+
+def photos_of_run(
+    taken: pl.DataFrame,  # drawn photos with split and hashes
+    pools: Pools,         # photos that were left out
+) -> pl.DataFrame:        # image, split, content_hash and perceptual_hash
+    """Drawn photos and those that are left out for a reason."""
+    kept = taken.select("image", "split", "content_hash", "perceptual_hash")
+    left = pools.photos.filter(pl.col("left_out") != "").select("image", scanned="content_hash")
+    left = left.join(kept.drop("split"), on="image", how="left").with_columns(split=pl.lit("left_out"), content_hash=pl.coalesce("content_hash", "scanned"))
+    return pl.concat([kept.join(left, on="image", how="anti"), left.select(kept.columns)])
+
+
 def prepare_data(
-    settings: Settings,  # data.* and seed
+    settings: Settings,  # data.*, paths.cache_root and seed
     root: Path | str,    # folder of the dataset
 ) -> Dataset:            # table, class map, report and decisions
     """Read, draw and split a dataset; raises `DataError` for a folder that cannot be used."""
     folder = check_root(root)
-    layout, scan = read_dataset(settings.data.format, folder)
-    photos = photos_of(scan.records, str(folder))
-    pools = divide_pools(photos, layout)
-    pools.decisions = [decide("dataset folder", layout, note, fallback=True) for note in scan.notes] + pools.decisions
-    if not pools.train:
-        raise DataError(f"{folder} has no training photo that can be used, only held-out ones: unpack the training part too.")
-    chosen = choose_run_classes(pools, settings)
-    draws = draw_run(pools, chosen, settings)
-    split = split_run(draws, chosen, settings, pools.decisions)
-    trained = {code for photo in draws["train"].photos if split[photo.key] == "train" for code in photo.codes}
-    leave_out_untrained(pools, [photo for name, draw in draws.items() if name in ("validation", "test") for photo in draw.photos], trained)
-    class_map = make_class_map(scan.records, sorted(trained.intersection(chosen)))
-    split.update(dict.fromkeys(pools.left_out, "left_out"))
-    manifest = make_manifest(scan.records, {photo.image: split[photo.key] for photo in photos if photo.key in split}, class_map)
-    report = {"root": str(folder), "format": layout, "stage": settings.stage, "seed": settings.seed, **make_report(scan, manifest, class_map, pools)}
+    earlier = read_class_map(settings.data.class_map)
+    found, records = read_dataset(settings, folder)
+    pools = divide_pools(photos_of(records, str(folder)), found.layout)
+    pools.decisions = [decide("dataset folder", found.layout, note, fallback=True) for note in found.notes] + pools.decisions
+    if not len(pools.part("train")):
+        raise DataError(f"{folder} has no training photo that can be used, only held-out ones: add the training part too.")
+    taken, trained = take_photos(pools, settings, folder, earlier.codes if earlier else ())
+    class_map, decisions = make_class_map(records, trained, earlier)
+    pools.decisions += decisions
+    manifest = make_manifest(records, photos_of_run(taken, pools), {code: class_map.index_of(code) for code in trained})
+    if settings.data.twin_check == "off":
+        check_groups(manifest)
+    else:
+        check_no_leak(manifest)
+    report = {"root": str(folder), "format": found.layout, "stage": settings.stage, "seed": settings.seed, **make_report(found, manifest, class_map, pools)}
     return Dataset(manifest, class_map, report, pools.decisions)
 
 # %% ../../nbs/data/04_manifest.ipynb #f3405083

@@ -5,97 +5,123 @@
 # %% ../../nbs/data/04_pools.ipynb #f0f12495
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from .draw import Draw, Photo, choose_classes, draw_key, draw_photos, say_shortfall
+import polars as pl
+
+from .draw import Draw, choose_classes, draw_key, draw_photos, in_codes, say_shortfall
 from .groups import split_groups
 from ..runlog import Decision, decide
 from ..schema import Settings
 
 # %% auto #0
-__all__ = ['Pools', 'divide_pools', 'choose_run_classes', 'leave_out_untrained', 'share_places', 'draw_run', 'split_run']
+__all__ = ['PARTS', 'Pools', 'single_of', 'divide_pools', 'codes_of', 'choose_run_classes', 'leave_out_untrained', 'share_places',
+           'draw_run', 'split_run', 'shares_of', 'say_untested']
 
 # %% ../../nbs/data/04_pools.ipynb #d422c0aa
-_HELD = {"aihub": {"val": "unseen"}, "yolo": {"val": "validation", "test": "test"}}
+PARTS = ("train", "validation", "test", "unseen")  # each may hold no near-duplicate of an earlier one
+_HELD = {"val": "validation", "test": "test"}
+_HELD_BY_LAYOUT = {"aihub": {"val": "unseen"}}
 
 
 @dataclass
 class Pools:
     """Photos of a dataset by what they may be used for."""
 
-    train: list[Photo] = field(default_factory=list)
-    held: dict[str, list[Photo]] = field(default_factory=dict)  # kept apart by the dataset: "unseen", or "validation" and "test"
-    left_out: dict[str, str] = field(default_factory=dict)      # reason by key of the photo
+    photos: pl.DataFrame                                    # as in PHOTO_SCHEMA, with `part` (one of PARTS) and `left_out` (a reason, or "")
     decisions: list[Decision] = field(default_factory=list)
+
+    def part(
+        self,
+        *names: str,   # of PARTS
+    ) -> pl.DataFrame: # their photos, without those that are left out
+        """The photos that are left of some parts."""
+        return self.photos.filter(pl.col("part").is_in(names), pl.col("left_out") == "")
+
+    def names(self) -> list[str]:
+        """Parts that have photos, in the order of PARTS."""
+        found = set(self.photos.filter(pl.col("left_out") == "")["part"].unique())
+        return [name for name in PARTS if name in found]
 
     def leave_out(
         self,
-        photos: Iterable[Photo],  # photos of `train` or `held`
-        reason: str,              # short code for the report
-        what: str,                # subject of the decision
-        why: str,                 # sentence
+        photos: pl.DataFrame,  # with the column `photo`
+        reason: str,           # short code for the report
+        what: str,             # subject of the decision
+        why: str,              # sentence
     ) -> None:
         """Set photos aside and say so; nothing is said where there are none."""
-        keys = {photo.key for photo in photos}
-        if not keys:
+        if not len(photos):
             return
-        self.left_out.update(dict.fromkeys(keys, reason))
-        self.train = [photo for photo in self.train if photo.key not in keys]
-        self.held = {name: [photo for photo in held if photo.key not in keys] for name, held in self.held.items()}
-        self.decisions.append(decide(what, f"{len(keys)} left out", why, fallback=True))
+        chosen = pl.col("photo").is_in(photos["photo"].implode())
+        self.photos = self.photos.with_columns(left_out=pl.when(chosen).then(pl.lit(reason)).otherwise("left_out"))
+        self.decisions.append(decide(what, f"{photos['photo'].n_unique()} left out", why, fallback=True))
+
+
+def _first_code() -> pl.Expr:
+    """The drug of a photo of one pill."""
+    return pl.col("codes").list.first()
+
+
+def single_of(
+    codes: Iterable[str],  # class keys
+) -> pl.Expr:              # Boolean
+    """Whether a photo shows one pill, of one of these drugs."""
+    return (pl.col("kind") == "single") & _first_code().is_in(in_codes(codes))
 
 
 def divide_pools(
-    photos: Iterable[Photo],  # all usable photos
-    layout: str,              # "aihub" or "yolo"
-) -> Pools:                   # what may be trained on, what is held out, what is left out
-    """Sort photos by the dataset's own split; near-duplicates of an earlier part, and known drugs among the unseen, are left out."""
-    pools = Pools()
-    for photo in photos:
-        name = _HELD[layout].get(photo.official_split)
-        (pools.train if name is None else pools.held.setdefault(name, [])).append(photo)
-    codes = {code for photo in pools.train for code in photo.codes}
-    known = [photo for photo in pools.held.get("unseen", []) if photo.kind == "single" and photo.codes[0] in codes]
-    shared = sorted({photo.codes[0] for photo in known})
+    photos: pl.DataFrame,  # all usable photos, as in PHOTO_SCHEMA
+    layout: str,           # "aihub", "yolo", "coco" or "folders"
+) -> Pools:                # what may be trained on, what is held out, what is left out
+    """Sort photos by the dataset's own split; known drugs among the unseen, and capture groups of an earlier part, are left out."""
+    held = _HELD_BY_LAYOUT.get(layout, _HELD)
+    part = pl.col("official_split").replace_strict(held, default="train", return_dtype=pl.String)
+    pools = Pools(photos.with_columns(part=part, left_out=pl.lit("")))
+    known = pools.part("unseen").filter(single_of(codes_of(pools.part("train"))))
+    shared = sorted(known.select(_first_code()).to_series().unique())
     why = f"drugs of the official validation part that are in the training part too are not unseen: {', '.join(shared[:8])} ({len(shared)} in all)"
     pools.leave_out(known, "drug_also_in_training", "photos of the official validation", why)
-    groups = {photo.group for photo in pools.train}
-    for name in ("validation", "test", "unseen"):
-        twins = [photo for photo in pools.held.get(name, []) if photo.group in groups]
+    for number, name in enumerate(PARTS[1:], start=1):
+        torn = pools.part(name).join(pools.part(*PARTS[:number]).select("group").unique(), on="group", how="semi")
         why = "they share a capture group (session, combination or source photo) with an earlier part of the dataset"
-        pools.leave_out(twins, "group_also_in_training", f"photos kept apart as {name}", why)
-        groups.update(photo.group for photo in pools.held.get(name, []))
-    pools.held = {name: held for name, held in pools.held.items() if held}
+        pools.leave_out(torn, "group_also_in_training", f"photos kept apart as {name}", why)
     return pools
+
+
+def codes_of(
+    photos: pl.DataFrame,  # as in PHOTO_SCHEMA
+) -> set[str]:
+    """All drugs on some photos."""
+    return set(photos["codes"].explode().unique().drop_nulls())
 
 # %% ../../nbs/data/04_pools.ipynb #e3d1a33f
 def choose_run_classes(
-    pools: Pools,        # photos by what they may be used for; single photos of useless classes are left out
-    settings: Settings,  # data.* and seed
-) -> list[str]:          # class keys of the run, sorted
+    pools: Pools,                 # photos by what they may be used for; single photos of useless classes are left out
+    settings: Settings,           # data.* and seed
+    known: Collection[str] = (),  # classes of an earlier class map, which come first
+) -> list[str]:                   # class keys of the run, sorted
     """Choose the drugs of a run from the training pool."""
     data = settings.data
-    counts = Counter(code for photo in pools.train for code in photo.codes)
-    chosen, too_small, decisions = choose_classes(counts, data.classes, data.class_images, data.min_class_images, settings.seed)
+    counts = dict(pools.part("train").select(pl.col("codes").explode()).group_by("codes").len().iter_rows())
+    chosen, too_small, decisions = choose_classes(counts, data.classes, data.class_images, data.min_class_images, settings.seed, known)
     pools.decisions += decisions
-    closed = [photo for name, held in pools.held.items() if name != "unseen" for photo in held]
-    rare = set(too_small)
+    rare = pools.part("train", "validation", "test").filter(single_of(too_small))
     why = f"their class has fewer than {data.min_class_images} training photos (data.min_class_images)"
-    pools.leave_out((photo for photo in pools.train + closed if photo.kind == "single" and photo.codes[0] in rare), "class_too_small", "photos of small classes", why)
-    leave_out_untrained(pools, closed, set(counts))
+    pools.leave_out(rare, "class_too_small", "photos of small classes", why)
+    leave_out_untrained(pools, pools.part("validation", "test"), set(counts))
     return chosen
 
 
 def leave_out_untrained(
-    pools: Pools,             # photos by what they may be used for
-    photos: Iterable[Photo],  # held-out photos
-    trained: set[str],        # class keys with training photos
+    pools: Pools,          # photos by what they may be used for
+    photos: pl.DataFrame,  # held-out photos
+    trained: set[str],     # class keys with training photos
 ) -> None:
     """Leave out single photos of classes that nothing is learned about."""
-    lost = [photo for photo in photos if photo.kind == "single" and photo.codes[0] not in trained]
-    names = ", ".join(sorted({photo.codes[0] for photo in lost})[:8])
+    lost = photos.filter(pl.col("kind") == "single", ~_first_code().is_in(in_codes(trained)))
+    names = ", ".join(sorted(lost.select(_first_code()).to_series().unique())[:8])
     pools.leave_out(lost, "class_without_training_photo", "held-out photos of other classes", f"their class has no training photo: {names}")
 
 # %% ../../nbs/data/04_pools.ipynb #8693264e
@@ -112,28 +138,32 @@ def share_places(
     return places
 
 
+def _unseen_classes(photos: pl.DataFrame, settings: Settings) -> list[str]:
+    """Drugs of the unseen part, those with enough photos first, at most as many as the run has classes."""
+    data = settings.data
+    counts = dict(photos.filter(pl.col("kind") == "single").group_by(_first_code()).len().iter_rows())
+    return sorted(counts, key=lambda code: (-min(counts[code], data.class_images), draw_key(settings.seed, code)))[: data.classes]
+
+
 def draw_run(
     pools: Pools,           # photos by what they may be used for; shortfalls are added to its decisions
     chosen: list[str],      # class keys of the run
     settings: Settings,     # data.* and seed
 ) -> dict[str, Draw]:       # drawn photos by part: "train" and the held-out ones
     """Draw photos of every part, within `data.images`."""
-    data, seed = settings.data, settings.seed
+    data = settings.data
     shares = {"validation": data.validation_share, "test": data.test_share, "unseen": data.test_share}
-    parts = {"train": pools.train, **pools.held}
-    classes = {name: chosen for name in parts}
-    if "unseen" in parts:
-        counts = Counter(photo.codes[0] for photo in parts["unseen"] if photo.kind == "single")
-        classes["unseen"] = sorted(counts, key=lambda code: (-min(counts[code], data.class_images), draw_key(seed, code)))[: data.classes]
-    drawable = {name: [photo for photo in photos if photo.kind == "combination" or photo.codes[0] in set(classes[name])] for name, photos in parts.items()}
+    parts = {name: pools.part(name) for name in dict.fromkeys(("train", *pools.names()))}
+    classes = {name: _unseen_classes(photos, settings) if name == "unseen" else chosen for name, photos in parts.items()}
+    drawable = {name: photos.filter((pl.col("kind") == "combination") | single_of(classes[name])) for name, photos in parts.items()}
     places = share_places({name: len(photos) for name, photos in drawable.items()}, shares, data.images)
     draws: dict[str, Draw] = {}
     wanted = round(sum(places.values()) * data.combination_share)
     for name in sorted(parts, key=lambda name: name == "train"):
         share = wanted / places[name] if name == "train" and places[name] else data.combination_share
-        draws[name] = draw_photos(drawable[name], classes[name], places[name], min(1.0, max(0.0, share)), seed)
+        draws[name] = draw_photos(drawable[name], classes[name], places[name], min(1.0, max(0.0, share)), settings.seed)
         wanted -= len(draws[name].combinations)
-    together = Draw([photo for draw in draws.values() for photo in draw.singles], [photo for draw in draws.values() for photo in draw.combinations])
+    together = Draw(pl.concat([draw.singles for draw in draws.values()]), pl.concat([draw.combinations for draw in draws.values()]))
     pools.decisions += say_shortfall(together, chosen, data.images, data.combination_share)
     return draws
 
@@ -143,22 +173,39 @@ def split_run(
     chosen: list[str],          # class keys of the run
     settings: Settings,         # data.*_share and seed
     decisions: list[Decision],  # where to add what was decided
-) -> dict[str, str]:            # split by key of the photo
+) -> pl.DataFrame:              # all drawn photos, as in Pools, with `split`
     """Split of every drawn photo: the training pool by whole groups, the held-out parts as they are."""
-    shares = {"test": settings.data.test_share, "validation": settings.data.validation_share}
+    wanted = shares_of(draws, settings)
     if "validation" in draws and "test" not in draws:
-        shares = {}
         decisions.append(decide("test", "none", "the dataset has a validation part and no test part: figures come from its validation part", fallback=True))
-    wanted = {name: share for name, share in shares.items() if name not in draws}
-    groups = split_groups(draws["train"].photos, chosen, wanted, settings.seed)
-    split = {photo.key: groups[photo.group] for photo in draws["train"].photos}
-    for name, draw in draws.items():
-        if name != "train":
-            split.update((photo.key, name) for photo in draw.photos)
-    found = {name: {code for photo in draws["train"].photos if split[photo.key] == name for code in photo.codes} for name in wanted}
-    for name, codes in found.items():
-        untested = sorted(set(chosen) - codes)
-        if wanted[name] > 0 and untested:
+    train = draws["train"].photos
+    groups = split_groups(train, chosen, wanted, settings.seed)
+    train = train.with_columns(split=pl.col("group").replace_strict(groups, return_dtype=pl.String) if groups else pl.lit("train"))
+    held = [draw.photos.with_columns(split=pl.lit(name)) for name, draw in draws.items() if name != "train"]
+    return pl.concat([train, *held]).sort("photo")
+
+
+def shares_of(
+    draws: Collection[str],  # parts of the dataset
+    settings: Settings,      # data.*_share
+) -> dict[str, float]:       # share of the training pool's groups by split
+    """What has to be held out from the training pool, because the dataset does not hold it out itself."""
+    if "validation" in draws and "test" not in draws:
+        return {}
+    shares = {"test": settings.data.test_share, "validation": settings.data.validation_share}
+    return {name: share for name, share in shares.items() if name not in draws}
+
+
+def say_untested(
+    taken: pl.DataFrame,       # photos of the run with `split`
+    chosen: list[str],         # class keys of the run
+    shares: dict[str, float],  # from shares_of
+) -> list[Decision]:           # one per split that lacks classes
+    """Name the classes of which a held-out split has no photo."""
+    decisions = []
+    for name, share in shares.items():
+        untested = sorted(set(chosen) - codes_of(taken.filter(pl.col("split") == name)))
+        if share > 0 and untested:
             why = f"too few capture groups to hold one out: {', '.join(untested[:8])}{' ...' if len(untested) > 8 else ''}"
             decisions.append(decide(f"classes without {name} photo", str(len(untested)), why, fallback=True))
-    return split
+    return decisions

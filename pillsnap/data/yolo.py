@@ -12,13 +12,12 @@ from typing import Any
 
 import yaml
 
-from .records import LabelError, OfficialSplit, PhotoKind, PillRecord, Quarantined, Reason, ScanError, ScanResult, check_box, header_size
-
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+from .photo_folders import PHOTO_SUFFIXES, check_name, files_below
+from .records import Bucket, LabelError, OfficialSplit, PhotoKind, PillRecord, Quarantined, Reason, ScanError, ScanResult, check_box, header_size
 
 # %% auto #0
 __all__ = ['DataFile', 'find_data_file', 'looks_like_yolo', 'read_data_file', 'parse_boxes', 'photo_group', 'labels_folder',
-           'photo_records', 'read_yolo']
+           'photo_records', 'list_yolo', 'read_yolo']
 
 # %% ../../nbs/data/02_yolo.ipynb #e289f87e
 @dataclass(frozen=True)
@@ -164,6 +163,7 @@ def photo_records(
     split: OfficialSplit,   # what the dataset calls its folder
 ) -> list[PillRecord]:      # one record per pill, none for a photo without pills
     """The pills of one photo; raises `LabelError` where the photo cannot be used as a whole."""
+    check_name(path)
     width, height = header_size(str(path))
     try:
         text = label.read_bytes().decode("utf-8-sig")
@@ -173,31 +173,23 @@ def photo_records(
         raise LabelError(Reason.LABEL_UNREADABLE, f"the label cannot be read: {error.strerror}") from error
     boxes = parse_boxes(text, names, width, height)
     kind: PhotoKind = "combination" if len(boxes) > 1 else "single"
+    size = path.stat().st_size
     return [
-        PillRecord(str(path), width, height, kind, split, photo_group(path.stem), name, name, (), *box)
+        PillRecord(str(path), width, height, kind, split, photo_group(path.stem), name, name, (), *box, bytes=size, source="yolo")
         for name, box in boxes
     ]
 
 # %% ../../nbs/data/02_yolo.ipynb #6d52b4be
-def _below(folder: Path) -> list[Path]:
-    """All files below `folder`, sorted; raises `ScanError` for a folder that cannot be read."""
-
-    def refuse(error: OSError) -> None:
-        raise ScanError(f"Cannot read the folder {error.filename} ({error.strerror}): check its permissions.") from error
-
-    return sorted(Path(parent, name) for parent, _, names in os.walk(folder, onerror=refuse, followlinks=True) for name in names)
-
-
 def _gather(folder: Path, result: ScanResult) -> tuple[dict[str, Path], dict[str, Path]]:
     """Photos and labels of one folder by their place and stem; counts files, skips and second photos into `result`."""
     target = labels_folder(folder)
     photos: dict[str, Path] = {}
     labels: dict[str, Path] = {}
-    files = set(_below(folder)) | set(_below(target) if target.is_dir() else [])
+    files = set(files_below(folder)) | set(files_below(target) if target.is_dir() else [])
     result.files_found += len(files)
     for path in sorted(files):
         suffix = path.suffix.lower()
-        if suffix in _SUFFIXES and path.is_relative_to(folder) and not path.name.startswith("."):
+        if suffix in PHOTO_SUFFIXES and path.is_relative_to(folder) and not path.name.startswith("."):
             key = str(path.relative_to(folder).with_suffix(""))
             if key in photos:
                 result.quarantined.append(Quarantined(str(path), Reason.IMAGE_DUPLICATE, f"{photos[key].name} has the same name and is used instead"))
@@ -232,14 +224,23 @@ def _read_folder(folder: Path, split: OfficialSplit, names: dict[int, str], resu
         result.quarantined.append(Quarantined(str(label), Reason.IMAGE_MISSING, f"no photo is named {key}"))
 
 
-def read_yolo(
+def list_yolo(
     root: str | Path,  # folder with data.yaml
-) -> ScanResult:       # every file used, skipped or in quarantine
-    """Read a dataset in the YOLO layout; of the photos only the headers. Raises `ScanError` for a data file that cannot be used."""
+) -> list[Bucket]:     # one
+    """The dataset as one share; raises `ScanError` without a data file, or for one that cannot be used."""
     path = find_data_file(root)
     if path is None:
         raise ScanError(f"No YOLO dataset in {root}: looked for data.yaml, or another YAML file with names and train.")
-    data_file = read_data_file(path)
+    folders = [folder for listed in read_data_file(path).folders.values() for folder in listed]
+    inside = {str(folder) for images in folders for folder in (images, labels_folder(images)) if folder.is_dir()}
+    return [Bucket("all", "yolo", (str(path), *sorted(inside)))]
+
+
+def read_yolo(
+    bucket: Bucket,  # of list_yolo
+) -> ScanResult:     # every file used, skipped or in quarantine
+    """Read a dataset in the YOLO layout; of the photos only the headers. Raises `ScanError` for a data file that cannot be used."""
+    data_file = read_data_file(Path(bucket.paths[0]))
     result = ScanResult(notes=list(data_file.notes))
     for split, folders in data_file.folders.items():
         for folder in folders:

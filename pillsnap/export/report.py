@@ -72,7 +72,7 @@ def compared_frames(
 
 
 def _pictures(cuts: list[Cut], size: int, trained: Trained, settings: Settings) -> list[np.ndarray | None]:
-    store = open_store(cuts, size, trained.rules.margin, settings.data.max_pixels, folder=None)
+    store = open_store(cuts, size, trained.rules.margin, settings.data.max_pixels)
     return [store[number] for number in range(len(store))]
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,20 +38,21 @@ class Drug:
 
 # %% ../../nbs/runtime/02_classes.ipynb #e47e1ad5
 class ClassMap:
-    """The drugs of a dataset in the order of the classifier's outputs: sorted by code, without repetition."""
+    """The drugs of a dataset in the order of the classifier's outputs, without repetition."""
 
     def __init__(
         self,
-        drugs: Sequence[Drug],  # in any order
+        drugs: Sequence[Drug],    # in any order
+        keep_order: bool = False, # False: sorted by code; True: as given, for a map that is read or extended
     ) -> None:
-        """Sort the drugs by code; raises `ValueError` for a code that is empty or comes twice."""
-        self._drugs = tuple(sorted(drugs, key=lambda drug: drug.code))
+        """Put the drugs in order; raises `ValueError` for a code that is empty or comes twice."""
+        self._drugs = tuple(drugs if keep_order else sorted(drugs, key=lambda drug: drug.code))
         self.codes: tuple[str, ...] = tuple(drug.code for drug in self._drugs)
         self._index = {code: index for index, code in enumerate(self.codes)}
         if "" in self._index:
             raise ValueError("A drug has an empty code: give each class its K-code.")
         if len(self._index) != len(self.codes):
-            repeated = sorted({code for code in self.codes if self.codes.count(code) > 1})
+            repeated = sorted(code for code, count in Counter(self.codes).items() if count > 1)
             raise ValueError(f"The class map has {', '.join(repeated[:5])} more than once: merge the drugs that share a code.")
         self.hash: str = hashlib.sha256("\n".join(self.codes).encode()).hexdigest()
 
@@ -84,6 +86,15 @@ class ClassMap:
     def __repr__(self) -> str:
         return f"ClassMap({len(self)} drugs, hash {self.hash[:12]})"
 
+    def extended(
+        self,
+        drugs: Sequence[Drug],  # of a later dataset, in any order; what they say about a drug replaces what was known
+    ) -> ClassMap:              # old drugs at their old indices, new ones behind them, sorted by code
+        """A later version of this map; raises `ValueError` for a code that is empty or comes twice."""
+        later = ClassMap(drugs)
+        kept = [later[later.index_of(drug.code)] if drug.code in later else drug for drug in self._drugs]
+        return ClassMap([*kept, *(drug for drug in later if drug.code not in self)], keep_order=True)
+
     def to_json(self) -> dict[str, Any]:
         """As plain values for a JSON file or the metadata of a model."""
         return {"hash": self.hash, "drugs": [drug.to_json() for drug in self._drugs]}
@@ -93,14 +104,13 @@ class ClassMap:
         cls,
         value: dict[str, Any],  # what to_json gave
     ) -> ClassMap:              # the same map again
-        """Read a map back; raises `ValueError` when a part is missing or its hash does not match its codes."""
+        """Read a map back in its order; raises `ValueError` when a part is missing or its hash does not match its codes."""
         try:
             stored, drugs = value["hash"], [Drug.from_json(drug) for drug in value["drugs"]]
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"The class map cannot be read ({error!r}): make it again from the dataset.") from error
-        class_map = cls(drugs)
-        in_order = [drug.code for drug in drugs] == list(class_map.codes)
-        if class_map.hash != stored or not in_order:
+        class_map = cls(drugs, keep_order=True)
+        if class_map.hash != stored:
             raise ValueError(f"The class map was changed after it was made: its codes have the hash {class_map.hash[:12]}, "
                              f"the file says {str(stored)[:12]}; use the file that was saved with the model.")
         return class_map

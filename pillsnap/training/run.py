@@ -13,7 +13,8 @@ import polars as pl
 
 import pillsnap
 from ..config import Settings, settings_as_yaml
-from ..data.loaders import classifier_samples, detector_samples, report_damaged
+from ..data.budget import Budget, reads_per_byte
+from ..data.loaders import Samples, classifier_samples, detector_samples, report_damaged
 from ..data.manifest import Dataset, prepare_data, save_dataset
 from ..data.sample import write_sample
 from ..files import write_text
@@ -27,7 +28,7 @@ from .loop import train_tasks
 from .tasks import Task, classifier_task, detector_task
 
 # %% auto #0
-__all__ = ['data_root', 'new_run_folder', 'latest_run', 'build_tasks', 'save_run', 'resume_run', 'train']
+__all__ = ['data_root', 'new_run_folder', 'latest_run', 'open_samples', 'build_tasks', 'save_run', 'resume_run', 'train']
 
 # %% ../../nbs/training/04_run.ipynb #40e3d69a
 def data_root(
@@ -59,23 +60,37 @@ def latest_run(
     return Path(run_root) / pointer.read_text(encoding="utf-8").strip()
 
 # %% ../../nbs/training/04_run.ipynb #24883c6f
+def open_samples(
+    dataset: Dataset,   # manifest and class map
+    settings: Settings  # data, model, train and paths are read
+) -> dict[str, Samples]:  # classifier, detector, classifier validation, detector validation
+    """What a run learns from and is chosen by; `build_cache` fills their stores ahead."""
+    parts = {split: dataset.manifest.filter(pl.col("split") == split) for split in ("train", "validation")}
+    combinations = parts["validation"].filter(pl.col("photo_kind") == "combination")
+    crops, frames, train = settings.model.classifier.image_size, settings.model.detector.image_size, settings.train
+    wanted = [  # name, how to open it, rows, times that a picture is read, side of a picture
+        ("classifier", classifier_samples, parts["train"], train.classifier.epochs, crops),
+        ("detector", detector_samples, parts["train"], train.detector.epochs, frames),
+        ("classifier validation", classifier_samples, parts["validation"], train.evaluations, crops),
+        ("detector validation", detector_samples, combinations if len(combinations) else parts["validation"], train.evaluations, frames)]
+    wanted.sort(key=lambda item: reads_per_byte(*item[3:]), reverse=True)
+    budget = Budget.of(settings)
+    return {name: opening(rows, settings, budget) for name, opening, rows, _, _ in wanted}
+
+
 def build_tasks(
     dataset: Dataset,   # manifest and class map
     settings: Settings, # data, model and train are read
     hardware: Hardware  # device and number format
 ) -> tuple[dict[str, Task], Rules]:  # the tasks, and what serving must know
     """Both tasks with their data."""
-    parts = {split: dataset.manifest.filter(pl.col("split") == split) for split in ("train", "validation")}
-    combinations = parts["validation"].filter(pl.col("photo_kind") == "combination")
-    names = settings.model
+    samples, names = open_samples(dataset, settings), settings.model
     classifier = build_classifier(names.classifier.name, len(dataset.class_map), names.classifier.pretrained, names.classifier.drop_rate)
     normal = normalisation(classifier)
     detector = build_detector(names.detector.name)
     tasks = {
-        "detector": detector_task(_placed(detector, hardware), detector_samples(parts["train"], settings),
-                                  detector_samples(combinations if len(combinations) else parts["validation"], settings), settings, hardware),
-        "classifier": classifier_task(_placed(classifier, hardware), normal, classifier_samples(parts["train"], settings),
-                                      classifier_samples(parts["validation"], settings), settings, hardware),
+        "detector": detector_task(_placed(detector, hardware), samples["detector"], samples["detector validation"], settings, hardware),
+        "classifier": classifier_task(_placed(classifier, hardware), normal, samples["classifier"], samples["classifier validation"], settings, hardware),
     }
     rules = Rules(class_map=dataset.class_map, classifier_size=names.classifier.image_size, detector_size=names.detector.image_size, margin=settings.data.margin,
                   mean=normal[0], std=normal[1], box_confidence=settings.identify.box_confidence, nms_iou=settings.identify.nms_iou, sure_confidence=settings.identify.sure_confidence)
@@ -139,6 +154,7 @@ def train(
         train_tasks(tasks, settings, run, lambda: save_run(tasks, rules, settings, run))
         for task in tasks.values():
             report_damaged(task.samples, task.name)
+            report_damaged(task.validation, f"{task.name} validation")
     if folder.is_relative_to(settings.paths.run_root):
         write_text(settings.paths.run_root / "latest", f"{folder.relative_to(settings.paths.run_root)}\n")
     return folder

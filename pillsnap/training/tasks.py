@@ -19,7 +19,8 @@ from torch.nn import functional
 
 from ..config import Settings
 from ..data.augment import augment_crops, augment_photos
-from ..data.loaders import Batch, Batches, Samples, in_order, make_loader
+from ..data.loaders import Batch, Batches, Samples, in_order, make_loader, received
+from ..data.workers import choose_workers
 from ..metrics import classification_metrics, detection_metrics
 from ..models.detector import RawDetections, detection_loss
 from ..runtime.boxes import detections_from_output
@@ -35,7 +36,7 @@ class TrainingError(ValueError):
 
 
 def count_steps(
-    samples: int,     # usable training samples
+    samples: int,     # training samples, damaged ones included: others take their place
     batch_size: int,  # samples per step
     epochs: int,      # passes wanted
     min_steps: int    # steps made at least
@@ -64,7 +65,8 @@ class Task:
     loss: Callable[[Task, Batch, torch.Generator], tuple[torch.Tensor, float]]  # loss of a batch, moment when its data was ready
     evaluate: Callable[[nn.Module], dict[str, float]]
     monitor: str                 # figure that chooses the best weights
-    samples: Samples
+    samples: Samples             # to learn from
+    validation: Samples          # to choose the best weights by
     batch_size: int
     steps: int                   # steps of the whole run
     seed: int
@@ -77,6 +79,7 @@ class Task:
     step: int = 0                # steps made
     best: float = -1.0           # best value of the monitor
     best_state: dict[str, torch.Tensor] | None = None
+    workers: int = 0             # decoding processes
     batches: Iterator[Batch] | None = None
     scaler: torch.amp.GradScaler = field(init=False)
 
@@ -107,7 +110,6 @@ def train_step(
     """Make one step; raises `TrainingError` for a loss that is not finite."""
     start = time.perf_counter()
     batch = next(task.batches)
-    task.samples.store.damaged.update(batch.damaged)  # found by a decoding process, counted here
     key = int(np.random.SeedSequence((task.seed, task.step)).generate_state(1)[0])
     torch.manual_seed(key)
     task.schedule.step_update(task.step)
@@ -153,12 +155,13 @@ def classifier_task(
     def evaluate(averaged: nn.Module) -> dict[str, float]:
         logits, labels = [], []
         with torch.inference_mode(), hardware.autocast():
-            for batch in make_loader(validation, in_order(validation, chosen.batch_size), settings):
+            for batch in received(make_loader(validation, in_order(validation, chosen.batch_size), settings, workers=task.workers), validation):
                 logits.append(averaged(normalised(hardware.to_device(batch.images).float() / 255)).float().cpu())
                 labels.append(batch.labels)
         return classification_metrics(torch.cat(logits).numpy(), torch.cat(labels).numpy())
 
-    return _task("classifier", network, loss, evaluate, "macro_f1", training, chosen, settings, hardware)
+    task = _task("classifier", network, loss, evaluate, "macro_f1", training, validation, chosen, settings, hardware)
+    return task
 
 # %% ../../nbs/training/02_tasks.ipynb #c93525da
 def detector_task(
@@ -185,20 +188,21 @@ def detector_task(
     def evaluate(averaged: nn.Module) -> dict[str, float]:
         raw_network, found, truth = RawDetections(averaged), [], []
         with torch.inference_mode(), hardware.autocast():
-            for batch in make_loader(validation, in_order(validation, chosen.batch_size), settings):
+            for batch in received(make_loader(validation, in_order(validation, chosen.batch_size), settings, workers=task.workers), validation):
                 raw = raw_network(hardware.to_device(batch.images).float() / 255).float().cpu().numpy()
                 found.extend(detections_from_output(answer, 0.001, settings.identify.nms_iou) for answer in raw)
                 truth.extend(boxes.numpy() for boxes in batch.boxes)
         return detection_metrics(truth, found)
 
-    return _task("detector", network, loss, evaluate, "map50", training, chosen, settings, hardware)
+    task = _task("detector", network, loss, evaluate, "map50", training, validation, chosen, settings, hardware)
+    return task
 
 
-def _task(name: str, network: nn.Module, loss: Callable, evaluate: Callable, monitor: str, samples: Samples, chosen: object, settings: Settings, hardware: Hardware) -> Task:
+def _task(name: str, network: nn.Module, loss: Callable, evaluate: Callable, monitor: str, samples: Samples, validation: Samples, chosen: object, settings: Settings, hardware: Hardware) -> Task:
     batch_size = min(chosen.batch_size, max(1, len(samples)))
     steps = count_steps(len(samples), batch_size, chosen.epochs, chosen.min_steps)
     optimizer = torch.optim.AdamW(param_groups_weight_decay(network, settings.train.weight_decay), lr=chosen.lr, fused=True)
-    return Task(name, network, loss, evaluate, monitor, samples, batch_size, steps, settings.seed, hardware, optimizer, cosine_schedule(optimizer, steps, settings.train.warmup_share),
+    return Task(name, network, loss, evaluate, monitor, samples, validation, batch_size, steps, settings.seed, hardware, optimizer, cosine_schedule(optimizer, steps, settings.train.warmup_share),
                 ModelEmaV3(network, decay=settings.train.ema_decay, use_warmup=True), settings.train.grad_clip)
 
 
@@ -207,8 +211,9 @@ def start_batches(
     settings: Settings  # dataloader is read
 ) -> None:
     """Open the stream of training batches at the task's step and compile the network if asked for."""
-    order = Batches(task.samples.usable, task.batch_size, task.steps, task.seed, task.step)
-    task.batches = iter(make_loader(task.samples, order, settings, task.hardware.device.type == "cuda"))
+    task.workers = choose_workers(task.samples, task.batch_size, settings)
+    order = Batches(len(task.samples), task.batch_size, task.steps, task.seed, task.step)
+    task.batches = received(make_loader(task.samples, order, settings, task.hardware.device.type == "cuda", task.workers), task.samples)
     size = task.samples.store.size
     example = task.hardware.to_device(torch.zeros(task.batch_size, 3, size, size))
     forward = compile_forward(task.network.train(), example, task.hardware, task.name)
