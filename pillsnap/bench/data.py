@@ -38,7 +38,7 @@ def parse(
     cores = len(os.sched_getaffinity(0))
     parser = ArgumentParser(prog="python -m pillsnap.bench.data", description="Measure how fast photos and labels reach the training.")
     parser.add_argument("--photos", type=int, default=5000, help="photos of 976 x 1280 pixels, 1.5 MB each, made once (default: %(default)s)")
-    parser.add_argument("--labels", type=int, default=1_000_000, help="label files, made in memory and removed again, about 7 kB each (default: %(default)s)")
+    parser.add_argument("--labels", type=int, default=1_000_000, help="label files, made in memory and removed again, about 9 kB each (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), metavar="DIR", help="gets data.json, and keeps the photos (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="times that every way runs (default: %(default)s)")
     parser.add_argument("--part", type=int, default=1000, help="photos that the ways without a filled cache run over (default: %(default)s)")
@@ -50,7 +50,7 @@ def parse(
     return parser.parse_args(argv)
 
 # %% ../../nbs/bench/06_data.ipynb #a42880c4
-_PACKAGES = ("pillsnap", "torch", "torchvision", "opencv-python-headless", "pillow", "numpy", "polars", "lmdb", "xxhash", "webdataset", "litdata")
+_PACKAGES = ("pillsnap", "torch", "torchvision", "kornia_rs", "opencv-python-headless", "pillow", "numpy", "polars", "lmdb", "xxhash", "webdataset", "litdata")
 
 
 def machine() -> dict[str, Any]:
@@ -97,7 +97,7 @@ def _labels_folder(chosen: Path | None) -> Iterator[Path]:
 
 
 def bench_labels(
-    options: Namespace,  # labels, labels_dir and workers are read
+    options: Namespace,  # labels, labels_dir and rounds are read
     work: Path,          # for the manifests
 ) -> dict[str, Any]:     # from `measure_scan`
     """Make labels up, scan them, remove them."""
@@ -146,7 +146,7 @@ def table(
     setup, labels = report["setup"], report["labels"]
     rows = [(name.replace("_", " "), "missing" if value is None else f"{value:.2f}", "") for name, value in report["ratios"].items()]
     rows += [(name.replace("_", " "), f"{value:,.0f}", "images/s" + (f", {setup['photos_of_slow_ways']:,} photos" if name in setup["slow_ways"] else "")) for name, value in report["images_per_second"].items()]
-    rows += [(f"{name} memory", f"{value['total']:,.0f}", f"MB in {value['processes']} processes, {value['anonymous']:,.0f} of them anonymous") for name, value in report["loader_memory_mb"].items()]
+    rows += [(f"memory of loading, {name}", f"{value['total']:,.0f}", f"MB in {value['processes']} processes, {value['anonymous']:,.0f} of them anonymous") for name, value in report["loader_memory_mb"].items()]
     rows += [("labels", f"{report['labels_per_second_per_core']:,.0f}", f"per second and core, {labels['labels']:,} labels; unchanged: {labels['seconds_unchanged']:.1f} s"),
              ("peak memory of the scan", f"{report['peak_memory_mb']:,.0f}", "MB")]
     rows += [(name, "missing", reason) for name, reason in report["missing"].items()]
@@ -168,8 +168,11 @@ def bench_data(
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     try:
+        print("\n=== labels ===", flush=True)
         labels = bench_labels(options, work)
+        print("\n=== photos ===", flush=True)
         course = prepare_course(options)
+        print("\n=== loaders ===", flush=True)
         loaders = bench_loaders(course, options, work)
     finally:
         shutil.rmtree(work, ignore_errors=True)

@@ -110,7 +110,7 @@ def _write_drug(folder: Path, number: int, labels: int) -> MadeUp:
     return MadeUp(count, photos, unusable)
 
 # %% ../../nbs/bench/02_labels.ipynb #0acffb08
-_BYTES = 7000  # of memory that a label and its photo take
+_BYTES = 9000  # of memory that a label and its photo take
 
 
 def _check_room(folder: Path, count: int) -> None:
