@@ -16,10 +16,10 @@ from enum import Enum
 from typing import Any, Literal
 
 import polars as pl
-from PIL import ExifTags, Image
+from PIL import Image
 
 from .photo_files import is_member, read_photo
-from ..runtime.images import ImageError
+from ..runtime.images import ImageError, exif_orientation
 
 # %% auto #0
 __all__ = ['PhotoKind', 'OfficialSplit', 'RECORD_SCHEMA', 'Reason', 'Quarantined', 'LabelError', 'check_box', 'header_size',
@@ -86,9 +86,8 @@ def header_size(
 ) -> tuple[int, int]:      # width, height in pixels, as displayed
     """The size that an image's header states, without decoding it; raises `LabelError` for an unreadable header."""
     try:
-        with Image.open(io.BytesIO(read_photo(reference)) if is_member(reference) else reference) as image:
-            turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-            return image.size[::-1] if turned else image.size
+        with io.BytesIO(read_photo(reference)) if is_member(reference) else open(reference, "rb") as file, Image.open(file) as image:
+            return image.size[::-1] if exif_orientation(image, file) in (5, 6, 7, 8) else image.size
     except ImageError as error:
         raise LabelError(Reason.ARCHIVE_DAMAGED, str(error)) from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

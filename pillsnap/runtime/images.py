@@ -11,7 +11,7 @@ import struct
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import cv2
 import numpy as np
@@ -21,8 +21,8 @@ from PIL import Image, UnidentifiedImageError
 from .boxes import Box
 
 # %% auto #0
-__all__ = ['GREY', 'ImageError', 'NotAnImage', 'DamagedImage', 'TooManyPixels', 'decode_image', 'crop_pill', 'Placement',
-           'place_letterbox', 'letterbox', 'to_letterbox', 'to_photo', 'normalise']
+__all__ = ['GREY', 'ImageError', 'NotAnImage', 'DamagedImage', 'TooManyPixels', 'exif_orientation', 'decode_image', 'crop_pill',
+           'Placement', 'place_letterbox', 'letterbox', 'to_letterbox', 'to_photo', 'normalise']
 
 # %% ../../nbs/runtime/01_images.ipynb #b25d5443
 class ImageError(ValueError):
@@ -82,26 +82,30 @@ _TURNS = {  # EXIF orientation -> what OpenCV does to stand the picture upright 
 
 
 def _has_chunk(
-    data: bytes,  # a PNG file
-    name: bytes,  # of a chunk
+    file: BinaryIO,  # a PNG; stays where it is
+    name: bytes,     # of a chunk
 ) -> bool:
     """Whether a PNG has a chunk of that name; goes from chunk to chunk (PNG specification, 5.3) instead of through all bytes."""
-    place = 8
-    while place + 8 <= len(data):
-        length, found = struct.unpack_from(">I4s", data, place)
-        if found == name:
-            return True
-        place += length + 12
-    return False
+    start, place = file.tell(), 8
+    try:
+        while file.seek(place) == place and len(head := file.read(8)) == 8:
+            length, found = struct.unpack(">I4s", head)
+            if found == name:
+                return True
+            place += length + 12
+        return False
+    finally:
+        file.seek(start)
 
 
-def _orientation(
-    header: Image.Image,  # from _open_header
-    data: bytes,          # the whole file
-) -> int:                 # EXIF orientation, 1 to 8
+def exif_orientation(
+    header: Image.Image,  # opened, nothing decoded yet
+    file: BinaryIO,       # what it was opened from
+) -> int:                 # 1 to 8, 1 where it does not say
+    """How the picture has to be turned; of a PNG without EXIF nothing is decoded, which Pillow does to find it."""
     if header.format == "BMP":
         return 1
-    if header.format == "PNG" and "Raw profile type exif" not in header.info and not _has_chunk(data, b"eXIf"):
+    if header.format == "PNG" and "Raw profile type exif" not in header.info and not _has_chunk(file, b"eXIf"):
         return 1
     try:
         return int(header.getexif().get(0x0112, 1))
@@ -173,7 +177,7 @@ def decode_image(
     data, called = _read(source)
     name = name or called
     header = _open_header(data, name, max_pixels)
-    orientation = _orientation(header, data)
+    orientation = exif_orientation(header, io.BytesIO(data))
     if _is_plain(header, data):
         image = _decode_plain(data, header)
         if image is None:
