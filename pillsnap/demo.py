@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import secrets
+import shlex
 import shutil
 import socket
 import subprocess
@@ -33,8 +34,8 @@ from .runtime.identify import load_identifier
 from .runtime.images import decode_image
 
 # %% auto #0
-__all__ = ['PACKAGES', 'timed', 'run_notebook', 'free_port', 'served', 'ask', 'versions', 'install_seconds', 'latencies',
-           'make_report', 'table', 'main']
+__all__ = ['PACKAGES', 'LENGTH', 'timed', 'run_notebook', 'free_port', 'served', 'ask', 'versions', 'install_seconds',
+           'latencies', 'make_report', 'table', 'main']
 
 # %% ../nbs/22_demo.ipynb #827f0195
 @contextmanager
@@ -56,7 +57,7 @@ def run_notebook(
     **parameters: object  # given as with papermill -p
 ) -> None:
     """Execute a run notebook as `papermill` does on the command line, with its progress and its output."""
-    given = " ".join(f"-p {key} {value}" for key, value in parameters.items())
+    given = " ".join(f"-p {key} {shlex.quote(str(value))}" for key, value in parameters.items())
     print(f"papermill nbs/{name} {target.relative_to(root)} {given}", flush=True)
     papermill.execute_notebook(root / "nbs" / name, target, parameters=parameters, log_output=True, progress_bar=True, cwd=root)
 
@@ -180,6 +181,9 @@ def table(
     return "\n".join(f"{name:26} {value:>16}  {remark}" for name, value, remark in rows)
 
 # %% ../nbs/22_demo.ipynb #b88afd4a
+LENGTH = "train.detector.min_steps=750 train.classifier.min_steps=450"  # of profile cpu; real photos take its 1,500 and 600
+
+
 def main() -> int:  # exit status
     """Sample, training, evaluation, export, one prediction over HTTP per pipeline, report."""
     setup_logging()
@@ -194,7 +198,7 @@ def main() -> int:  # exit status
         print(write_sample(settings.paths.sample_root, settings.seed))
     with timed("train", seconds):
         _forget(run)
-        run_notebook(root, "10_train.ipynb", root / "runs" / "stage1.ipynb", stage=1, run_dir=str(run))
+        run_notebook(root, "10_train.ipynb", root / "runs" / "stage1.ipynb", stage=1, run_dir=str(run), overrides=LENGTH)
     with timed("evaluate", seconds):
         run_notebook(root, "11_evaluate.ipynb", demo / "evaluate.ipynb", run_dir=str(run))
     with timed("export", seconds):

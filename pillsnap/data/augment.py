@@ -181,10 +181,11 @@ def zoom_and_shift(
 def augment_photos(
     photos: torch.Tensor,       # uint8 (n, 3, size, size)
     boxes: list[torch.Tensor],  # n times (pills, 4): x1 y1 x2 y2, pixels
-    generator: torch.Generator  # source of randomness
+    generator: torch.Generator, # source of randomness
+    mosaics: float = 0.5        # share of the pictures that become mosaics
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:  # float (n, 3, size, size) 0 to 1; n times (pills, 4)
     """All of it for the detector."""
-    images, boxes = mosaic(photos.float() / 255, boxes, generator)
+    images, boxes = mosaic(photos.float() / 255, boxes, generator, mosaics)
     parts, moved = [], []
     for part in images.split(pieces(images)):
         part, rows = quarter_turns(part, boxes[len(moved):len(moved) + len(part)], generator)

@@ -164,6 +164,9 @@ def classifier_task(
     return task
 
 # %% ../../nbs/training/02_tasks.ipynb #c93525da
+_MOSAICS_UNTIL = 0.8  # share of the steps; the last ones see whole photos, as in use (Ge et al. 2021, YOLOX, arXiv 2107.08430)
+
+
 def detector_task(
     network: nn.Module,   # ultralytics network, on its device
     training: Samples,    # photos to learn from
@@ -176,7 +179,7 @@ def detector_task(
     size = training.store.size
 
     def loss(task: Task, batch: Batch, generator: torch.Generator) -> tuple[torch.Tensor, float]:
-        images, boxes = augment_photos(hardware.to_device(batch.images), batch.boxes, generator)
+        images, boxes = augment_photos(hardware.to_device(batch.images), batch.boxes, generator, 0.5 if task.step < _MOSAICS_UNTIL * task.steps else 0.0)
         images = hardware.to_device(images)
         corners = torch.cat(boxes).to(hardware.device) / size
         index = torch.repeat_interleave(torch.arange(len(boxes)), torch.tensor([len(rows) for rows in boxes])).to(hardware.device)
