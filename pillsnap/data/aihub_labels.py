@@ -38,7 +38,7 @@ def as_number(
     value: Any,          # int, float, text or anything else
 ) -> float | None:       # None where it is not a finite number
     """A number, however it is written."""
-    if not isinstance(value, (int, float, str)) or isinstance(value, bool):
+    if type(value) not in (int, float, str):
         return None
     try:
         number = float(value)

@@ -11,8 +11,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from enum import Enum
+from operator import attrgetter
 from typing import Any, Literal
 
 import polars as pl
@@ -228,7 +229,7 @@ def records_table(
     records: Sequence[PillRecord],  # one per pill and photo
 ) -> pl.DataFrame:                  # one row per record, sorted by image and box
     """Records as a table in a fixed order, whatever order the file system gave."""
-    columns = {entry.name: [getattr(record, entry.name) for record in records] for entry in fields(PillRecord)}
+    columns = dict(zip(RECORD_SCHEMA, zip(*map(attrgetter(*RECORD_SCHEMA), records)))) if records else dict.fromkeys(RECORD_SCHEMA, ())
     columns["edi_codes"] = ["\n".join(codes) for codes in columns["edi_codes"]]  # divided again below: fifteen times as fast as a list of lists
     table = pl.DataFrame(columns, schema=RECORD_SCHEMA | {"edi_codes": pl.String})
     codes = pl.when(pl.col("edi_codes") == "").then(pl.lit([], dtype=pl.List(pl.String))).otherwise(pl.col("edi_codes").str.split("\n"))
