@@ -11,10 +11,14 @@ from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .config import find_root, load_environment, load_settings, settings_as_yaml
 from .runlog import setup_logging
 from .schema import Settings, SettingsError
+
+if TYPE_CHECKING:
+    import polars as pl
 
 # %% auto #0
 __all__ = ['EXAMPLE', 'show_config', 'sample', 'scan', 'cache', 'train', 'evaluate', 'export', 'demo', 'identify', 'make_parser',
@@ -68,12 +72,14 @@ def scan(arguments: Namespace) -> int:
     settings = _settings(arguments)
     if settings.paths.data_root is None:
         raise SettingsError("there is no dataset to scan: name its folder with --data-root")
-    from pillsnap.data.scan import plan_scan, scan as scan_dataset
+    from pillsnap.data.scan import check_usable, plan_scan, scan as scan_dataset
 
     if arguments.dry_run:
         print(plan_scan(settings.paths.data_root, settings.data.format))
         return 0
-    _print_json(asdict(scan_dataset(settings.paths.data_root, arguments.out.resolve(), settings.data.format, arguments.workers)))
+    report = scan_dataset(settings.paths.data_root, arguments.out.resolve(), settings.data.format, max(0, arguments.workers))
+    _print_json(asdict(report))
+    check_usable(report)
     return 0
 
 
@@ -93,10 +99,17 @@ def cache(arguments: Namespace) -> int:
     elif arguments.what == "show":
         print(caches.describe_cache(folder))
     else:
-        checked = caches.check_cache(folder)
-        print(checked)
-        return 1 if checked["wrong"].sum() else 0
+        return _check_cache(caches.check_cache(folder))
     return 0
+
+
+def _check_cache(checked: pl.DataFrame) -> int:
+    """Print what a check found; status 1 when a picture is damaged."""
+    print(checked)
+    if not checked["wrong"].sum():
+        return 0
+    print("Damaged pictures are decoded again when a run reads them; `pillsnap cache clear` starts afresh.", file=sys.stderr)
+    return 1
 
 
 def train(arguments: Namespace) -> int:

@@ -425,3 +425,15 @@ def test_the_number_of_processes_is_measured_once(manifest: pl.DataFrame, tmp_pa
     assert sum("measured earlier" in record.getMessage() for record in caplog.records) == 1
     with pytest.raises(DataError, match="num_workers is auto"):
         make_loader(samples, in_order(samples, 8), settings)
+
+
+def test_a_hotset_that_lost_a_file_is_named_and_passed_over(tmp_path, photos, caplog):
+    build_cache([opened(photos, "hotset", tmp_path, size=32)], progress=False)
+    build_cache([opened(photos, "hotset", tmp_path, size=48)], progress=False)
+    first, second = sorted((tmp_path / "hotset").glob("*.json"))
+    first.write_text('{"si')
+    second.with_suffix(".pixels").unlink()
+    assert len(describe_cache(tmp_path)) == 0 and len(check_cache(tmp_path, progress=False)) == 0
+    assert sum("pillsnap cache clear removes them" in record.message for record in caplog.records) == 4
+    clear_cache(tmp_path)
+    assert not list((tmp_path / "hotset").iterdir())

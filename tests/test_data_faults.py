@@ -542,3 +542,84 @@ def test_yolo_damaged_header_and_label_of_bytes(tmp_path):
 def test_yolo_data_file_faults(tmp_path, data, sentence):
     with pytest.raises(DataError, match=sentence):
         prepare_data(settings_for(), yolo_set(tmp_path, data, {"train/good": f"0 {BOX}"}))
+
+
+def test_yolo_a_folder_in_another_one_keeps_its_split_and_is_counted_once(tmp_path):
+    photos = {"a": f"0 {BOX}", "b": f"1 {BOX}", "val/c": f"0 {BOX}", "val/d": f"1 {BOX}"}
+    found = read_all(yolo_set(tmp_path, "train: images\nval: images/val\nnames: [a, b]\n", photos))
+    assert found.summary()["files"] == {"found": 8, "used": 8, "skipped": 0, "quarantined": 0}
+    assert {Path(record.image).stem: record.official_split for record in found.records} == {"a": "train", "b": "train", "c": "val", "d": "val"}
+
+
+def test_yolo_names_in_pieces_meet_their_labels(tmp_path):
+    root = yolo_set(tmp_path, YAML, {"train/약": f"0 {BOX}"})
+    label = root / "labels/train/약.txt"
+    label.rename(label.with_name(unicodedata.normalize("NFD", label.name)))
+    assert len(read_all(root).records) == 1
+
+
+def test_a_file_that_could_not_be_read_is_tried_again(tmp_path, monkeypatch):
+    root, read = yolo_set(tmp_path / "set", YAML, {"train/a": f"0 {BOX}", "train/b": f"1 {BOX}"}), Path.read_bytes
+
+    def refuse(path: Path) -> bytes:
+        if path.name == "a.txt":
+            raise OSError(5, "Input/output error")
+        return read(path)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Path, "read_bytes", refuse)
+        report = scan(root, tmp_path / "out.parquet")
+    assert report.quarantined == {"file_unreadable": 1} and report.pills == 1
+    report = scan(root, tmp_path / "out.parquet")
+    assert report.quarantined == {} and report.pills == 2 and report.buckets_read == 1
+    assert scan(root, tmp_path / "out.parquet").buckets_read == 0
+
+
+def test_links_that_lead_back_are_not_followed(tmp_path, collection):
+    yolo = yolo_set(tmp_path / "yolo", YAML, {"train/a": f"0 {BOX}"})
+    (yolo / "images/train/again").symlink_to(yolo)
+    (yolo / "images/train/circle").symlink_to("circle")
+    assert scan(yolo, tmp_path / "yolo.parquet").files == {"found": 2, "used": 2, "skipped": 0, "quarantined": 0}
+    before = read_all(collection.root).summary()
+    (collection.root / "train" / "images" / "single" / "self").symlink_to(".")
+    assert scan(collection.root, tmp_path / "aihub.parquet").files == before["files"]
+
+
+@pytest.mark.parametrize("inside", ["data.yaml", "dataset.yaml"])
+def test_a_folder_of_datasets_is_no_dataset(tmp_path, inside):
+    for name in ("first", "second"):
+        yolo_set(tmp_path / name, YAML, {"train/a": f"0 {BOX}"})
+        (tmp_path / name / "data.yaml").rename(tmp_path / name / inside)
+    with pytest.raises(DataError, match="first in it is a dataset of its own: name that folder"):
+        read_all(tmp_path)
+
+
+def test_a_yaml_of_somebody_else_does_not_matter(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        picture(name).save(tmp_path / "train" / name / "1.jpg")
+    (tmp_path / "notes.yaml").write_bytes("이름: 약".encode("cp949"))
+    assert len(read_all(tmp_path).records) == 2
+
+
+@pytest.mark.parametrize(("out", "sentence"), [("notes.md", "ends in .parquet"), ("folder.parquet", "ends in .parquet"), ("set/out.parquet", "lies in the dataset")])
+def test_a_manifest_replaces_nothing_else(tmp_path, out, sentence):
+    root = yolo_set(tmp_path / "set", YAML, {"train/a": f"0 {BOX}"})
+    (tmp_path / "notes.md").write_text("mine")
+    (tmp_path / "folder.parquet").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(DataError, match=sentence):
+        scan(root, tmp_path / out)
+    assert sorted(tmp_path.rglob("*")) == before and (tmp_path / "notes.md").read_text() == "mine"
+
+
+@pytest.mark.parametrize("kind", ["GIF", "TIFF"])
+def test_a_picture_that_cannot_be_decoded_is_put_aside_by_its_header(tmp_path, kind):
+    root = yolo_set(tmp_path, YAML, {"train/a": f"0 {BOX}", "train/b": f"0 {BOX}"})
+    picture("b").save(root / "images/train/b.jpg", kind)
+    assert read_all(root).quarantined_by_reason() == {"image_damaged": 1}
+
+
+def test_root_with_a_name_that_no_disk_takes():
+    with pytest.raises(DataError, match="Cannot read the folder"):
+        read_all("/tmp/" + "a" * 300)

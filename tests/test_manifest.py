@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import os
 import time
+import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Callable
@@ -143,6 +144,22 @@ def test_coco_a_file_that_is_none_is_one_sentence(tmp_path, content):
     (exported(tmp_path) / "train" / "_annotations.coco.json").write_bytes(content)
     with pytest.raises(ScanError, match="cannot be read as a COCO file .*: it needs the lists images, annotations and categories"):
         read_all(tmp_path)
+
+
+def test_coco_photos_outside_of_the_dataset_are_put_aside(tmp_path):
+    path = exported(tmp_path / "set") / "train" / "_annotations.coco.json"
+    write_picture(tmp_path / "elsewhere.jpg")
+    content = json.loads(path.read_text())
+    content["images"] += [{"id": 90, "file_name": "../../elsewhere.jpg"}, {"id": 91, "file_name": str(tmp_path / "elsewhere.jpg")}]
+    path.write_text(json.dumps(content))
+    summary = read_all(tmp_path / "set").summary()
+    assert summary["quarantined"] == {"image_missing": 2} and summary["files"]["quarantined"] == 0
+
+
+def test_coco_names_in_pieces_meet_their_photos(tmp_path):
+    coco(tmp_path / "_annotations.coco.json", [("약.jpg", [(1, BOX)])])
+    write_picture(tmp_path / unicodedata.normalize("NFD", "약.jpg"))
+    assert len(read_all(tmp_path).records) == 1
 
 
 def test_altered_copies_of_one_photo_share_a_group_across_splits(tmp_path, settings_for):

@@ -422,8 +422,13 @@ def test_leftovers_of_killed_scans_are_removed(tmp_path, collection):
     for name, age in ((".train_K-000000.0123abcd.parquet", 7200), (".train_K-000000.0123abce.parquet", 0), (".keep", 7200)):
         (parts / name).write_bytes(b"half")
         os.utime(parts / name, (time.time() - age,) * 2)
+    beside = [tmp_path / name for name in (".manifest.0123abcd.parquet", ".manifest.quarantine.0123abcd.parquet", ".other.0123abcd.parquet")]
+    for path in beside:
+        path.write_bytes(b"half")
+        os.utime(path, (time.time() - 7200,) * 2)
     scan(collection, tmp_path / "manifest.parquet", workers=1)
     assert {path.name for path in parts.glob(".*")} == {".train_K-000000.0123abce.parquet", ".keep"}
+    assert [path.exists() for path in beside] == [False, False, True]
 
 
 def test_two_scans_at_once(tmp_path, collection, undisturbed):

@@ -81,7 +81,7 @@ _PHOTOS = ("png", "jpg", "jpeg")
 def _unusable(found: Found) -> Quarantined | None:
     """The entry for a file that nothing can be done with."""
     if found.problem:
-        reason = Reason.IMAGE_DAMAGED if found.checksum is None else Reason.ARCHIVE_DAMAGED
+        reason = Reason.FILE_UNREADABLE if found.checksum is None else Reason.ARCHIVE_DAMAGED
         return Quarantined(found.reference, reason, f"{found.name} {found.problem}")
     if not _readable(found.reference):
         shown = found.reference.encode("utf-8", "backslashreplace").decode()
@@ -144,7 +144,7 @@ def _content(found: Found) -> bytes:
     try:
         return read_photo(found.reference)
     except ImageError as error:
-        raise LabelError(Reason.LABEL_UNREADABLE if found.checksum is None else Reason.ARCHIVE_DAMAGED, str(error)) from error
+        raise LabelError(Reason.FILE_UNREADABLE if found.checksum is None else Reason.ARCHIVE_DAMAGED, str(error)) from error
 
 
 def _read_labels(labels: list[Found], stem: str) -> tuple[list[PillLabel], int]:

@@ -17,7 +17,7 @@ from typing import Literal
 from .aihub_names import codes_in
 from .archives import ArchiveError, Member, list_archive
 from .photo_files import photo_stamp
-from .records import Bucket, OfficialSplit, ScanError, entries_of
+from .records import Bucket, OfficialSplit, ScanError, entries_of, walk
 
 # %% auto #0
 __all__ = ['Content', 'NUMBERS_PER_BUCKET', 'Part', 'is_archive', 'find_parts', 'looks_like_aihub', 'share_number', 'members_of',
@@ -92,7 +92,7 @@ def find_parts(
 # %% ../../nbs/data/01_aihub_layout.ipynb #9aeac203
 def _any_json(folder: str) -> bool:
     """Whether there is a JSON file below a folder."""
-    return any(name.lower().endswith(".json") for _, _, names in os.walk(folder, followlinks=True) for name in names)
+    return any(entry.name.lower().endswith(".json") for entry in walk(folder))
 
 
 def looks_like_aihub(

@@ -113,9 +113,14 @@ _OURS = re.compile(r"\.?[0-9a-f]{32}(\.[0-9a-f]{8})?\.(pixels|sums|json)|(data|l
 
 def _hotsets(folder: Path) -> Iterator[tuple[Path, dict, np.ndarray]]:
     for facts in sorted((Path(folder) / "hotset").glob("*.json")):
-        sums = facts.with_suffix(".sums")
-        if _OURS.fullmatch(facts.name) and not facts.name.startswith(".") and sums.exists():
-            yield facts, json.loads(facts.read_text(encoding="utf-8")), np.fromfile(sums, np.uint64)
+        if not _OURS.fullmatch(facts.name) or facts.name.startswith("."):
+            continue
+        try:
+            facts.with_suffix(".pixels").stat()
+            about = json.loads(facts.read_text(encoding="utf-8"))
+            yield facts, {"size": about["size"], "pictures": about["pictures"]}, np.fromfile(facts.with_suffix(".sums"), np.uint64)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            decide(f"cache {facts.stem[:8]}", "passed over", f"its files in {facts.parent} are damaged or incomplete ({error}): pillsnap cache clear removes them", fallback=True)
 
 
 def describe_cache(

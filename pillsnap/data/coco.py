@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -86,7 +87,7 @@ def read_annotations(
         for entry in content["annotations"]:
             boxes.setdefault(entry.get("image_id"), []).append(dict(entry))
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ScanError(f"{path} cannot be read as a COCO file ({error!r}): it needs the lists images, annotations and categories; export the dataset again.") from error
+        raise ScanError(f"{path} cannot be read as a COCO file ({type(error).__name__}: {str(error)[:120]}): it needs the lists images, annotations and categories; export the dataset again.") from error
     return Annotations(names, images, boxes, {number for number, count in numbers.items() if count > 1})
 
 
@@ -102,7 +103,7 @@ def parse_box(
         category = int(entry["category_id"])
         x, y, w, h = (float(value) for value in entry["bbox"])
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise LabelError(Reason.BOX_MISSING, f"annotation {number} has no category_id or no bbox of four numbers: {error!r}") from error
+        raise LabelError(Reason.BOX_MISSING, f"annotation {number} has no category_id or no bbox of four numbers") from error
     if category not in names:
         raise LabelError(Reason.CLASS_UNKNOWN, f"annotation {number} is of category {category}, which the file does not name")
     if entry.get("iscrowd") in (1, True, "1"):
@@ -139,13 +140,14 @@ def photo_records(
     return [PillRecord(str(path), width, height, kind, split, group, name, name, (), *corners, bytes=size, source="coco") for name, corners in pills]
 
 # %% ../../nbs/data/02_coco.ipynb #a7c65324
-def _photo_path(entry: dict[str, Any], folders: Sequence[Path]) -> Path:
-    """Where the photo of an entry lies; raises `LabelError` where there is none."""
+def _photo_path(entry: dict[str, Any], folders: Sequence[Path], base: Path) -> Path:
+    """Where the photo of an entry lies; raises `LabelError` where there is none in the dataset."""
     name = str(entry.get("file_name") or "").replace("\\", "/")
     for folder in folders:
-        path = Path(os.path.normpath(folder / name))
-        if name and os.path.isfile(path):
-            return path
+        for form in ("NFC", "NFD"):  # Korean names are stored either way
+            path = Path(os.path.normpath(folder / unicodedata.normalize(form, name)))
+            if name and os.path.isfile(path) and path.is_relative_to(base):
+                return path
     raise LabelError(Reason.IMAGE_MISSING, f"image {entry.get('id')} names the file {name!r}, which is not in {' or '.join(folder.name for folder in folders) or 'any folder'}")
 
 
@@ -156,7 +158,7 @@ def _read_file(source: AnnotationFile, base: Path, seen: dict[Path, str], result
     for entry in annotations.images:
         boxes = waiting.pop(entry.get("id"), [])
         try:
-            path = _photo_path(entry, source.folders)
+            path = _photo_path(entry, source.folders, base)
             if path in seen:
                 raise LabelError(Reason.LABEL_DUPLICATE, f"image {entry.get('id')} names {path.name}, which {seen[path]} lists already")
         except LabelError as error:

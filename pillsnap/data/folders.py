@@ -46,12 +46,19 @@ def _has_photo(folder: Path) -> bool:
     return any(path.suffix.lower() in PHOTO_SUFFIXES for path in files_below(folder))
 
 
+def _is_dataset(folder: Path) -> bool:
+    """Whether a folder holds a dataset of its own, not the photos of one drug."""
+    return any((folder / name).exists() for name in ("data.yaml", "data.yml", "dataset.yaml", "_annotations.coco.json", "annotations")) or any((folder / "images").glob("*/"))
+
+
 def looks_like_folders(
     root: str | Path,  # folder of a dataset
 ) -> bool:
     """Whether `root` holds at least two class folders, none of them named as in another layout."""
     folders = find_class_folders(root)
     if any(_OTHER_LAYOUTS.fullmatch(unicodedata.normalize("NFC", path.name)) for _, path in folders):
+        return False
+    if any(_is_dataset(path) for _, path in folders):
         return False
     names = {path.name for split, path in folders if split in ("train", "")}
     return len(names) > 1 and len({path.name for split, path in folders if split in ("train", "") and _has_photo(path)}) > 1

@@ -76,7 +76,7 @@ def unlock_byte(
 def _reserve(
     path: Path,  # made if it is not there, longer if it is too short
     length: int  # bytes
-) -> int:        # open for reading and writing
+) -> tuple[int, int]:  # open for reading and writing; bytes that were there before
     """Open a file of at least this length; raises `OSError` and leaves it as it was when there is no room."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -91,7 +91,7 @@ def _reserve(
                     os.unlink(path)
                 raise
         unlock_byte(descriptor, _RESERVING)
-        return descriptor
+        return descriptor, there
     except BaseException:
         os.close(descriptor)
         raise
@@ -128,8 +128,12 @@ class HotsetStore(Store):
 
     def _open(self) -> None:
         bytes_each = 3 * self.size * self.size
-        self._pixels_file = _reserve(self.path.with_suffix(".pixels"), bytes_each * self.slots)
-        self._sums_file = _reserve(self.path.with_suffix(".sums"), 8 * self.slots)
+        self._pixels_file, pixels = _reserve(self.path.with_suffix(".pixels"), bytes_each * self.slots)
+        self._sums_file, sums = _reserve(self.path.with_suffix(".sums"), 8 * self.slots)
+        cut_off = sums // 8 - pixels // bytes_each
+        if cut_off > 0:  # slots with a checksum and without pixels are empty
+            _write(self._sums_file, memoryview(bytes(8 * cut_off)), pixels // bytes_each * 8)
+            self.note("cache", f"{cut_off:,} pictures decoded again", f"{self.path}.pixels was cut off: the disk or another program changed it")
         self.sums = _mapped(self._sums_file, 8 * self.slots).view(np.uint64)                                             # (slots,) 0: empty
         self.pixels = _mapped(self._pixels_file, bytes_each * self.slots).reshape(-1, self.size, self.size, 3)           # (slots, size, size, 3)
         self._passed = np.frombuffer(mmap.mmap(-1, len(self)), np.bool_)                                                 # (cuts,) shared with forked processes

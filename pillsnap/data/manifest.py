@@ -20,7 +20,7 @@ from .groups import check_groups
 from .pools import Pools, choose_run_classes, codes_of, divide_pools, draw_run, leave_out_untrained, say_untested, shares_of, split_run
 from .readers import check_root
 from .records import DataError
-from .scan import ScanReport, scan
+from .scan import ScanReport, check_usable, scan
 from .twins import check_no_leak, describe, find_twins, fingerprinted, to_leave_out
 from ..files import replacing, write_json
 from ..runlog import Decision, decide
@@ -32,11 +32,6 @@ __all__ = ['SPLITS', 'scan_folder', 'read_dataset', 'Dataset', 'make_manifest', 
            'photos_of_run', 'prepare_data', 'save_dataset', 'load_dataset']
 
 # %% ../../nbs/data/04_manifest.ipynb #8fb8bd1e
-def _counted(counts: dict[str, int]) -> str:
-    """Counts by reason for a sentence."""
-    return ", ".join(f"{reason} {count}" for reason, count in sorted(counts.items())) or "none"
-
-
 def scan_folder(
     settings: Settings,  # paths.cache_root
     root: Path,          # folder of the dataset, absolute
@@ -51,11 +46,7 @@ def read_dataset(
 ) -> tuple[ScanReport, pl.LazyFrame]:  # what was found, and one row per pill as in RECORD_SCHEMA
     """Scan a dataset folder; raises `DataError` where nothing can be used."""
     found = scan(root, scan_folder(settings, root) / "manifest.parquet", settings.data.format)
-    if not found.pills:
-        raise DataError(
-            f"No photo below {root} can be used: {found.files['found']} files found as {found.layout}; "
-            f"in quarantine: {_counted(found.quarantined)}; skipped: {_counted(found.skipped)}. Check that photos and labels are both there."
-        )
+    check_usable(found)
     return found, pl.scan_parquet(found.manifest)
 
 # %% ../../nbs/data/04_manifest.ipynb #26acb65d

@@ -5,10 +5,9 @@
 # %% ../../nbs/data/01_photo_folders.ipynb #478501ec
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
-from .records import LabelError, Reason, ScanError
+from .records import LabelError, Reason, walk
 
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
@@ -20,11 +19,7 @@ def files_below(
     folder: Path,  # any folder
 ) -> list[Path]:   # sorted
     """All files below `folder`, hidden ones too; raises `ScanError` for a folder that cannot be read."""
-
-    def refuse(error: OSError) -> None:
-        raise ScanError(f"Cannot read the folder {error.filename} ({error.strerror}): check its permissions.") from error
-
-    return sorted(Path(parent, name) for parent, _, names in os.walk(folder, onerror=refuse, followlinks=True) for name in names)
+    return sorted(Path(entry.path) for entry in walk(str(folder)))
 
 
 def check_name(

@@ -44,13 +44,13 @@ def check_root(
 ) -> Path:             # the same, absolute
     """A folder with something in it; raises `DataError` otherwise."""
     folder = Path(os.path.abspath(root))
-    if not folder.exists():
-        raise DataError(f"There is no folder {folder}: set paths.data_root to the folder of the dataset, or to null for the embedded sample.")
-    if not folder.is_dir():
-        raise DataError(f"{folder} is a file: paths.data_root must be the folder of the dataset.")
     if printable(str(folder)) != str(folder):
         raise DataError(f"The path {printable(str(folder))} is not text in UTF-8: rename the folder, so that a table can hold the paths of its photos.")
     try:
+        if not folder.exists():
+            raise DataError(f"There is no folder {folder}: set paths.data_root to the folder of the dataset, or to null for the embedded sample.")
+        if not folder.is_dir():
+            raise DataError(f"{folder} is a file: paths.data_root must be the folder of the dataset.")
         if next(folder.iterdir(), None) is None:
             raise DataError(f"The folder {folder} is empty: put the dataset there, or set paths.data_root to where it is.")
     except OSError as error:
@@ -68,9 +68,10 @@ def choose_layout(
     for name, reader in READERS.items():
         if reader.looks_like(root):
             return name
+    inside = next((f" {path.name} in it is a dataset of its own: name that folder." for path in sorted(root.glob("*/")) if looks_like_yolo(path) or looks_like_coco(path)), "")
     packed = next((f" It holds the archive {path.name}, whose name is none of the collection's: unpack it first." for path in sorted(root.glob("*.zip")) + sorted(root.glob("*/*.zip"))), "")
     looked_for = "; ".join(reader.marks for reader in READERS.values())
-    raise DataError(f"{root} looks like no known dataset. Looked for: {looked_for}.{packed} Set paths.data_root to the folder above these.")
+    raise DataError(f"{root} looks like no known dataset. Looked for: {looked_for}.{inside or packed} Set paths.data_root to the folder above these.")
 
 # %% ../../nbs/data/03_readers.ipynb #20326901
 def read_all(

@@ -17,20 +17,21 @@ from operator import attrgetter
 from typing import Any, Literal
 
 import polars as pl
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from .photo_files import is_member, read_photo
-from ..runtime.images import ImageError, exif_orientation
+from ..runtime.images import FORMATS, ImageError, exif_orientation
 
 # %% auto #0
 __all__ = ['PhotoKind', 'OfficialSplit', 'RECORD_SCHEMA', 'Reason', 'Quarantined', 'LabelError', 'check_box', 'header_size',
-           'PillRecord', 'DataError', 'ScanError', 'ScanResult', 'listing_once', 'entries_of', 'Bucket',
+           'PillRecord', 'DataError', 'ScanError', 'ScanResult', 'listing_once', 'entries_of', 'walk', 'Bucket',
            'records_table']
 
 # %% ../../nbs/data/00_records.ipynb #0e3aa4a3
 class Reason(str, Enum):
     """Why a photo (or a label without photo) cannot be used."""
 
+    FILE_UNREADABLE = "file_unreadable"        # the system does not hand the file over; tried again by the next scan
     LABEL_MISSING = "label_missing"            # a photo without any label
     LABEL_UNREADABLE = "label_unreadable"      # the label is not JSON, not text, or not numbers
     LABEL_DUPLICATE = "label_duplicate"        # two labels contradict each other about one pill
@@ -87,11 +88,15 @@ def header_size(
 ) -> tuple[int, int]:      # width, height in pixels, as displayed
     """The size that an image's header states, without decoding it; raises `LabelError` for an unreadable header."""
     try:
-        with io.BytesIO(read_photo(reference)) if is_member(reference) else open(reference, "rb") as file, Image.open(file) as image:
+        with io.BytesIO(read_photo(reference)) if is_member(reference) else open(reference, "rb") as file, Image.open(file, formats=FORMATS) as image:
             return image.size[::-1] if exif_orientation(image, file) in (5, 6, 7, 8) else image.size
     except ImageError as error:
         raise LabelError(Reason.ARCHIVE_DAMAGED, str(error)) from error
+    except UnidentifiedImageError as error:
+        raise LabelError(Reason.IMAGE_DAMAGED, "the file does not begin like a JPEG, PNG, WebP or BMP picture") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise LabelError(Reason.FILE_UNREADABLE, f"the file cannot be read: {error.strerror}") from error
         raise LabelError(Reason.IMAGE_DAMAGED, f"the header of the image cannot be read: {error}") from error
 
 # %% ../../nbs/data/00_records.ipynb #43ed49cc
@@ -188,21 +193,43 @@ def listing_once() -> Iterator[None]:
         _listings.reset(token)
 
 
+def _leads_nowhere(
+    link: os.DirEntry[str],  # a symbolic link
+) -> bool:
+    """Whether a link points to a folder that it lies in, or round in circles: nobody would come to its end."""
+    try:
+        place = os.path.realpath(link.path)
+        return link.is_dir() and os.path.commonpath([place, os.path.realpath(os.path.dirname(link.path))]) == place
+    except OSError:
+        return True
+
+
 def entries_of(
     folder: str,              # absolute
 ) -> list[os.DirEntry[str]]:  # sorted by name
-    """What a folder holds; raises `ScanError` for a folder that cannot be read."""
+    """What a folder holds, without links that lead back; raises `ScanError` for a folder that cannot be read."""
     remembered = _listings.get()
     if remembered is not None and folder in remembered:
         return remembered[folder]
     try:
         with os.scandir(folder) as entries:
-            listed = sorted(entries, key=lambda entry: entry.name)
+            listed = sorted((entry for entry in entries if not (entry.is_symlink() and _leads_nowhere(entry))), key=lambda entry: entry.name)
     except OSError as error:
         raise ScanError(f"Cannot read the folder {folder} ({error.strerror}): check that it exists and that you may read it.") from error
     if remembered is not None:
         remembered[folder] = listed
     return listed
+
+
+def walk(
+    folder: str,                  # absolute
+) -> Iterator[os.DirEntry[str]]:  # folder by folder
+    """All files below a folder; raises `ScanError` for a folder that cannot be read."""
+    for entry in entries_of(folder):
+        if entry.is_dir():
+            yield from walk(entry.path)
+        else:
+            yield entry
 
 # %% ../../nbs/data/00_records.ipynb #8c0d6403
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from .aihub_layout import is_archive
 from .archives import ArchiveError, list_archive
 from .buckets import scan_buckets
 from .readers import READERS, check_root, choose_layout
-from .records import RECORD_SCHEMA, Bucket, DataError, ScanError
-from .shards import QUARANTINE_SCHEMA, Shards, merge_tables, writing_below
+from .records import RECORD_SCHEMA, Bucket, DataError, ScanError, walk
+from .shards import QUARANTINE_SCHEMA, Shards, merge_tables, sweep, writing_below
 from ..files import write_json
 
 # %% auto #0
@@ -50,7 +50,7 @@ def _listed(path: str) -> int:
             return len(list_archive(path))
         except ArchiveError:
             return 0
-    return sum(len(names) for _, _, names in os.walk(path, followlinks=True)) if os.path.isdir(path) else 1
+    return sum(1 for _ in walk(path)) if os.path.isdir(path) else 1
 
 
 def plan_scan(
@@ -115,6 +115,14 @@ def _beside(out: Path, ending: str) -> Path:
     return out.with_name(f"{out.stem}.{ending}")
 
 
+def _check_out(out: Path, root: Path, layout: str) -> None:
+    """Raise `ScanError` for a manifest that would replace something else, or that the next scan would count as a part of the dataset."""
+    if out.suffix != ".parquet" or out.is_dir():
+        raise ScanError(f"The manifest cannot be {out}: name a file that ends in .parquet, such as manifest.parquet.")
+    if layout != "aihub" and out.is_relative_to(root):
+        raise ScanError(f"{out} lies in the dataset, whose files are all counted: name a place outside of {root}.")
+
+
 def scan(
     root: Path | str,       # folder of a dataset
     out: Path | str,        # the manifest to make or to renew, such as manifest.parquet
@@ -131,8 +139,10 @@ def scan(
     started = time.perf_counter()
     folder, out = check_root(root), Path(os.path.abspath(out))
     name = choose_layout(layout, folder)
+    _check_out(out, folder, name)
     shards = Shards(_beside(out, "parts"))
-    shards.sweep()
+    sweep(shards.folder)
+    sweep(out.parent, f"{out.stem}.")
     results = scan_buckets(READERS[name].list_buckets(folder), shards, workers, progress)
     accounts = [account for account, _ in results]
     manifest, quarantine = out, _beside(out, "quarantine.parquet")

@@ -21,24 +21,24 @@ from typing import Any
 
 import polars as pl
 
-from .records import RECORD_SCHEMA, Bucket, Quarantined, ScanError, ScanResult, entries_of, records_table
+from .records import RECORD_SCHEMA, Bucket, Quarantined, Reason, ScanError, ScanResult, entries_of, records_table
 from ..files import replacing, write_bytes, write_json
 
 # %% auto #0
-__all__ = ['SHARD_VERSION', 'QUARANTINE_SCHEMA', 'bucket_fingerprint', 'writing_below', 'printable', 'quarantine_table', 'Shards',
-           'merge_tables']
+__all__ = ['SHARD_VERSION', 'QUARANTINE_SCHEMA', 'bucket_fingerprint', 'writing_below', 'printable', 'quarantine_table', 'sweep',
+           'Shards', 'merge_tables']
 
 # %% ../../nbs/data/02_shards.ipynb #fbeb8e63
-SHARD_VERSION = 1  # raise it when a reader finds more, or something else, in the same files
+SHARD_VERSION = 2  # raise it when a reader finds more, or something else, in the same files
 
 
 def _mark(file: os.DirEntry[str] | Path) -> str:
-    """Name, size and time of a file."""
+    """Name, size and times of a file: of its content and, because permissions may change, of what is known about it."""
     try:
         status = file.stat()
     except OSError:
         return f"{file.name}|missing"
-    return f"{file.name}|{status.st_size}|{status.st_mtime_ns}"
+    return f"{file.name}|{status.st_size}|{status.st_mtime_ns}|{status.st_ctime_ns}"
 
 
 def _marks(folder: str) -> list[str]:
@@ -75,7 +75,7 @@ def writing_below(
     except (OSError, pl.exceptions.PolarsError) as error:
         why = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise ScanError(
-            f"Cannot write below {folder} ({why}): free some space there or choose another place; "
+            f"Cannot write below {folder} ({why}): {'free some space there' if getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT) else 'make it writable'} or choose another place; "
             "what was read so far is kept, and the manifest of an earlier scan is unchanged."
         ) from error
 
@@ -113,6 +113,18 @@ def _checksum(data: bytes) -> str:
     return f"{zlib.crc32(data):08x}-{len(data)}"
 
 
+def sweep(
+    folder: Path,         # need not be there
+    stem: str = "",       # of the files that may be removed, "" = of any
+    age: float = 3600.0,  # seconds; younger ones may belong to a scan that is running
+) -> None:
+    """Remove what killed scans left half written."""
+    with writing_below(folder):
+        for path in folder.iterdir() if folder.is_dir() else ():
+            if _LEFTOVER.fullmatch(path.name) and path.name.startswith(f".{stem}") and path.is_file() and path.stat().st_mtime < time.time() - age:
+                path.unlink(missing_ok=True)
+
+
 class Shards:
     """The folder that keeps what was read of each bucket."""
 
@@ -135,10 +147,12 @@ class Shards:
         bucket: Bucket,
         fingerprint: str,            # of the bucket as it is now
     ) -> dict[str, Any] | None:      # its account; None where it has to be read
-        """What an earlier scan found, if nothing changed since and the shard is whole."""
+        """What an earlier scan found, if nothing changed since, the shard is whole, and every file could be read."""
         try:
             account = json.loads(self.path(bucket.key, "json").read_bytes())
             if account["fingerprint"] != fingerprint or account["key"] != bucket.key:
+                return None
+            if account["quarantined"].get(Reason.FILE_UNREADABLE):
                 return None
             whole = all(_checksum(self.path(bucket.key, kind).read_bytes()) == checksum for kind, checksum in account["checksums"].items())
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -162,15 +176,6 @@ class Shards:
                 write_bytes(self.path(bucket.key, kind), data)
             write_json(self.path(bucket.key, "json"), account)
         return account
-
-    def sweep(
-        self,
-        age: float = 3600.0,  # seconds; younger ones may belong to a scan that is running
-    ) -> None:
-        """Remove what killed scans left half written."""
-        for path in self.folder.iterdir() if self.folder.is_dir() else ():
-            if _LEFTOVER.fullmatch(path.name) and path.is_file() and path.stat().st_mtime < time.time() - age:
-                path.unlink(missing_ok=True)
 
 
 def _counts(result: ScanResult) -> dict[str, Any]:

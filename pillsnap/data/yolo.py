@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,9 @@ def _load(path: Path) -> dict[str, Any]:
     """Content of a YAML file with every value as text; raises `ScanError`."""
     try:
         content = yaml.load(path.read_text(encoding="utf-8-sig"), Loader=yaml.BaseLoader)
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+    except OSError as error:
+        raise ScanError(f"{path} cannot be read ({error.strerror}): check its permissions.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ScanError(f"{path} cannot be read as YAML ({str(error).splitlines()[0]}): correct it or export the dataset again.") from error
     return content if isinstance(content, dict) else {}
 
@@ -49,7 +52,15 @@ def find_data_file(
         if path.is_file():
             return path
     others = sorted(path for path in folder.glob("*.y*ml") if path.is_file())
-    return next((path for path in others if {"names", "train"} <= _load(path).keys()), None)
+    return next((path for path in others if _names_classes(path)), None)
+
+
+def _names_classes(path: Path) -> bool:
+    """Whether a YAML file is that of a dataset; one that cannot be read is somebody else's."""
+    try:
+        return {"names", "train"} <= _load(path).keys()
+    except ScanError:
+        return False
 
 
 def looks_like_yolo(
@@ -170,7 +181,7 @@ def photo_records(
     except UnicodeDecodeError as error:
         raise LabelError(Reason.LABEL_UNREADABLE, "the label is not text") from error
     except OSError as error:
-        raise LabelError(Reason.LABEL_UNREADABLE, f"the label cannot be read: {error.strerror}") from error
+        raise LabelError(Reason.FILE_UNREADABLE, f"the label cannot be read: {error.strerror}") from error
     boxes = parse_boxes(text, names, width, height)
     kind: PhotoKind = "combination" if len(boxes) > 1 else "single"
     size = path.stat().st_size
@@ -180,31 +191,37 @@ def photo_records(
     ]
 
 # %% ../../nbs/data/02_yolo.ipynb #6d52b4be
-def _gather(folder: Path, result: ScanResult) -> tuple[dict[str, Path], dict[str, Path]]:
-    """Photos and labels of one folder by their place and stem; counts files, skips and second photos into `result`."""
+def _key(path: Path, folder: Path) -> str:
+    """Place and stem of a file in its folder, in composed letters."""
+    return unicodedata.normalize("NFC", str(path.relative_to(folder).with_suffix("")))
+
+
+def _gather(folder: Path, seen: set[Path], result: ScanResult) -> tuple[dict[str, Path], dict[str, Path]]:
+    """Photos and labels of one folder by their place and stem, without those that were seen; counts files, skips and second photos into `result`."""
     target = labels_folder(folder)
     photos: dict[str, Path] = {}
     labels: dict[str, Path] = {}
-    files = set(files_below(folder)) | set(files_below(target) if target.is_dir() else [])
+    files = (set(files_below(folder)) | set(files_below(target) if target.is_dir() else [])) - seen
+    seen |= files
     result.files_found += len(files)
     for path in sorted(files):
         suffix = path.suffix.lower()
         if suffix in PHOTO_SUFFIXES and path.is_relative_to(folder) and not path.name.startswith("."):
-            key = str(path.relative_to(folder).with_suffix(""))
+            key = _key(path, folder)
             if key in photos:
                 result.quarantined.append(Quarantined(str(path), Reason.IMAGE_DUPLICATE, f"{photos[key].name} has the same name and is used instead"))
             else:
                 photos[key] = path
         elif suffix == ".txt" and path.is_relative_to(target) and path.name != "classes.txt" and not path.name.startswith("."):
-            labels[str(path.relative_to(target).with_suffix(""))] = path
+            labels[_key(path, target)] = path
         else:
             result.skipped["other_file"] += 1
     return photos, labels
 
 
-def _read_folder(folder: Path, split: OfficialSplit, names: dict[int, str], result: ScanResult) -> None:
+def _read_folder(folder: Path, split: OfficialSplit, names: dict[int, str], seen: set[Path], result: ScanResult) -> None:
     """Read one photo folder with its labels into `result`."""
-    photos, labels = _gather(folder, result)
+    photos, labels = _gather(folder, seen, result)
     for key, path in sorted(photos.items()):
         label = labels.pop(key, None)
         if label is None:
@@ -242,8 +259,9 @@ def read_yolo(
     """Read a dataset in the YOLO layout; of the photos only the headers. Raises `ScanError` for a data file that cannot be used."""
     data_file = read_data_file(Path(bucket.paths[0]))
     result = ScanResult(notes=list(data_file.notes))
-    for split, folders in data_file.folders.items():
-        for folder in folders:
-            _read_folder(folder, split, data_file.names, result)
+    seen: set[Path] = set()
+    folders = [(folder, split) for split, listed in data_file.folders.items() for folder in listed]
+    for folder, split in sorted(folders, key=lambda item: -len(item[0].parts)):  # a folder in another one keeps its own split
+        _read_folder(folder, split, data_file.names, seen, result)
     result.summary()
     return result

@@ -21,8 +21,8 @@ from PIL import Image, UnidentifiedImageError
 from .boxes import Box
 
 # %% auto #0
-__all__ = ['GREY', 'ImageError', 'NotAnImage', 'DamagedImage', 'TooManyPixels', 'exif_orientation', 'decode_image', 'crop_pill',
-           'Placement', 'place_letterbox', 'letterbox', 'to_letterbox', 'to_photo', 'normalise']
+__all__ = ['FORMATS', 'GREY', 'ImageError', 'NotAnImage', 'DamagedImage', 'TooManyPixels', 'exif_orientation', 'decode_image',
+           'crop_pill', 'Placement', 'place_letterbox', 'letterbox', 'to_letterbox', 'to_photo', 'normalise']
 
 # %% ../../nbs/runtime/01_images.ipynb #b25d5443
 class ImageError(ValueError):
@@ -41,7 +41,7 @@ class TooManyPixels(ImageError):
     """The picture is larger than allowed; found in its header, before anything is unpacked."""
 
 # %% ../../nbs/runtime/01_images.ipynb #d82f6023
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # JPEG includes MPO, several pictures in one file
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # JPEG includes MPO, several pictures in one file
 _FIRST_BYTES = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF")
 
 
@@ -53,7 +53,7 @@ def _open_header(
     if not data:
         raise NotAnImage(f"{name} is empty: send the bytes of a JPEG, PNG, WebP or BMP picture.")
     try:
-        header = Image.open(io.BytesIO(data), formats=_FORMATS)
+        header = Image.open(io.BytesIO(data), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise TooManyPixels(f"{name} has more than the {max_pixels:,} pixels allowed: make it smaller first.") from error
     except UnidentifiedImageError as error:
