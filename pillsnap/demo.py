@@ -181,7 +181,7 @@ def table(
     return "\n".join(f"{name:26} {value:>16}  {remark}" for name, value, remark in rows)
 
 # %% ../nbs/22_demo.ipynb #b88afd4a
-LENGTH = "train.detector.min_steps=750 train.classifier.min_steps=450"  # of profile cpu; real photos take its 1,500 and 600
+LENGTH = "train.detector.min_steps=750 train.classifier.min_steps=300"  # fewer than in profile cpu, which is for real photos
 
 
 def main() -> int:  # exit status
