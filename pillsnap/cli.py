@@ -72,12 +72,14 @@ def scan(arguments: Namespace) -> int:
     settings = _settings(arguments)
     if settings.paths.data_root is None:
         raise SettingsError("there is no dataset to scan: name its folder with --data-root")
+    if arguments.workers < 0:
+        raise SettingsError(f"--workers is {arguments.workers}: give the number of reading processes, or 0 for one per core")
     from pillsnap.data.scan import check_usable, plan_scan, scan as scan_dataset
 
     if arguments.dry_run:
         print(plan_scan(settings.paths.data_root, settings.data.format))
         return 0
-    report = scan_dataset(settings.paths.data_root, arguments.out.resolve(), settings.data.format, max(0, arguments.workers))
+    report = scan_dataset(settings.paths.data_root, arguments.out.resolve(), settings.data.format, arguments.workers)
     _print_json(asdict(report))
     check_usable(report)
     return 0

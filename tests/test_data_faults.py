@@ -15,6 +15,7 @@ import polars as pl
 import pytest
 from PIL import Image
 
+from pillsnap.cli import main
 from pillsnap.config import load_settings
 from pillsnap.data.aihub_layout import looks_like_aihub
 from pillsnap.data import manifest as manifest_module
@@ -623,3 +624,8 @@ def test_a_picture_that_cannot_be_decoded_is_put_aside_by_its_header(tmp_path, k
 def test_root_with_a_name_that_no_disk_takes():
     with pytest.raises(DataError, match="Cannot read the folder"):
         read_all("/tmp/" + "a" * 300)
+
+
+def test_a_negative_number_of_workers_is_one_sentence(tmp_path, capsys):
+    assert main(["scan", "--data-root", str(tmp_path), "--workers", "-3"]) == 2
+    assert "--workers is -3: give the number of reading processes" in capsys.readouterr().err

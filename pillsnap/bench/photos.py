@@ -19,7 +19,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from ..data.sample import draw_photo, label
+from ..data.sample import draw_photo, label, put_file
 from ..data.sample_drugs import sample_drugs
 from ..data.sample_plan import ELEVATIONS, PlannedPhoto, random_of
 from ..data.sample_render import View
@@ -82,14 +82,6 @@ def png(
     return cv2.imencode(".png", picture[..., ::-1], _PNG)[1].tobytes()
 
 # %% ../../nbs/bench/00_photos.ipynb #0bc454b8
-def _put(path: Path, data: bytes) -> None:
-    """Write whole or not at all, without forcing it to disk; a reader skips the hidden half-written file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
-
-
 def _write_some(photos: Sequence[PlannedPhoto], folder: Path, seed: int, scale: int) -> int:
     """Render and write some photos with their labels; the number of photos."""
     for photo in photos:
@@ -97,8 +89,8 @@ def _write_some(photos: Sequence[PlannedPhoto], folder: Path, seed: int, scale: 
         picture = enlarge(small, scale, random_of(seed, "noise", photo.stem))
         content = label(photo, photo.drugs[0], tuple(scale * value for value in boxes[0]))
         content["images"][0].update(width=picture.shape[1], height=picture.shape[0])
-        _put(photo.labels(folder)[0], json.dumps(content, ensure_ascii=False).encode("utf-8"))
-        _put(photo.image(folder), png(picture))
+        put_file(photo.labels(folder)[0], json.dumps(content, ensure_ascii=False).encode("utf-8"))
+        put_file(photo.image(folder), png(picture))
     return len(photos)
 
 # %% ../../nbs/bench/00_photos.ipynb #ae7bcd2d

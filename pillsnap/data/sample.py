@@ -26,7 +26,7 @@ from .sample_scene import HEIGHT, WIDTH
 from ..files import write_json
 
 # %% auto #0
-__all__ = ['GENERATOR', 'draw_photo', 'label', 'SampleError', 'write_sample']
+__all__ = ['GENERATOR', 'draw_photo', 'label', 'put_file', 'SampleError', 'write_sample']
 
 # %% ../../nbs/data/03_sample.ipynb #c53dc2f7
 def draw_photo(
@@ -84,7 +84,10 @@ def _png(
     return cv2.imencode(".png", picture[..., ::-1], _PNG)[1].tobytes()
 
 
-def _put(path: Path, data: bytes) -> None:
+def put_file(
+    path: Path,   # made or replaced, with its folders
+    data: bytes,  # its content
+) -> None:
     """Write whole or not at all, without forcing it to disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid4().hex[:8]}")
@@ -97,15 +100,15 @@ def _write_photos(photos: Sequence[PlannedPhoto], root: Path, seed: int) -> int:
     for photo in photos:
         picture, boxes = draw_photo(photo, seed)
         for drug, box, path in zip(photo.drugs, boxes, photo.labels(root)):
-            _put(path, json.dumps(label(photo, drug, box), ensure_ascii=False).encode("utf-8"))
-        _put(photo.image(root), _png(picture))
+            put_file(path, json.dumps(label(photo, drug, box), ensure_ascii=False).encode("utf-8"))
+        put_file(photo.image(root), _png(picture))
     return len(photos)
 
 
 def _write_overview(photo: PlannedPhoto, root: Path, seed: int) -> None:
     """The small `*index.png` that the original keeps beside the photos of a combination, and that readers must skip."""
     overview = cv2.resize(draw_photo(photo, seed)[0], (WIDTH // 2, HEIGHT // 2), interpolation=cv2.INTER_AREA)
-    _put(photo.folder(root, "images") / f"{photo.codes}_index.png", _png(overview))
+    put_file(photo.folder(root, "images") / f"{photo.codes}_index.png", _png(overview))
 
 # %% ../../nbs/data/03_sample.ipynb #031bd086
 GENERATOR = 4  # version of pictures and labels; a sample of another version is written anew
