@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
@@ -117,9 +118,13 @@ def _check_cache(checked: pl.DataFrame) -> int:
 def train(arguments: Namespace) -> int:
     """Train both networks and print the run folder."""
     settings = _settings(arguments)
+    from pillsnap.training.loop import Stopped
     from pillsnap.training.run import train as train_run
 
-    print(train_run(settings, arguments.run_dir and arguments.run_dir.resolve()))
+    try:
+        print(train_run(settings, arguments.run_dir and arguments.run_dir.resolve()))
+    except Stopped as error:
+        return _end(error, status=128 + signal.Signals[error.name])  # as shells report a program that a signal has ended
     return 0
 
 

@@ -17,7 +17,7 @@ from types import TracebackType
 from tqdm import tqdm
 
 from .config import save_settings
-from .files import write_json
+from .files import write_json, write_text
 from .schema import Settings
 
 # %% auto #0
@@ -96,6 +96,15 @@ def _cut_half_line(path: Path) -> None:
         if not data.endswith(b"\n"):
             with path.open("r+b") as file:
                 file.truncate(data.rfind(b"\n") + 1)
+
+
+def _made_before(row: str, steps: Mapping[str, int]) -> bool:
+    """Whether a line of metrics.jsonl is about a step that stands; a damaged line is about none."""
+    try:
+        fields = json.loads(row)
+        return fields["step"] <= steps.get(fields["task"], 0)
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def _finite(value: float) -> float | None:
@@ -195,6 +204,31 @@ class RunLog:
         self._metrics.write(json.dumps(row) + "\n")
         self.scalars({f"{task}/validation/{name}": value for name, value in figures.items()}, step)
         LOGGER.info("%s step %d validation %s", task, step, " ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+
+    def out_of_memory(
+        self,
+        task: str,                  # "classifier" or "detector"
+        step: int,                  # steps made of this task
+        event: Mapping[str, object],  # action, to, reason
+    ) -> None:
+        """Write what was done when memory ran out: a decision, a line of metrics.jsonl and a value in TensorBoard."""
+        self.decide(f"{task} out of memory", f"{event['action']} {'' if event['to'] is None else event['to']}".strip(), f"step {step}: {event['reason']}", fallback=True)
+        self._metrics.write(json.dumps({"task": task, "step": step, "oom": dict(event)}) + "\n")
+        number = sum(decision.what == f"{task} out of memory" for decision in self.decisions)
+        self.scalars({f"oom/{task}": number}, step)
+
+    def forget_after(
+        self,
+        steps: Mapping[str, int],  # task -> steps made when the run goes on
+    ) -> None:
+        """Remove what metrics.jsonl says of steps that will be made again."""
+        path = self.folder / "metrics.jsonl"
+        rows = path.read_text(encoding="utf-8").splitlines()
+        kept = [row for row in rows if _made_before(row, steps)]
+        if len(kept) < len(rows):
+            self._metrics.close()
+            write_text(path, "".join(f"{row}\n" for row in kept))
+            self._metrics = path.open("a", encoding="utf-8", buffering=1)
 
     def close(self) -> None:
         """Close all files; closing twice does no harm."""

@@ -11,14 +11,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationInfo, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 
 # %% auto #0
-__all__ = ['Share', 'Positive', 'Count', 'CountOrZero', 'PosixPath', 'LEAF_KEYS', 'PATH_KEYS', 'SettingsError', 'likely_meant',
-           'check_path', 'Section', 'Paths', 'Data', 'Dataloader', 'ClassifierModel', 'DetectorModel', 'Model',
-           'ClassifierTraining', 'DetectorTraining', 'Train', 'Identify', 'Goals', 'Latency', 'Export', 'Serve',
-           'Settings', 'leaf_fields']
+__all__ = ['Share', 'Positive', 'Count', 'CountOrZero', 'PosixPath', 'BatchSize', 'LEAF_KEYS', 'PATH_KEYS', 'SettingsError',
+           'likely_meant', 'check_path', 'Section', 'Paths', 'Data', 'Dataloader', 'ClassifierModel', 'DetectorModel',
+           'Model', 'ClassifierTraining', 'DetectorTraining', 'Train', 'Identify', 'Goals', 'Latency', 'Export',
+           'Serve', 'Settings', 'leaf_fields']
 
 # %% ../nbs/03_schema.ipynb #6c5bc25c
 class SettingsError(ValueError):
@@ -155,13 +155,25 @@ class Model(Section):
     detector: DetectorModel = DetectorModel()
 
 
+def _count_or_auto(value: object) -> object:
+    if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise ValueError("must be a number of images from 1 on, or auto")
+    return value
+
+
+BatchSize = Annotated[int | Literal["auto"], BeforeValidator(_count_or_auto)]
+
+
 class ClassifierTraining(Section):
     """What the classifier's training has of its own."""
 
     epochs: Count = 30
     min_steps: CountOrZero = 0
-    batch_size: Count = 16
+    batch_size: BatchSize = 16
+    batch_max: Count = 224
+    grad_accum: Count = 1
     lr: Positive = 2.0e-4
+    class_weights: Literal["none", "inverse_frequency", "effective_number"] = "none"
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
 
 
@@ -170,35 +182,47 @@ class DetectorTraining(Section):
 
     epochs: Count = 50
     min_steps: CountOrZero = 0
-    batch_size: Count = 16
+    batch_size: BatchSize = 16
+    batch_max: Count = 160
+    grad_accum: Count = 1
     lr: Positive = 2.0e-4
 
 
 class Train(Section):
     """The training loop."""
 
+    only: Literal["classifier", "detector"] | None = None
+    start_from: PosixPath | None = None
     interleave_ratio: Annotated[tuple[int, int], Strict(False)] = (1, 1)
     lr: Positive = 2.0e-4
     weight_decay: Annotated[float, Field(ge=0)] = 1.0e-4
-    batch_size: Count = 16
+    batch_size: BatchSize = 16
+    grad_accum: Count = 1
+    max_grad_accum: Count = 8
+    schedule: Literal["cosine", "onecycle"] = "cosine"
     warmup_share: Share = 0.05
     grad_clip: Positive = 10.0
+    grad_checkpointing: bool = False
     ema_decay: Share = 0.9998
+    evaluate_average: bool = True
+    patience: CountOrZero = 0
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"
     channels_last: bool = True
     tf32: bool = True
     compile: Literal["none", "default", "reduce-overhead", "max-autotune"] = "none"
+    cuda_graphs: bool = False
     resume: Literal["last"] | None = None
     evaluations: Count = 8
+    save_minutes: Annotated[float, Field(ge=0)] = 10.0
     log_every: Count = 20
     classifier: ClassifierTraining = ClassifierTraining()
     detector: DetectorTraining = DetectorTraining()
 
     @field_validator("interleave_ratio")
     @classmethod
-    def _train_something(cls, value: tuple[int, int]) -> tuple[int, int]:
-        if min(value) < 0 or sum(value) == 0:
-            raise ValueError("must be two numbers of minibatches, none below 0 and one above 0, such as [1, 1]")
+    def _take_turns(cls, value: tuple[int, int]) -> tuple[int, int]:
+        if min(value) < 1:
+            raise ValueError("must be two numbers of minibatches from 1 on, such as [1, 1]; train.only trains one network alone")
         return value
 
 # %% ../nbs/03_schema.ipynb #899c85a7

@@ -77,7 +77,7 @@ def test_references_are_resolved_after_all_places():
 
 
 def test_a_general_number_on_the_command_line_wins_over_a_profile():
-    assert [getattr(load_settings(CONFIG, profile="rtx5080").train, task).batch_size for task in TASKS] == [64, 16]
+    assert [(getattr(load_settings(CONFIG, profile="rtx5080").train, task).batch_size, getattr(load_settings(CONFIG, profile="rtx5080").train, task).batch_max) for task in TASKS] == [("auto", 64), ("auto", 16)]
     settings = load_settings(CONFIG, ["train.batch_size=128", "train.detector.batch_size=4"], profile="rtx5080")
     assert [getattr(settings.train, task).batch_size for task in TASKS] == [128, 4]
 
@@ -113,9 +113,9 @@ def test_paths_are_absolute(tmp_path, monkeypatch):
     ("train.bach_size=8", ["train.bach_size", "command line", "did you mean train.batch_size?"]),
     ("num_workers=8", ["num_workers", "did you mean dataloader.num_workers?"]),
     ("profile_reason=x", ["profile_reason", "not a setting"]),
-    ("train.batch_size=many", ["train.batch_size", "'many'", "valid integer"]),
-    ("train.batch_size=1.5", ["train.batch_size", "1.5", "valid integer"]),
-    ("train.batch_size=0", ["train.batch_size", "greater than or equal to 1"]),
+    ("train.batch_size=many", ["train.batch_size", "'many'", "number of images from 1 on, or auto"]),
+    ("train.batch_size=1.5", ["train.batch_size", "1.5", "number of images from 1 on, or auto"]),
+    ("train.batch_size=0", ["train.batch_size", "number of images from 1 on"]),
     ("train.lr=fast", ["train.lr", "'fast'", "valid number"]),
     ("train.lr=.nan", ["train.lr", "finite number"]),
     ("train.tf32=yes", ["train.tf32", "'yes'", "valid boolean"]),
@@ -125,8 +125,8 @@ def test_paths_are_absolute(tmp_path, monkeypatch):
     ("paths.run_root=null", ["paths.run_root", "None", "path"]),
     ("train=5", ["train", "section"]),
     ("train.lr", ["train.lr", "key=value"]),
-    ("train.interleave_ratio=[0,0]", ["train.interleave_ratio", "[0, 0]", "one above 0"]),
-    ("train.interleave_ratio=[-1,2]", ["train.interleave_ratio", "none below 0"]),
+    ("train.interleave_ratio=[0,0]", ["train.interleave_ratio", "[0, 0]", "train.only"]),
+    ("train.interleave_ratio=[-1,2]", ["train.interleave_ratio", "from 1 on"]),
     ("train.interleave_ratio=[1]", ["train.interleave_ratio", "[1]", "required"]),
     ("train.interleave_ratio=[1.5,1]", ["train.interleave_ratio", "1.5", "valid integer"]),
     ("model.detector.image_size=500", ["model.detector.image_size", "500", "multiple of 32"]),

@@ -13,7 +13,6 @@ import torch
 from pillsnap.config import Settings, load_settings
 from pillsnap.data.manifest import load_dataset
 from pillsnap.evaluation import evaluate_run
-from pillsnap.training import loop
 from pillsnap.training.checkpoint import CheckpointError, load_checkpoint, load_trained
 from pillsnap.training.run import train
 
@@ -58,31 +57,6 @@ def test_evaluation_passes(trained_run: Path):
     for part, names in (("single", ("top1", "top5", "macro_f1")), ("combo", ("map50", "map50_95", "precision", "recall", "end_to_end_top1"))):
         assert all(0 <= report[part][name] <= 1 for name in names)
     assert json.loads((trained_run / "evaluation.json").read_text()) == report
-
-
-def test_a_stopped_run_goes_on_to_the_same_weights(tiny_settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    overrides = ["train.amp=off", "train.classifier.epochs=2"]
-    whole = train(tiny_settings(*overrides), tmp_path / "whole")
-    real_step, made = loop.train_step, []
-
-    def step_until_killed(task, settings):
-        made.append(task.name)
-        if len(made) > 30:
-            raise KeyboardInterrupt
-        return real_step(task, settings)
-
-    monkeypatch.setattr(loop, "train_step", step_until_killed)
-    with pytest.raises(KeyboardInterrupt):
-        train(tiny_settings(*overrides), tmp_path / "stopped")
-    monkeypatch.setattr(loop, "train_step", real_step)
-    stopped = load_checkpoint(tmp_path / "stopped" / "last.pt")["tasks"]
-    assert 0 < stopped["detector"]["step"] < stopped["detector"]["steps"]
-    resumed = train(tiny_settings(*overrides, "train.resume=last"), tmp_path / "stopped")
-    first, second = (load_checkpoint(folder / "last.pt")["tasks"] for folder in (whole, resumed))
-    for task in ("detector", "classifier"):
-        assert first[task]["step"] == second[task]["step"] == first[task]["steps"]
-        for name, tensor in first[task]["network"].items():
-            assert torch.equal(tensor, second[task]["network"][name]), name
 
 
 def test_resuming_without_a_checkpoint_starts_anew_and_says_so(tiny_settings: Callable[..., Settings], tmp_path: Path):

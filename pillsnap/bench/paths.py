@@ -125,7 +125,7 @@ def stream_store(
     """Batches of our own loader in the order of training, without end."""
     labels = torch.from_numpy(course.classes)
     samples = Samples(store, labels, torch.zeros(0, 4), torch.zeros(len(labels) + 1, dtype=torch.int64))
-    order = Batches(len(samples), course.batch, 10**9, course.settings.seed)
+    order = Batches(len(samples), course.batch, 10**12, course.settings.seed)
     for batch in make_loader(samples, order, course.settings, course.device.type == "cuda", course.workers if workers is None else workers):
         yield batch.images
 

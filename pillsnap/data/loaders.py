@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -83,37 +84,43 @@ def _open(cuts: Cuts, size: int, settings: Settings, budget: Budget | None) -> S
 
 # %% ../../nbs/data/07_loaders.ipynb #f2997081
 class Batches(Sampler):
-    """Step and numbers of its samples, from `start` up to `steps`."""
+    """Place in the endless stream of samples and the numbers of a batch, from `start` up to `stop`."""
 
     def __init__(
         self,
         samples: int,     # samples to draw from
-        batch_size: int,  # samples per step
-        steps: int,       # step after the last one
+        batch_size: int,  # samples per step, all processes together
+        stop: int,        # samples seen at the end
         seed: int,        # the order depends on it
-        start: int = 0    # first step
+        start: int = 0,   # samples seen already
+        share: tuple[int, int] = (0, 1)  # number of this process, and how many there are: each takes its part of every batch
     ):
-        self.samples, self.batch_size, self.steps, self.seed, self.start = samples, batch_size, steps, seed, start
-        self.per_epoch = max(1, samples // batch_size)
+        self.samples, self.batch_size, self.stop, self.seed, self.start, self.share = samples, batch_size, stop, seed, start, share
 
     def __len__(self) -> int:
-        return self.steps - self.start
+        return max(0, -(-(self.stop - self.start) // self.batch_size))
+
+    def _order(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng((self.seed, epoch)).permutation(self.samples)
 
     def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
-        order, epoch_of_order = None, -1
-        for step in range(self.start, self.steps):
-            epoch, place = divmod(step, self.per_epoch)
-            if epoch != epoch_of_order:
-                order, epoch_of_order = np.random.default_rng((self.seed, epoch)).permutation(self.samples), epoch
-            yield step, order[place * self.batch_size:(place + 1) * self.batch_size]
+        first, last = (self.batch_size * number // self.share[1] for number in (self.share[0], self.share[0] + 1))
+        epoch, seen = divmod(self.start, self.samples)
+        ahead = self._order(epoch)[seen:]
+        for place in range(self.start, self.stop, self.batch_size):
+            while len(ahead) < self.batch_size:
+                epoch += 1
+                ahead = np.append(ahead, self._order(epoch))
+            yield place + first, ahead[first:last]
+            ahead = ahead[self.batch_size:]
 
 
 def in_order(
     samples: Samples,  # what to go through
     batch_size: int    # samples per batch, the last one may be smaller
-) -> list[tuple[int, np.ndarray]]:  # step and numbers of its samples
+) -> list[tuple[int, np.ndarray]]:  # place and numbers of each batch
     """Every sample once, in order."""
-    return [(step, np.arange(start, min(start + batch_size, len(samples)))) for step, start in enumerate(range(0, len(samples), batch_size))]
+    return [(start, np.arange(start, min(start + batch_size, len(samples)))) for start in range(0, len(samples), batch_size)]
 
 # %% ../../nbs/data/07_loaders.ipynb #20e6a8be
 @dataclass
@@ -130,6 +137,18 @@ class Batch:
     def boxes(self) -> list[torch.Tensor]:
         """Boxes of each photo, (pills, 4)."""
         return list(torch.split(self.pills, self.counts.tolist()))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def part(
+        self,
+        start: int,  # first picture
+        stop: int    # picture after the last one
+    ) -> Batch:      # views, no copies
+        """Some of the pictures with what belongs to them."""
+        first, last = int(self.counts[:start].sum()), int(self.counts[:stop].sum())
+        return Batch(self.images[start:stop], self.labels[start:stop], self.pills[first:last], self.counts[start:stop], self.numbers[start:stop], {}, [])
 
     def pin_memory(self) -> Batch:
         """Called by the loader's pinning thread."""
@@ -152,7 +171,7 @@ def _room(pictures: int, size: int) -> torch.Tensor:  # (pictures, size, size, 3
 
 # %% ../../nbs/data/07_loaders.ipynb #4affa915
 class _Pictures(Dataset):
-    """Answers a step with its batch."""
+    """Answers a place in the stream with its batch."""
 
     def __init__(self, samples: Samples, seed: int | None):
         self.samples, self.seed = samples, seed  # seed None: leave damaged samples out
@@ -161,21 +180,21 @@ class _Pictures(Dataset):
         return len(self.samples)
 
     def __getitem__(self, wanted: tuple[int, np.ndarray]) -> Batch:
-        step, numbers = wanted[0], np.array(wanted[1], np.int64)
+        place, numbers = wanted[0], np.array(wanted[1], np.int64)
         store = self.samples.store
         images = _room(len(numbers), store.size)
         good = store.read(numbers, images.numpy())
         damaged = {number: store.damaged[number] for number in numbers[~good].tolist()}
         if not good.all():
             if self.seed is not None:
-                damaged |= self._replace(step, numbers, images.numpy(), good)
+                damaged |= self._replace(place, numbers, images.numpy(), good)
             numbers, images = numbers[good], images[torch.from_numpy(good)]
         return self._batch(images, torch.from_numpy(numbers), damaged)
 
-    def _replace(self, step: int, numbers: np.ndarray, images: np.ndarray, good: np.ndarray) -> dict[int, str]:
+    def _replace(self, first: int, numbers: np.ndarray, images: np.ndarray, good: np.ndarray) -> dict[int, str]:
         store, damaged = self.samples.store, {}
-        draw = np.random.default_rng((self.seed, step, 1))
         for place in np.flatnonzero(~good).tolist():
+            draw = np.random.default_rng((self.seed, first + place, 1))
             for number in draw.integers(len(store), size=100).tolist():
                 if store.read([number], images[place:place + 1])[0]:
                     numbers[place], good[place] = number, True
@@ -196,12 +215,13 @@ class _Pictures(Dataset):
 
 
 def _start_worker(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the training process, which ends its loaders itself
     cv2.setNumThreads(0)  # one process, one core; a 1 here would wait for threads that the fork has not taken along
 
 
 def make_loader(
     samples: Samples,          # what to draw from
-    batches: Batches | list[tuple[int, np.ndarray]],  # step and numbers; from `in_order`: damaged samples are left out
+    batches: Batches | list[tuple[int, np.ndarray]],  # place and numbers; from `in_order`: damaged samples are left out
     settings: Settings,        # dataloader is read
     cuda: bool = False,        # batches go to a GPU
     workers: int | None = None # decoding processes; None: dataloader.num_workers, which must be a number then

@@ -43,7 +43,7 @@ def measure_data_time(
     """Median time to the next batch, each process counted as one round."""
     per_round = max(1, workers)
     rounds = 1 + max(3, -(-steps // per_round))
-    order = Batches(len(samples), batch_size, start + rounds * per_round, settings.seed, start)
+    order = Batches(len(samples), batch_size, (start + rounds * per_round) * batch_size, settings.seed, start * batch_size)
     stream = received(make_loader(samples, order, settings, workers=workers), samples)
     waits, end = [], time.perf_counter() + seconds
     for _ in range(rounds):

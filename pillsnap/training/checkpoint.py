@@ -5,19 +5,26 @@
 # %% ../../nbs/training/01_checkpoint.ipynb #c996ba6f
 from __future__ import annotations
 
+import os
+import random
+import shutil
 import subprocess
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import timm
 import torch
 from torch import nn
 
 from ..files import replacing
 from ..models.detector import RawDetections, detector_network
+from ..runlog import decide
 from ..runtime.identify import Rules
 
 # %% auto #0
-__all__ = ['CheckpointError', 'save_checkpoint', 'load_checkpoint', 'Trained', 'load_trained', 'git_revision']
+__all__ = ['CheckpointError', 'save_checkpoint', 'load_checkpoint', 'newest_checkpoint', 'random_states', 'restore_random_states',
+           'Trained', 'load_trained', 'git_revision']
 
 # %% ../../nbs/training/01_checkpoint.ipynb #ecfb8bf7
 class CheckpointError(ValueError):
@@ -25,12 +32,26 @@ class CheckpointError(ValueError):
 
 
 def save_checkpoint(
-    content: dict,  # tensors, numbers, texts, lists and dictionaries of them
-    path: Path      # file to write
+    content: dict,             # tensors, numbers, texts, lists and dictionaries of them
+    path: Path,                # file to write
+    before: Path | None = None # where the file that was there is kept; None: nowhere
 ) -> None:
-    """Write atomically."""
-    with replacing(path) as temporary:
-        torch.save(content, temporary)
+    """Write atomically; raises `CheckpointError` when the disk does not take it, and leaves the files that were there."""
+    try:
+        with replacing(path) as temporary:
+            torch.save(content, temporary)
+            if before is not None and path.exists():
+                _keep(path, before)
+    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError on a full disk
+        raise CheckpointError(f"The checkpoint {path} can't be written ({getattr(error, 'strerror', None) or str(error).splitlines()[0]}): see that there is room on its disk; the one before it is as it was.") from error
+
+
+def _keep(path: Path, name: Path) -> None:
+    with replacing(name) as temporary:
+        try:
+            os.link(path, temporary)
+        except OSError:  # a file system without links
+            shutil.copyfile(path, temporary)
 
 
 def load_checkpoint(
@@ -40,13 +61,58 @@ def load_checkpoint(
     if not Path(path).exists():
         raise CheckpointError(f"There is no checkpoint {path}: name a run folder in which training has saved one.")
     try:
+        with zipfile.ZipFile(path) as file:  # torch writes checksums and does not look at them
+            if file.testzip() is not None:
+                raise zipfile.BadZipFile
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file fails in the unzipper, the unpickler or torch, each with its own exception
         raise CheckpointError(f"The checkpoint {path} is damaged ({type(error).__name__}): take another one or train again.") from error
 
+# %% ../../nbs/training/01_checkpoint.ipynb #fb1ff5ad
+def newest_checkpoint(
+    folder: Path  # run folder
+) -> tuple[Path, dict] | None:  # the file and its content; None: there is none
+    """The newest checkpoint that can be read; passing over a damaged one is recorded. Raises `CheckpointError` when all are damaged."""
+    problems = []
+    for path in (Path(folder) / "last.pt", Path(folder) / "previous.pt"):
+        if not path.exists():
+            continue
+        try:
+            content = load_checkpoint(path)
+        except CheckpointError as error:
+            problems.append(error)
+            continue
+        if problems:
+            decide("checkpoint", path.name, f"the newer one can't be used: {problems[0]}", fallback=True)
+        return path, content
+    if problems:
+        raise problems[0]
+    return None
+
+# %% ../../nbs/training/01_checkpoint.ipynb #fefeaf94
+def random_states() -> dict:
+    """States of Python's, NumPy's and torch's generators, as plain data."""
+    name, keys, place, has_gauss, cached = np.random.get_state()
+    version, numbers, gauss = random.getstate()
+    return {"python": [version, list(numbers), gauss], "numpy": [name, torch.from_numpy(keys.astype(np.int64)), place, has_gauss, cached],
+            "torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+
+
+def restore_random_states(
+    states: dict  # from `random_states`
+) -> None:
+    """Bring the generators back; those of GPUs only where there are as many GPUs."""
+    version, numbers, gauss = states["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    name, keys, place, has_gauss, cached = states["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), place, has_gauss, cached))
+    torch.set_rng_state(states["torch"])
+    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])
+
 # %% ../../nbs/training/01_checkpoint.ipynb #8b78ff9d
 class Trained:
-    """Networks and rules of a finished run, ready for evaluation and export."""
+    """Networks and rules of a run, ready for evaluation and export."""
 
     def __init__(self, content: dict):
         self.rules = Rules.from_json(content["rules"])
@@ -64,6 +130,9 @@ def load_trained(
 ) -> Trained:     # networks in evaluation mode, on the CPU
     """Bring back the best weights of a run; raises `CheckpointError` when they can't be used."""
     path = Path(folder) / "best.pt"
+    alone = [name for name in ("classifier", "detector") if (Path(folder) / f"best_{name}.pt").exists()]
+    if not path.exists() and len(alone) == 1:
+        raise CheckpointError(f"The run {folder} has trained the {alone[0]} alone: give it the other network with train.start_from, the folder of a run that has both.")
     try:
         return Trained(load_checkpoint(path))
     except (KeyError, RuntimeError) as error:

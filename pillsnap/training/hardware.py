@@ -9,17 +9,19 @@ import random
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from timm.optim import param_groups_weight_decay
 from torch import nn
 
 from ..config import Settings
 from ..runlog import decide
 
 # %% auto #0
-__all__ = ['cpu_bf16_speedup', 'Hardware', 'choose_hardware', 'compile_forward', 'seed_everything']
+__all__ = ['cpu_bf16_speedup', 'Hardware', 'choose_hardware', 'compile_forward', 'graph_forward', 'seed_everything',
+           'make_optimizer', 'Clock']
 
 # %% ../../nbs/training/00_hardware.ipynb #dd3a7901
 def cpu_bf16_speedup(
@@ -39,12 +41,16 @@ def cpu_bf16_speedup(
     return min(seconds[False]) / min(seconds[True])
 
 # %% ../../nbs/training/00_hardware.ipynb #fba6b38d
+_AMP_NAMES = {None: "off", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
 @dataclass(frozen=True)
 class Hardware:
     device: torch.device
     amp: torch.dtype | None             # format of the forward pass; None: float32
     memory_format: torch.memory_format
     compile_mode: str                   # none, default, reduce-overhead or max-autotune
+    cuda_graphs: bool = False           # replay the network as one recorded piece of work
 
     def autocast(self) -> AbstractContextManager:
         """Context in which the forward pass runs."""
@@ -56,7 +62,14 @@ class Hardware:
 
     def amp_name(self) -> str:
         """The number format as train.amp names it."""
-        return {None: "off", torch.bfloat16: "bf16", torch.float16: "fp16"}[self.amp]
+        return _AMP_NAMES[self.amp]
+
+    def with_amp(
+        self,
+        name: str  # off, bf16 or fp16
+    ) -> Hardware:
+        """The same machine with another number format."""
+        return replace(self, amp={name: format for format, name in _AMP_NAMES.items()}[name])
 
     def to_device(self, images: torch.Tensor) -> torch.Tensor:
         """Move a batch of pictures and lay it out as the kernels like it."""
@@ -103,14 +116,16 @@ def choose_hardware(
 ) -> Hardware:           # how this machine trains
     """Choose device and number format; each choice is one decision in the log."""
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda" if cuda else "cpu")
+    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     name = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} threads"
     decide("device", device.type, name if cuda else f"no CUDA device found, {name}")
-    if cuda and settings.train.tf32:
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        torch.set_float32_matmul_precision("high")
+    if cuda:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = settings.train.tf32
+        torch.set_float32_matmul_precision("high" if settings.train.tf32 else "highest")
+        decide("float32 products", "TensorFloat-32" if settings.train.tf32 else "float32", f"train.tf32 is {str(settings.train.tf32).lower()}")
+    decide("memory format", "channels_last" if settings.train.channels_last else "contiguous", f"train.channels_last is {str(settings.train.channels_last).lower()}")
     memory_format = torch.channels_last if settings.train.channels_last else torch.contiguous_format
-    return Hardware(device, _choose_amp(amp, device), memory_format, settings.train.compile)
+    return Hardware(device, _choose_amp(amp, device), memory_format, settings.train.compile, settings.train.cuda_graphs)
 
 # %% ../../nbs/training/00_hardware.ipynb #ee0f8bba
 def compile_forward(
@@ -132,12 +147,42 @@ def compile_forward(
         decide(f"{what} compile", mode, "the trial step worked")
         return compiled
     except Exception as error:  # the compiler raises whatever its backends raise; the reason is logged and recorded
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        decide(f"{what} compile", "eager", f"torch.compile failed on the trial step: {reason}", fallback=True)
+        decide(f"{what} compile", "eager", f"torch.compile failed on the trial step: {_first_line(error)}", fallback=True)
         return network
     finally:
         network.load_state_dict(state)  # the trial step has moved the batch norm statistics
         network.zero_grad(set_to_none=True)
+
+
+def graph_forward(
+    network: nn.Module,     # network in training mode, on its device
+    example: torch.Tensor,  # float batch of the size that training uses: all batches must have it
+    hardware: Hardware,     # cuda_graphs is read
+    what: str               # name in the log, for example classifier
+) -> Callable:              # recorded network, or the network itself
+    """Record forward and backward as CUDA graphs; falls back to the plain network, with the reason."""
+    if not hardware.cuda_graphs:
+        return network
+    if hardware.device.type != "cuda" or hardware.compile_mode != "none":
+        reason = "there is no GPU" if hardware.device.type != "cuda" else f"train.compile={hardware.compile_mode} launches the work in its own way"
+        decide(f"{what} CUDA graphs", "off", reason, fallback=True)
+        return network
+    state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    try:
+        with torch.autocast("cuda", dtype=hardware.amp, enabled=hardware.amp is not None, cache_enabled=False):
+            recorded = torch.cuda.make_graphed_callables(network, (example,))
+        decide(f"{what} CUDA graphs", "on", f"recorded for batches of {len(example)}")
+        return recorded
+    except Exception as error:  # recording fails with whatever the driver says; the reason is logged and recorded
+        decide(f"{what} CUDA graphs", "off", f"recording failed: {_first_line(error)}", fallback=True)
+        return network
+    finally:
+        network.load_state_dict(state)
+        network.zero_grad(set_to_none=True)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _any_tensor(answer: object) -> torch.Tensor:
@@ -153,3 +198,41 @@ def seed_everything(
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+# %% ../../nbs/training/00_hardware.ipynb #65998c00
+def make_optimizer(
+    network: nn.Module,  # on its device
+    lr: float,           # highest learning rate
+    weight_decay: float, # not applied to biases and normalisation
+    what: str            # name in the log, for example classifier
+) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101), fused where that works."""
+    groups = param_groups_weight_decay(network, weight_decay)
+    try:
+        return torch.optim.AdamW(groups, lr=lr, fused=True)
+    except RuntimeError as error:
+        decide(f"{what} optimizer", "AdamW, not fused", _first_line(error), fallback=True)
+        return torch.optim.AdamW(groups, lr=lr, fused=False)
+
+# %% ../../nbs/training/00_hardware.ipynb #8525b03f
+class Clock:
+    """Marks moments on a device and reads the seconds between them later."""
+
+    def __init__(self, device: torch.device):
+        self.cuda = device.type == "cuda"
+        self.marks: list = []
+
+    def mark(self) -> None:
+        """Remember this moment of the device's work."""
+        if self.cuda:
+            self.marks.append(torch.cuda.Event(enable_timing=True))
+            self.marks[-1].record()
+        else:
+            self.marks.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        """Time from each mark to the next; waits for the device to reach the last one."""
+        if self.cuda:
+            self.marks[-1].synchronize()
+            return [before.elapsed_time(after) / 1000 for before, after in zip(self.marks, self.marks[1:])]
+        return [after - before for before, after in zip(self.marks, self.marks[1:])]

@@ -5,72 +5,150 @@
 # %% ../../nbs/training/03_loop.ipynb #cf9f7342
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from tqdm import tqdm
 
 from ..config import Settings
-from ..runlog import RunLog
-from .tasks import Task, start_batches, train_step
+from ..runlog import RunLog, decide
+from .checkpoint import CheckpointError
+from .group import Group
+from .schedule import TrainingError
+from .step import Measured, attempt, check_loss, speed_up, train_step
+from .oom import free_memory
+from .stop import listening
+from .tasks import Task
 
 # %% auto #0
-__all__ = ['take_turns', 'evaluation_steps', 'evaluate_task', 'train_tasks']
+__all__ = ['whose_turn', 'evaluate_task', 'keep_best', 'Journal', 'Stopped', 'train_tasks']
 
 # %% ../../nbs/training/03_loop.ipynb #272a6f1b
-def take_turns(
-    steps: dict[str, int],    # steps of each task
-    ratio: tuple[int, int]    # minibatches per turn, in the order of `steps`
-) -> Iterator[str]:           # name of the task that makes the next step
-    """Order in which the tasks make their steps."""
-    left = dict(steps)
-    turns = dict(zip(steps, ratio))
-    active = [name for name in left if turns[name]]
-    while any(left[name] for name in active):
-        for name in active:
-            for _ in range(min(turns[name], left[name])):
-                left[name] -= 1
-                yield name
+def whose_turn(
+    tasks: Mapping[str, Task],  # in the order in which they begin
+    ratio: Mapping[str, int]    # minibatches per turn
+) -> Task | None:               # None: all are done
+    """The task that makes the next step: the one that has had the fewest turns."""
+    waiting = [task for task in tasks.values() if not task.done()]
+    return min(waiting, key=lambda task: task.step // ratio[task.name], default=None)
 
 # %% ../../nbs/training/03_loop.ipynb #b005fa41
-def evaluation_steps(
-    steps: int,       # steps of the whole run
-    evaluations: int  # evaluations wanted
-) -> set[int]:        # steps after which to evaluate
-    """Evenly spaced, the last one at the end."""
-    return {round(steps * number / evaluations) for number in range(1, evaluations + 1)} - {0}
-
-
 def evaluate_task(
-    task: Task,   # its averaged weights are evaluated
-    run: RunLog   # the figures go to the log
-) -> None:
-    """Evaluate, and keep the weights if they are the best so far."""
-    figures = task.evaluate(task.average.module.eval())
+    task: Task,    # its averaged weights are evaluated
+    group: Group,  # who shares the photos
+    run: RunLog    # the figures go to the log
+) -> bool:         # whether the weights are the best so far
+    """Evaluate, and keep the weights if they are the best so far; raises `TrainingError` when memory does not suffice for one image."""
+    for network in (task.network, task.average.module):
+        group.average_buffers(network)
+    while True:
+        figures, reason = attempt(lambda: task.evaluate(task, task.evaluated_network(), group), group)
+        if not reason:
+            break
+        free_memory(task.hardware.device)
+        smaller = task.evaluation_batch // 2
+        run.out_of_memory(task.name, task.step, {"action": "evaluation batch" if smaller else "give up", "to": smaller, "reason": reason})
+        if not smaller:
+            raise TrainingError(f"Memory does not suffice to evaluate the {task.name} on a single image: close other programs, or lower model.{task.name}.image_size.")
+        task.evaluation_batch = smaller
     run.evaluation(task.name, task.step, figures)
-    if figures[task.monitor] > task.best:
-        task.best = figures[task.monitor]
-        task.best_state = {name: tensor.detach().cpu().clone() for name, tensor in task.average.module.state_dict().items()}
+    task.evaluated = task.seen * task.settings.train.evaluations // task.total
+    return keep_best(task, figures[task.monitor])
+
+
+def keep_best(
+    task: Task,   # its best value and weights are updated
+    value: float  # of its monitor
+) -> bool:        # whether it is the best so far
+    """Remember the weights if they are better than all before."""
+    better = value > task.best
+    task.patience = 0 if better else task.patience + 1
+    if better:
+        task.best = value
+        task.best_state = {name: tensor.detach().cpu().clone() for name, tensor in task.evaluated_network().state_dict().items()}
+    elif task.done() and task.seen < task.total:
+        decide(f"{task.name} early stop", f"step {task.step}", f"{task.monitor} has not risen above {task.best:.4g} in {task.patience} evaluations (train.patience)")
+    return better
+
+# %% ../../nbs/training/03_loop.ipynb #5027d3f1
+class Journal:
+    """Steps that are made and not written down yet."""
+
+    def __init__(
+        self,
+        run: RunLog,  # figures go there
+        every: int    # steps that may wait
+    ):
+        self.run, self.every = run, every
+        self.waiting: list[tuple[Task, Measured, int, int]] = []
+
+    def add(self, task: Task, measured: Measured) -> None:
+        """Note a step; the device is asked for the figures now and then."""
+        self.waiting.append((task, measured, task.step, task.seen))
+        if len(self.waiting) >= self.every:
+            self.write()
+
+    def write(self) -> None:
+        """Write down all that wait; raises `TrainingError` for a loss that is not finite."""
+        waiting, self.waiting = self.waiting, []
+        for task, measured, step, seen in waiting:
+            ahead = -(-(task.total - seen) // task.ladder.batch)
+            self.run.step(task.name, step=step, steps=step + ahead, epoch=(seen - 1) // len(task.samples), cuda_mem=task.hardware.memory_mb(), **measured.figures())
+            check_loss(task, measured)
 
 # %% ../../nbs/training/03_loop.ipynb #16438ad5
+class Stopped(TrainingError):
+    """The run was asked to end, and can go on later."""
+
+    def __init__(
+        self,
+        name: str,                     # of the signal
+        tasks: Mapping[str, Task],     # how far they are
+        folder: Path                   # of the run
+    ):
+        self.name = name
+        steps = ", ".join(f"{task.name} step {task.step}" for task in tasks.values())
+        super().__init__(f"Stopped by {name} after {steps}: {folder}/last.pt goes on from there with train.resume=last")
+
+
 def train_tasks(
-    tasks: dict[str, Task],   # detector and classifier
-    settings: Settings,       # train is read
-    run: RunLog,              # steps and figures go there
-    save: Callable[[], None]  # writes last.pt and best.pt
+    tasks: dict[str, Task],         # detector and classifier
+    settings: Settings,             # train is read
+    group: Group,                   # who shares each batch
+    run: RunLog,                    # steps and figures go there
+    save: Callable[[], None],       # writes the checkpoints
+    watch: Callable[[], None] | None = None  # called after each evaluation
 ) -> None:
-    """Train all tasks to their last step; raises `TrainingError` when that can't be done."""
-    order = list(take_turns({name: task.steps for name, task in tasks.items()}, settings.train.interleave_ratio))
-    made = sum(task.step for task in tasks.values())
-    due = {name: evaluation_steps(task.steps, settings.train.evaluations) for name, task in tasks.items()}
+    """Train all tasks to their end; raises `TrainingError` when that can't be done, and `Stopped` when asked to end."""
+    ratio = dict(zip(("detector", "classifier"), settings.train.interleave_ratio))
+    cuda = any(task.hardware.device.type == "cuda" for task in tasks.values())
+    journal, saved = Journal(run, settings.train.log_every if cuda else 1), time.monotonic()
     for task in tasks.values():
-        start_batches(task, settings)
-    with tqdm(total=len(order), initial=made, desc="training", unit="step", disable=None) as progress:
-        for name in order[made:]:
-            task = tasks[name]
+        speed_up(task, group)
+    with listening() as heard, tqdm(total=sum(task.total for task in tasks.values()), initial=sum(task.seen for task in tasks.values()), desc="training", unit="img", disable=None) as progress:
+        while (task := whose_turn(tasks, ratio)) is not None:
             task.network.train()
-            measured = train_step(task, settings)
-            run.step(task.name, step=task.step, steps=task.steps, epoch=(task.step - 1) // task.per_epoch, cuda_mem=task.hardware.memory_mb(), **measured)
-            progress.update()
-            if task.step in due[name]:
-                evaluate_task(task, run)
-                save()
+            journal.add(task, train_step(task, group, run))
+            progress.update(task.ladder.batch)
+            due, stopping = task.evaluation_is_due(), group.any(bool(heard()))
+            if due:
+                journal.write()
+                evaluate_task(task, group, run)
+            if due or stopping or group.any(time.monotonic() - saved >= 60 * settings.train.save_minutes):
+                journal.write()
+                _save(save, needed=stopping or whose_turn(tasks, ratio) is None)
+                saved = time.monotonic()
+            if due and watch is not None:
+                watch()
+            if stopping:
+                raise Stopped(next(filter(None, group.gather(heard()))), tasks, run.folder)
+
+
+def _save(save: Callable[[], None], needed: bool) -> None:
+    try:
+        save()
+    except CheckpointError as error:
+        if needed:
+            raise
+        decide("checkpoint", "not written", f"{error}; training goes on", fallback=True)

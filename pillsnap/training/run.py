@@ -5,30 +5,42 @@
 # %% ../../nbs/training/04_run.ipynb #23e0eb80
 from __future__ import annotations
 
+import copy
+import logging
+import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
 
 import polars as pl
+import torch
+from torch import nn
 
 import pillsnap
 from ..config import Settings, settings_as_yaml
 from ..data.budget import Budget, reads_per_byte
 from ..data.loaders import Samples, classifier_samples, detector_samples, report_damaged
-from ..data.manifest import Dataset, prepare_data, save_dataset
+from ..data.manifest import Dataset, load_dataset, prepare_data, save_dataset
 from ..data.sample import write_sample
 from ..files import write_text
 from ..models.classifier import build_classifier, normalisation
 from ..models.detector import build_detector
-from ..runlog import RunLog, decide, open_run
+from ..runlog import LOGGER, RunLog, decide, open_run
 from ..runtime.identify import Rules
-from .checkpoint import CheckpointError, git_revision, load_checkpoint, save_checkpoint
+from .autotune import choose_batch_size, timed_attempt
+from .checkpoint import CheckpointError, git_revision, load_checkpoint, newest_checkpoint, random_states, restore_random_states, save_checkpoint
+from .group import Group, describe_group, join_group, leave_group
 from .hardware import Hardware, choose_hardware, seed_everything
 from .loop import train_tasks
-from .tasks import Task, classifier_task, detector_task
+from .schedule import TrainingError
+from .step import made_up_batch, speed_up, step_on
+from .tasks import Task, checkpoint_gradients, classifier_task, detector_task
 
 # %% auto #0
-__all__ = ['data_root', 'new_run_folder', 'latest_run', 'open_samples', 'build_tasks', 'save_run', 'resume_run', 'train']
+__all__ = ['data_root', 'new_run_folder', 'latest_run', 'open_samples', 'build_networks', 'tuned_batch_size', 'build_tasks',
+           'save_run', 'resume_run', 'train']
 
 # %% ../../nbs/training/04_run.ipynb #40e3d69a
 def data_root(
@@ -43,10 +55,10 @@ def data_root(
 def new_run_folder(
     settings: Settings  # paths and stage are read
 ) -> Path:              # a folder that does not exist yet
-    """Name of a run: its stage and the time of its start; with train.resume=last the newest run's folder."""
-    pointer = settings.paths.run_root / "latest"
-    if settings.train.resume == "last" and pointer.exists():
-        return settings.paths.run_root / pointer.read_text(encoding="utf-8").strip()
+    """Name of a run: its stage and the time of its start; with train.resume=last the folder in which a checkpoint was written last."""
+    checkpoints = list(settings.paths.run_root.glob("*/last.pt"))
+    if settings.train.resume == "last" and checkpoints:
+        return max(checkpoints, key=lambda path: path.stat().st_mtime).parent
     return settings.paths.run_root / f"stage{settings.stage}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
@@ -63,7 +75,7 @@ def latest_run(
 def open_samples(
     dataset: Dataset,   # manifest and class map
     settings: Settings  # data, model, train and paths are read
-) -> dict[str, Samples]:  # classifier, detector, classifier validation, detector validation
+) -> dict[str, Samples]:  # classifier, detector, classifier validation, detector validation; of the one that train.only names, if it does
     """What a run learns from and is chosen by; `build_cache` fills their stores ahead."""
     parts = {split: dataset.manifest.filter(pl.col("split") == split) for split in ("train", "validation")}
     combinations = parts["validation"].filter(pl.col("photo_kind") == "combination")
@@ -73,88 +85,197 @@ def open_samples(
         ("detector", detector_samples, parts["train"], train.detector.epochs, frames),
         ("classifier validation", classifier_samples, parts["validation"], train.evaluations, crops),
         ("detector validation", detector_samples, combinations if len(combinations) else parts["validation"], train.evaluations, frames)]
+    wanted = [item for item in wanted if train.only is None or item[0].startswith(train.only)]
     wanted.sort(key=lambda item: reads_per_byte(*item[3:]), reverse=True)
     budget = Budget.of(settings)
     return {name: opening(rows, settings, budget) for name, opening, rows, _, _ in wanted}
+
+# %% ../../nbs/training/04_run.ipynb #c822fae1
+def build_networks(
+    dataset: Dataset,   # its class map is read
+    settings: Settings, # model and train are read
+    hardware: Hardware  # where they go
+) -> tuple[dict[str, nn.Module], tuple]:  # the networks to train, detector first; mean and deviation of the classifier's pixels
+    """Networks on their device, ready to learn; with train.only the other one is not among them."""
+    names = settings.model.classifier
+    classifier = build_classifier(names.name, len(dataset.class_map), names.pretrained and settings.train.start_from is None, names.drop_rate)
+    networks = {} if settings.train.only == "classifier" else {"detector": build_detector(settings.model.detector.name)}
+    if settings.train.only != "detector":
+        networks["classifier"] = classifier
+    earlier = _earlier(settings)
+    for name, network in networks.items():
+        if earlier:
+            _start_from(network, earlier[name], name, settings.train.start_from)
+        checkpoint_gradients(network, settings.train.grad_checkpointing, name)
+        networks[name] = network.to(hardware.device, memory_format=hardware.memory_format)
+    return networks, normalisation(classifier)
+
+
+def _earlier(settings: Settings) -> dict | None:
+    """The best weights of the run that train.start_from names."""
+    if settings.train.start_from is None:
+        return None
+    content = load_checkpoint(settings.train.start_from / "best.pt")
+    names = _network_names(settings)
+    if content["models"] != names:
+        raise CheckpointError(f"The run {settings.train.start_from} trained {content['models']}, this one {names}: start from a run with the same networks.")
+    return content
+
+
+def _start_from(network: nn.Module, weights: dict[str, torch.Tensor], name: str, folder: Path) -> None:
+    shapes = {key: tensor.shape for key, tensor in network.state_dict().items()}
+    fitting = {key: tensor for key, tensor in weights.items() if tensor.shape == shapes.get(key)}
+    network.load_state_dict(fitting, strict=False)
+    anew = len(shapes) - len(fitting)
+    decide(f"{name} weights", "an earlier run's", f"the best ones of {folder}" + (f"; {anew} of {len(shapes)} tensors do not fit and start anew" if anew else ""))
+
+
+def _network_names(settings: Settings) -> dict[str, str]:
+    return {"classifier": settings.model.classifier.name, "detector": settings.model.detector.name}
+
+# %% ../../nbs/training/04_run.ipynb #c7dd4ff2
+def tuned_batch_size(
+    name: str,                    # detector or classifier
+    make: Callable[[int], Task],  # batch size -> task with a network of its own
+    settings: Settings,           # train, model and paths are read
+    hardware: Hardware            # device and number format
+) -> int:                         # images of a minibatch
+    """What `train.*.batch_size=auto` comes to on this machine."""
+    def make_step(count: int) -> Callable[[], None]:
+        task = make(count)
+        task.network.train()
+        speed_up(task, Group())
+        batch = made_up_batch(task, count)
+        return lambda: step_on(task, batch)
+
+    names, train = getattr(settings.model, name), settings.train
+    device = torch.cuda.get_device_name(hardware.device) if hardware.device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    key = f"{device}, {names.name}, {names.image_size} px, {hardware.amp_name()}, compile {train.compile}, gradient checkpointing {train.grad_checkpointing}"
+    return choose_batch_size(f"{name} batch size", lambda count: timed_attempt(make_step, count, hardware.device), getattr(train, name).batch_max, settings, key, hardware.device.type == "cuda")
 
 
 def build_tasks(
     dataset: Dataset,   # manifest and class map
     settings: Settings, # data, model and train are read
-    hardware: Hardware  # device and number format
+    hardware: Hardware, # device and number format
+    group: Group = Group(),  # who shares each batch
+    batches: Mapping[str, int] | None = None  # images of a step, where they are known from an earlier part of the run
 ) -> tuple[dict[str, Task], Rules]:  # the tasks, and what serving must know
-    """Both tasks with their data."""
-    samples, names = open_samples(dataset, settings), settings.model
-    classifier = build_classifier(names.classifier.name, len(dataset.class_map), names.classifier.pretrained, names.classifier.drop_rate)
-    normal = normalisation(classifier)
-    detector = build_detector(names.detector.name)
-    tasks = {
-        "detector": detector_task(_placed(detector, hardware), samples["detector"], samples["detector validation"], settings, hardware),
-        "classifier": classifier_task(_placed(classifier, hardware), normal, samples["classifier"], samples["classifier validation"], settings, hardware),
-    }
+    """The tasks with their data."""
+    samples, (networks, normal) = open_samples(dataset, settings), build_networks(dataset, settings, hardware)
+
+    def make(name: str, network: nn.Module, batch_size: int) -> Task:
+        data = samples[name], samples[f"{name} validation"], settings, hardware, batch_size
+        return detector_task(network, *data) if name == "detector" else classifier_task(network, normal, len(dataset.class_map), *data)
+
+    tasks = {}
+    for name, network in networks.items():
+        chosen = getattr(settings.train, name)
+        batch_size = (batches or {}).get(name)
+        if batch_size is None and chosen.batch_size == "auto":
+            batch_size = chosen.grad_accum * group.size * group.first(lambda: tuned_batch_size(name, lambda count: make(name, copy.deepcopy(network), count), settings, hardware))
+        elif batch_size is None:
+            batch_size = chosen.batch_size * chosen.grad_accum
+        if batch_size < group.size:
+            raise TrainingError(f"train.{name}.batch_size is {batch_size}, but {group.size} processes are to share it: raise it, or start fewer processes.")
+        tasks[name] = make(name, network, batch_size)
+    names = settings.model
     rules = Rules(class_map=dataset.class_map, classifier_size=names.classifier.image_size, detector_size=names.detector.image_size, margin=settings.data.margin,
                   mean=normal[0], std=normal[1], box_confidence=settings.identify.box_confidence, nms_iou=settings.identify.nms_iou, sure_confidence=settings.identify.sure_confidence)
     return tasks, rules
 
-
-def _placed(network, hardware: Hardware):
-    return network.to(hardware.device, memory_format=hardware.memory_format)
-
-# %% ../../nbs/training/04_run.ipynb #c822fae1
+# %% ../../nbs/training/04_run.ipynb #dd65e201
 def save_run(
     tasks: dict[str, Task],  # their state is saved
     rules: Rules,            # what serving must know
     settings: Settings,      # saved as they were merged
-    run: RunLog              # its folder is written to
+    run: RunLog,             # its folder is written to
+    group: Group = Group()   # the first process writes
 ) -> None:
-    """Write last.pt, and best.pt once both tasks have been evaluated."""
-    common = {"format": 1, "amp": next(iter(tasks.values())).hardware.amp_name(), "rules": rules.to_json(), "config": settings_as_yaml(settings), "decisions": [asdict(decision) for decision in run.decisions],
-              "models": {"classifier": settings.model.classifier.name, "detector": settings.model.detector.name}, "git_revision": git_revision(Path(pillsnap.__file__).parent),
-              "best": {task.monitor: task.best for task in tasks.values()}}
-    save_checkpoint({**common, "tasks": {name: task.state() for name, task in tasks.items()}}, run.folder / "last.pt")
-    if all(task.best_state for task in tasks.values()):
-        save_checkpoint({**common, **{name: task.best_state for name, task in tasks.items()}}, run.folder / "best.pt")
+    """Write last.pt, and the best weights where there are new ones."""
+    for task in tasks.values():
+        group.average_buffers(task.network)
+        group.average_buffers(task.average.module)
+    if group.rank:
+        return
+    common = {"format": 2, "rules": rules.to_json(), "config": settings_as_yaml(settings), "decisions": [asdict(decision) for decision in run.decisions], "models": _network_names(settings),
+              "git_revision": git_revision(Path(pillsnap.__file__).parent), "best": {task.monitor: task.best for task in tasks.values()}}
+    new = [task for task in tasks.values() if task.best_state is not None and task.best > task.best_written]
+    for task in new:
+        save_checkpoint({**common, task.name: task.best_state}, run.folder / f"best_{task.name}.pt")
+    best = {**(_earlier(settings) or {}), **{name: task.best_state for name, task in tasks.items()}}
+    if new and all(best.get(name) is not None for name in ("detector", "classifier")):
+        save_checkpoint({**common, "detector": best["detector"], "classifier": best["classifier"]}, run.folder / "best.pt")
+    for task in new:
+        task.best_written = task.best
+    save_checkpoint({**common, "random": random_states(), "tasks": {name: task.state() for name, task in tasks.items()}}, run.folder / "last.pt", run.folder / "previous.pt")
 
 
 def resume_run(
-    tasks: dict[str, Task],  # brought to the checkpoint's step
+    tasks: dict[str, Task],  # brought to the checkpoint's place
     rules: Rules,            # must be the checkpoint's
-    folder: Path             # run folder
+    settings: Settings,      # model and train.only are compared with the checkpoint's
+    found: tuple[Path, dict] # the checkpoint
 ) -> None:
-    """Go on from last.pt; without one start anew with a warning. Raises `CheckpointError` for another class map or other networks."""
-    path = folder / "last.pt"
-    if not path.exists():
-        decide("resume", "a new start", f"there is no checkpoint {path}", fallback=True)
-        return
-    content = load_checkpoint(path)
+    """Go on from a checkpoint. Raises `CheckpointError` for another class map or other networks."""
+    path, content = found
+    before, now = content["models"], _network_names(settings)
+    if before != now:
+        raise CheckpointError(f"The checkpoint {path} holds {before['detector']} and {before['classifier']}, the settings ask for {now['detector']} and {now['classifier']}: resume with the networks of the first run.")
     if Rules.from_json(content["rules"]).class_map.hash != rules.class_map.hash:
         raise CheckpointError(f"The checkpoint {path} was trained on other drugs: resume with the dataset of the first run, or set train.resume=null.")
+    if content["tasks"].keys() != tasks.keys():
+        raise CheckpointError(f"The checkpoint {path} trains {' and '.join(content['tasks'])}, the settings ask for {' and '.join(tasks)}: resume with the train.only of the first run.")
     for name, task in tasks.items():
         task.restore(content["tasks"][name])
+    restore_random_states(content["random"])
     decide("resume", ", ".join(f"{name} step {task.step}" for name, task in tasks.items()), f"train.resume=last found {path}")
 
 # %% ../../nbs/training/04_run.ipynb #5eb3b4a5
 def train(
-    settings: Settings,         # everything a run depends on
-    folder: Path | None = None  # run folder; None: a new one below paths.run_root
-) -> Path:                      # the run folder
-    """Prepare the data, train both networks, keep the best; raises a `ValueError` of ours with one sentence when that can't be done."""
-    folder = Path(folder) if folder else new_run_folder(settings)
-    resuming = settings.train.resume == "last" and (folder / "last.pt").exists()
-    if (folder / "last.pt").exists() and not resuming:
-        raise CheckpointError(f"The run folder {folder} already holds a run: name another folder, or go on with train.resume=last.")
-    with open_run(folder, settings) as run:
-        dataset = prepare_data(settings, data_root(settings))
-        save_dataset(dataset, folder)
-        seed_everything(settings.seed)
-        hardware = choose_hardware(settings, load_checkpoint(folder / "last.pt")["amp"] if resuming else settings.train.amp)
-        tasks, rules = build_tasks(dataset, settings, hardware)
-        if settings.train.resume == "last":
-            resume_run(tasks, rules, folder)
-        train_tasks(tasks, settings, run, lambda: save_run(tasks, rules, settings, run))
-        for task in tasks.values():
-            report_damaged(task.samples, task.name)
-            report_damaged(task.validation, f"{task.name} validation")
-    if folder.is_relative_to(settings.paths.run_root):
+    settings: Settings,          # everything a run depends on
+    folder: Path | None = None,  # run folder; None: a new one below paths.run_root
+    watch: Callable[[Path], None] | None = None  # called with the run folder after each evaluation
+) -> Path:                       # the run folder
+    """Prepare the data, train the networks, keep the best; raises a `ValueError` of ours with one sentence when that can't be done."""
+    group = join_group()
+    if group.rank:
+        LOGGER.setLevel(logging.ERROR)  # the first process speaks for all
+    try:
+        folder = group.first(lambda: _checked_folder(Path(folder) if folder else new_run_folder(settings), settings))
+        with tempfile.TemporaryDirectory() as elsewhere, open_run(Path(elsewhere) if group.rank else folder, settings) as run:
+            describe_group(group)
+            decide("code", git_revision(Path(pillsnap.__file__).parent) or version("pillsnap"), "revision in git, + for changes that are not committed; outside git the version")
+            _train(settings, group, run, folder, watch)
+    finally:
+        leave_group()
+    if not group.rank and folder.is_relative_to(settings.paths.run_root):
         write_text(settings.paths.run_root / "latest", f"{folder.relative_to(settings.paths.run_root)}\n")
     return folder
+
+
+def _checked_folder(folder: Path, settings: Settings) -> Path:
+    if settings.train.resume != "last" and any((folder / name).exists() for name in ("last.pt", "previous.pt")):
+        raise CheckpointError(f"The run folder {folder} already holds a run: name another folder, or go on with train.resume=last.")
+    return folder
+
+
+def _train(settings: Settings, group: Group, run: RunLog, folder: Path, watch: Callable[[Path], None] | None) -> None:
+    group.first(lambda: save_dataset(prepare_data(settings, data_root(settings)), folder))
+    dataset = load_dataset(folder)
+    found = newest_checkpoint(folder) if settings.train.resume == "last" else None
+    before = found[1]["tasks"] if found else {}
+    seed_everything(settings.seed)
+    hardware = choose_hardware(settings, next((state["amp_at_start"] for state in before.values()), settings.train.amp))
+    tasks, rules = build_tasks(dataset, settings, hardware, group, {name: state["batch_at_start"] for name, state in before.items()})
+    if found:
+        resume_run(tasks, rules, settings, found)
+        run.forget_after({name: task.step for name, task in tasks.items()})
+    elif settings.train.resume == "last":
+        decide("resume", "a new start", f"there is no checkpoint in {folder}", fallback=True)
+    train_tasks(tasks, settings, group, run, lambda: save_run(tasks, rules, settings, run, group), None if watch is None or group.rank else lambda: watch(folder))
+    for task in tasks.values():
+        for samples, what in ((task.samples, task.name), (task.validation, f"{task.name} validation")):
+            for damaged in group.gather(samples.damaged):
+                samples.damaged.update(damaged)
+            report_damaged(samples, what)

@@ -1,0 +1,425 @@
+"""What a training run survives: kills, signals, memory shortage, dead processes, full disks; and that it trains the same afterwards."""
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pillsnap.config import Settings, settings_as_yaml
+from pillsnap.training import checkpoint, loop, step
+from pillsnap.training.checkpoint import CheckpointError, load_checkpoint, load_trained
+from pillsnap.training.run import train
+from pillsnap.training.schedule import TrainingError
+
+SHORT = ("train.amp=off", "train.log_every=1000", "train.classifier.epochs=2", "train.detector.epochs=2")
+
+
+def weights_hash(folder: Path) -> str:
+    """Hash of all weights, averaged ones, and optimizer states at the end of a run."""
+    digest = hashlib.sha256()
+
+    def add(value: object) -> None:
+        if isinstance(value, torch.Tensor):
+            digest.update(value.contiguous().numpy().tobytes())
+        elif isinstance(value, dict):
+            for key in sorted(value, key=str):
+                digest.update(str(key).encode())
+                add(value[key])
+        elif isinstance(value, list):
+            for item in value:
+                add(item)
+
+    for name, task in sorted(load_checkpoint(folder / "last.pt")["tasks"].items()):
+        assert task["seen"] == task["total"]
+        add({part: task[part] for part in ("network", "average", "optimizer", "best_state")})
+    return digest.hexdigest()
+
+
+def rows_of(folder: Path) -> list[dict]:
+    """The run's metrics."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Step and loss of every step."""
+    return {task: [(row["step"], row["loss"]) for row in rows_of(folder) if row["task"] == task and "loss" in row] for task in ("detector", "classifier")}
+
+
+def decisions_of(folder: Path) -> dict[str, dict]:
+    """The run's decisions, the last one of each kind."""
+    return {item["what"]: item for item in json.loads((folder / "decisions.json").read_text())}
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_settings: Callable[..., Settings], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing disturbs."""
+    return train(tiny_settings(*SHORT), tmp_path_factory.mktemp("engine") / "whole")
+
+
+FORKED = """
+import os, signal, sys, time
+from pathlib import Path
+from pillsnap.config import load_settings
+from pillsnap.training.run import train
+
+settings, folder = load_settings(Path(sys.argv[1]), overrides=["train.resume=last"]), Path(sys.argv[2])
+delays = [float(text) for text in sys.argv[3:]]
+for number, delay in enumerate([*delays, None]):
+    child = os.fork()
+    if not child:
+        train(settings, folder)
+        os._exit(0)
+    if delay is not None:
+        time.sleep(delay)
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    print("killed" if os.WIFSIGNALED(status) else f"ended {os.waitstatus_to_exitcode(status)}", flush=True)
+"""
+
+
+def test_a_run_killed_at_ten_random_moments_ends_with_the_same_weights(whole: Path, tiny_settings: Callable[..., Settings], tmp_path: Path):
+    settings = tmp_path / "settings.yaml"
+    settings.write_text(settings_as_yaml(tiny_settings(*SHORT, "train.save_minutes=0.002")))
+    moments = random.Random(7)
+    delays = [str(round(moments.uniform(0.3, 4.0), 2)) for _ in range(10)]
+    done = subprocess.run([sys.executable, "-c", FORKED, str(settings), str(tmp_path / "run"), *delays], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = done.stdout.split("\n")
+    assert said.count("killed") >= 5 and said[-2] == "ended 0", (said, done.stderr[-3000:])
+    assert weights_hash(tmp_path / "run") == weights_hash(whole)
+    assert losses(tmp_path / "run") == losses(whole), "and the record has every step once"
+    assert not list((tmp_path / "run").glob(".*")) or said.count("killed"), "what a kill leaves half-written is hidden and never read"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_ends_with_one_sentence(number: signal.Signals, whole: Path, tiny_settings: Callable[..., Settings], tmp_path: Path):
+    settings = tmp_path / "settings.yaml"
+    settings.write_text(settings_as_yaml(tiny_settings(*SHORT)))
+    command = [sys.executable, "-m", "pillsnap", "train", "--cfg", str(settings), "--run-dir", str(tmp_path / "run"), "train.resume=last", "dataloader.num_workers=1"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not metrics.exists() or metrics.read_text().count('"loss"') < 5:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, said
+    assert f"Stopped by {number.name}" in said.splitlines()[-1] and "train.resume=last" in said.splitlines()[-1] and "Traceback" not in said
+    stopped = load_checkpoint(tmp_path / "run" / "last.pt")["tasks"]
+    assert 5 <= sum(task["step"] for task in stopped.values()) and any(task["seen"] < task["total"] for task in stopped.values())
+    train(tiny_settings(*SHORT, "train.resume=last"), tmp_path / "run")
+    assert weights_hash(tmp_path / "run") == weights_hash(whole)
+
+
+class Shortage:
+    """Memory that runs out at chosen steps of a task, as often as told."""
+
+    def __init__(self, task: str, at: dict[int, int], error: Callable[[], Exception] = lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")):
+        self.task, self.at, self.error = task, dict(at), error
+
+    def install(self, patch: pytest.MonkeyPatch, inside: str = "_gradients") -> Shortage:
+        """Let a part of the step fail."""
+        real = getattr(step, inside)
+
+        def failing(task, *rest):
+            if task.name == self.task and self.at.get(task.step, 0) > 0:
+                self.at[task.step] -= 1
+                raise self.error()
+            return real(task, *rest)
+
+        patch.setattr(step, inside, failing)
+        return self
+
+
+def oom_actions(folder: Path) -> list[tuple[str, int, str]]:
+    """Task, step and action of each memory shortage."""
+    return [(row["task"], row["step"], row["oom"]["action"]) for row in rows_of(folder) if "oom" in row]
+
+
+@pytest.mark.parametrize("inside", ["_gradients", "_move"])
+def test_a_step_that_runs_out_of_memory_once_is_made_again(inside: str, whole: Path, tiny_settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    Shortage("classifier", {3: 1, 7: 1}).install(monkeypatch, inside)
+    run = train(tiny_settings(*SHORT), tmp_path / "run")
+    assert oom_actions(run) == [("classifier", 3, "empty_cache"), ("classifier", 7, "empty_cache")]
+    if inside == "_gradients":
+        assert weights_hash(run) == weights_hash(whole), "the failed batch was replayed, nothing else changed"
+    state = load_checkpoint(run / "last.pt")["tasks"]["classifier"]
+    assert [event["action"] for event in state["ladder"]["history"]] == ["empty_cache", "empty_cache"]
+
+
+def test_the_ladder_is_walked_down_and_every_sample_is_still_seen(whole: Path, tiny_settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    Shortage("classifier", {4: 5}).install(monkeypatch)
+    seen: list[tuple[int, ...]] = []
+    real = step._move
+    monkeypatch.setattr(step, "_move", lambda task, group: (seen.append((task.name == "classifier", *task.held.numbers.tolist())), real(task, group))[1])
+    run = train(tiny_settings(*SHORT, "train.max_grad_accum=3"), tmp_path / "run")
+    assert [action for _, _, action in oom_actions(run)] == ["empty_cache", "half precision", "grad_accum", "grad_accum", "batch_size"]
+    state = load_checkpoint(run / "last.pt")["tasks"]["classifier"]
+    assert state["ladder"]["batch"] == 4 and state["ladder"]["pieces"] <= 3 and state["amp"] == "bf16"
+    before = load_checkpoint(whole / "last.pt")["tasks"]["classifier"]
+    assert state["seen"] == before["seen"] and state["step"] == 4 + 2 * (before["step"] - 4)
+    order = [number for is_classifier, *numbers in seen if is_classifier for number in numbers]
+    monkeypatch.undo()
+    reference: list[int] = []
+    monkeypatch.setattr(step, "_move", lambda task, group: (reference.extend(task.held.numbers.tolist()) if task.name == "classifier" else None, real(task, group))[1])
+    train(tiny_settings(*SHORT), tmp_path / "reference")
+    assert order == reference, "the same samples in the same order, fewer at a time"
+    rates = {(row["step"] if row["step"] <= 4 else (row["step"] + 4) / 2): row["lr"] for row in rows_of(run) if row["task"] == "classifier" and "loss" in row}
+    undisturbed = {row["step"]: row["lr"] for row in rows_of(whole) if row["task"] == "classifier" and "loss" in row}
+    assert all(abs(rates[number] - undisturbed[number]) < 1.5e-4 for number in range(1, 5)), "the learning rate follows the samples seen"
+    assert decisions_of(run)["classifier out of memory"]["fallback"]
+
+
+def test_memory_that_never_suffices_ends_with_one_sentence(tiny_settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    Shortage("detector", {2: 10**6}).install(monkeypatch)
+    with pytest.raises(TrainingError, match="memory.*train.resume=last") as error:
+        train(tiny_settings(*SHORT), tmp_path / "run")
+    assert "\n" not in str(error.value)
+    assert oom_actions(tmp_path / "run")[-1][2] == "give up"
+
+
+def test_memory_shortage_in_an_evaluation_takes_fewer_images_at_a_time(whole: Path, tiny_settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    real, asked = loop.attempt, []
+
+    def failing(action, group):
+        asked.append(1)
+        return (None, "out of memory") if len(asked) in (1, 2) else real(action, group)
+
+    monkeypatch.setattr(loop, "attempt", failing)
+    run = train(tiny_settings(*SHORT), tmp_path / "run")
+    assert [(action) for _, _, action in oom_actions(run)] == ["evaluation batch", "evaluation batch"]
+    assert weights_hash(run) == weights_hash(whole)
+    monkeypatch.setattr(loop, "attempt", lambda action, group: (None, "out of memory"))
+    with pytest.raises(TrainingError, match="does not suffice to evaluate"):
+        train(tiny_settings(*SHORT), tmp_path / "never")
+
+
+def test_memory_shortage_in_the_first_step_after_resume(whole: Path, tiny_settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    stop_after(6, monkeypatch)
+    with pytest.raises(loop.Stopped):
+        train(tiny_settings(*SHORT), tmp_path / "run")
+    monkeypatch.undo()
+    state = load_checkpoint(tmp_path / "run" / "last.pt")["tasks"]
+    Shortage("classifier", {state["classifier"]["step"]: 1}, error=lambda: RuntimeError("[enforce fail at alloc_cpu.cpp:117] data. DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.")).install(monkeypatch)
+    run = train(tiny_settings(*SHORT, "train.resume=last"), tmp_path / "run")
+    assert oom_actions(run) == [("classifier", state["classifier"]["step"], "empty_cache")]
+    assert weights_hash(run) == weights_hash(whole)
+
+
+def stop_after(steps: int, patch: pytest.MonkeyPatch) -> None:
+    """Ask the run to end after so many steps, as a signal would."""
+    real, made = loop.train_step, []
+
+    def stopping(*arguments):
+        measured = real(*arguments)
+        made.append(1)
+        if len(made) == steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return measured
+
+    patch.setattr(loop, "train_step", stopping)
+
+
+def test_accumulated_minibatches_are_resumed_and_counted(tiny_settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    accumulate = (*SHORT, "train.classifier.batch_size=4", "train.classifier.grad_accum=2")
+    run = train(tiny_settings(*accumulate), tmp_path / "whole")
+    images = [row["images"] for row in rows_of(run) if row["task"] == "classifier" and "loss" in row]
+    assert set(images) == {8}
+    stop_after(9, monkeypatch)
+    with pytest.raises(loop.Stopped):
+        train(tiny_settings(*accumulate), tmp_path / "stopped")
+    monkeypatch.undo()
+    assert weights_hash(train(tiny_settings(*accumulate, "train.resume=last"), tmp_path / "stopped")) == weights_hash(run)
+
+
+TOGETHER = ("train.classifier.batch_size=4", "train.classifier.grad_accum=2", "train.detector.batch_size=2", "train.detector.grad_accum=2")
+
+
+def torchrun(settings: Settings, folder: Path, *more: str, processes: int = 2) -> subprocess.CompletedProcess:
+    """Train with several processes."""
+    file = folder.with_suffix(".yaml")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(settings_as_yaml(settings))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "pillsnap", "train", "--cfg", str(file), "--run-dir", str(folder), *more]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def close(ours: list[tuple[int, float]], theirs: list[tuple[int, float]]) -> bool:
+    """Equal but for rounding, which grows from step to step."""
+    return np.allclose(ours[:10], theirs[:10], rtol=1e-4) and np.allclose(ours, theirs, rtol=2e-2)
+
+
+def test_two_processes_train_as_one(tiny_settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    settings = tiny_settings(*SHORT, *TOGETHER)
+    alone = train(settings, tmp_path / "alone")
+    done = torchrun(settings, tmp_path / "together")
+    assert done.returncode == 0, done.stderr[-3000:]
+    for task, steps in losses(alone).items():
+        ours = losses(tmp_path / "together")[task]
+        assert [number for number, _ in ours] == [number for number, _ in steps]
+        assert close(ours, steps), task
+    figures = [{(row["task"], row["step"]): row["validation"] for row in rows_of(folder) if "validation" in row} for folder in (alone, tmp_path / "together")]
+    assert figures[0].keys() == figures[1].keys()
+    assert all(figures[0][key]["images"] == figures[1][key]["images"] for key in figures[0]), "each photo evaluated once"
+    stop_after(7, monkeypatch)
+    with pytest.raises(loop.Stopped):
+        train(settings, tmp_path / "split")
+    monkeypatch.undo()
+    done = torchrun(settings, tmp_path / "split", "train.resume=last")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert all(close(losses(tmp_path / "split")[task], losses(alone)[task]) for task in ("detector", "classifier")), "one process began, two went on"
+    assert load_trained(tmp_path / "split").rules.class_map.hash == load_trained(alone).rules.class_map.hash
+
+
+def test_a_batch_too_small_for_the_processes_is_one_sentence(tiny_settings: Callable[..., Settings], tmp_path: Path):
+    done = torchrun(tiny_settings(*SHORT, "train.detector.batch_size=1"), tmp_path / "run")
+    assert done.returncode != 0 and "train.detector.batch_size is 1, but 2 processes are to share it" in done.stderr
+
+
+def test_a_loss_that_is_not_a_number_names_the_photos(tiny_settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    real = step._gradients
+    monkeypatch.setattr(step, "_gradients", lambda task, *rest: real(task, *rest) * (float("nan") if task.step == 5 and task.name == "classifier" else 1.0))
+    with pytest.raises(TrainingError, match=r"loss is nan at step 6, with .*\.png.*last checkpoint is good"):
+        train(tiny_settings(*SHORT, "train.save_minutes=0"), tmp_path / "run")
+    last = load_checkpoint(tmp_path / "run" / "last.pt")["tasks"]["classifier"]
+    assert last["step"] <= 5 and all(torch.isfinite(tensor).all() for tensor in last["network"].values() if tensor.is_floating_point())
+
+
+def test_a_dead_decoding_process_is_replaced(whole: Path, tiny_settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    real, killed = loop.train_step, []
+
+    def killing(task, *rest):
+        if task.step == 4 and task.name not in killed:
+            killed.append(task.name)
+            for child in _children():
+                os.kill(child, signal.SIGKILL)
+        return real(task, *rest)
+
+    monkeypatch.setattr(loop, "train_step", killing)
+    run = train(tiny_settings(*SHORT, "dataloader.num_workers=1", "dataloader.prefetch_factor=1"), tmp_path / "run")
+    assert len(killed) == 2 and "started again" in decisions_of(run)["classifier decoding process"]["choice"]
+    assert weights_hash(run) == weights_hash(whole)
+
+
+def _children() -> list[int]:
+    return [int(text) for text in Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split() if b"resource_tracker" not in Path(f"/proc/{text}/cmdline").read_bytes()]
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(whole: Path, tiny_settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    real, saves = torch.save, []
+
+    def filling(content, path):
+        saves.append(path)
+        if len(saves) > 4:
+            Path(path).write_bytes(b"half of it")
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+        return real(content, path)
+
+    monkeypatch.setattr(checkpoint.torch, "save", filling)
+    with pytest.raises(CheckpointError, match="can't be written"):
+        train(tiny_settings(*SHORT, "train.save_minutes=0.002"), tmp_path / "run")
+    assert "training goes on" in decisions_of(tmp_path / "run")["checkpoint"]["reason"], "a checkpoint on the way is not worth the run"
+    assert not list((tmp_path / "run").glob(".*"))
+    monkeypatch.undo()
+    before = load_checkpoint(tmp_path / "run" / "last.pt")["tasks"]
+    assert any(task["seen"] < task["total"] for task in before.values())
+    assert weights_hash(train(tiny_settings(*SHORT, "train.resume=last"), tmp_path / "run")) == weights_hash(whole)
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(whole: Path, tiny_settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    stop_after(12, monkeypatch)
+    with pytest.raises(loop.Stopped):
+        train(tiny_settings(*SHORT, "train.save_minutes=0.002"), tmp_path / "run")
+    monkeypatch.undo()
+    last = tmp_path / "run" / "last.pt"
+    last.write_bytes(last.read_bytes()[:-5000])
+    run = train(tiny_settings(*SHORT, "train.resume=last"), tmp_path / "run")
+    assert decisions_of(run)["checkpoint"]["choice"] == "previous.pt" and decisions_of(run)["checkpoint"]["fallback"]
+    assert weights_hash(run) == weights_hash(whole)
+    for name in ("last.pt", "previous.pt"):
+        (run / name).write_bytes(b"nothing")
+    with pytest.raises(CheckpointError, match="damaged"):
+        train(tiny_settings(*SHORT, "train.resume=last"), run)
+
+
+def test_another_network_or_task_is_refused(whole: Path, tiny_settings: Callable[..., Settings]):
+    for override, sentence in (("model.classifier.name=test_vit", "resume with the networks"), ("train.only=detector", "resume with the train.only"), ("train.classifier.epochs=3", "resume with the settings")):
+        with pytest.raises(ValueError, match=sentence):
+            train(tiny_settings(*SHORT, override, "train.resume=last"), whole)
+
+
+def test_one_network_alone_takes_the_other_from_an_earlier_run(whole: Path, tiny_settings: Callable[..., Settings], tmp_path: Path):
+    for only in ("classifier", "detector"):
+        run = train(tiny_settings(*SHORT, f"train.only={only}"), tmp_path / only)
+        assert {row["task"] for row in rows_of(run)} == {only} and (run / f"best_{only}.pt").exists() and not (run / "best.pt").exists()
+        with pytest.raises(CheckpointError, match=f"{only} alone.*train.start_from"):
+            load_trained(run)
+    run = train(tiny_settings(*SHORT, "train.only=classifier", f"train.start_from={whole}"), tmp_path / "tuned")
+    tuned, before = load_trained(run), load_trained(whole)
+    assert all(torch.equal(tensor, before.detector.state_dict()[name]) for name, tensor in tuned.detector.state_dict().items())
+    assert any(not torch.equal(tensor, before.classifier.state_dict()[name]) for name, tensor in tuned.classifier.state_dict().items())
+    assert decisions_of(run)["classifier weights"]["choice"] == "an earlier run's"
+
+
+def test_a_network_that_gets_no_better_stops_early(tiny_settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    settings = tiny_settings(*SHORT, "train.evaluations=6", "train.patience=2")
+    real = loop.RunLog.evaluation
+    monkeypatch.setattr(loop.RunLog, "evaluation", lambda self, task, number, figures: (figures.update({"macro_f1": 0.5} if task == "classifier" else {"map50": number / 1000}), real(self, task, number, figures))[1])
+    run = train(settings, tmp_path / "run")
+    state = load_checkpoint(run / "last.pt")["tasks"]
+    assert state["classifier"]["evaluated"] == 3 and state["classifier"]["seen"] < state["classifier"]["total"] and state["detector"]["seen"] == state["detector"]["total"]
+    assert "train.patience" in decisions_of(run)["classifier early stop"]["reason"]
+
+
+@pytest.mark.parametrize("overrides", [["train.schedule=onecycle"], ["train.evaluate_average=false"], ["train.classifier.class_weights=inverse_frequency"], ["train.classifier.class_weights=effective_number"],
+                                       ["train.grad_checkpointing=true"], ["train.interleave_ratio=[1,2]"], ["train.cuda_graphs=true"], ["train.classifier.batch_size=500", "train.detector.batch_size=100"]])
+def test_settings_that_change_the_training_do(overrides: list[str], whole: Path, tiny_settings: Callable[..., Settings], tmp_path: Path):
+    run = train(tiny_settings(*SHORT, *overrides), tmp_path / "run")
+    same = weights_hash(run) == weights_hash(whole)
+    if overrides[0] in ("train.cuda_graphs=true", "train.grad_checkpointing=true"):
+        kind = "CUDA graphs" if "graphs" in overrides[0] else "gradient checkpointing"
+        assert decisions_of(run)[f"detector {kind}"]["choice"] == "off" and decisions_of(run)[f"detector {kind}"]["fallback"]
+    elif overrides[0] == "train.interleave_ratio=[1,2]":
+        assert same and [row["task"][0] for row in rows_of(run) if "loss" in row][:6] == list("dccdcc"), "the order of turns is no business of the weights"
+    else:
+        assert not same
+    assert all(np.isfinite(loss) for steps in losses(run).values() for _, loss in steps)
+
+
+def test_a_machine_without_compiler_or_tensorboard_trains_all_the_same(whole: Path, tiny_settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def missing(*arguments: object, **options: object):
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(torch, "compile", missing)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    run = train(tiny_settings(*SHORT, "train.compile=max-autotune"), tmp_path / "run")
+    said = decisions_of(run)
+    assert said["TensorBoard"]["choice"] == "off" and said["TensorBoard"]["fallback"] and not (run / "tensorboard").exists()
+    assert said["classifier compile"]["choice"] == "eager" and "C compiler" in said["classifier compile"]["reason"]
+    assert weights_hash(run) == weights_hash(whole)
+
+
+def test_an_automatic_batch_size_is_measured_once_and_kept_by_a_run_that_goes_on(tiny_settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    automatic = (*SHORT, "train.classifier.batch_size=auto", "train.classifier.batch_max=8", "train.detector.batch_size=auto", "train.detector.batch_max=4", f"paths.cache_root={tmp_path / 'cache'}")
+    stop_after(3, monkeypatch)
+    with pytest.raises(loop.Stopped):
+        train(tiny_settings(*automatic), tmp_path / "run")
+    monkeypatch.undo()
+    said = decisions_of(tmp_path / "run")
+    sizes = {name: int(said[f"{name} batch size"]["choice"]) for name in ("detector", "classifier")}
+    assert 1 <= sizes["detector"] <= 4 and 1 <= sizes["classifier"] <= 8
+    (tmp_path / "cache" / "batch.json").write_text("{}")
+    run = train(tiny_settings(*automatic, "train.resume=last"), tmp_path / "run")
+    assert {row["images"] for row in rows_of(run) if row["task"] == "classifier" and "loss" in row} == {sizes["classifier"]}
+    assert json.loads((tmp_path / "cache" / "batch.json").read_text()) == {}, "nothing is measured again"
