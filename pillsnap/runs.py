@@ -216,7 +216,7 @@ def summarise_run(
     stage = record.settings.get("stage")
     return {
         "run": name, "stage": stage if isinstance(stage, int) else None, "state": run_state(record),
-        "started": datetime.fromisoformat(record.log[0][0]) if record.log else None, "minutes": _number(sum(np.nansum(part) for part in times) / 60, 1),
+        "started": datetime.fromisoformat(record.log[0][0]) if record.log else None, "minutes": _number(sum(np.nansum(part) for part in times) / 60, 2),
         **{f"{task}_steps": rows[-1]["step"] if rows else None for task, rows in steps.items()},
         **{figure: _number(record.best(task).get(figure)) for task, figure in (("classifier", "top1"), ("classifier", "macro_f1"), ("detector", "map50"))},
         "test_top1": _number(_part(record.evaluation, "single", "top1")), "test_map50": _number(_part(record.evaluation, "combo", "map50")),

@@ -158,7 +158,8 @@ def _curve_reasons(task: str, fact: Mapping[str, Any], missed: bool, settings: S
     if not fact["loss_finite"]:
         return [Reason("LOSS_NOT_FINITE", "broken", f"the {task}'s loss was not a number at step {fact['steps']}", "not a number", suggestion=lower)]
     if missed and fact["loss_gain"] is not None and fact["loss_gain"] < PLATEAU_GAIN:
-        text = f"the {task}'s loss fell by {fact['loss_gain']:.1%} only in the last quarter of the run"
+        change = "rose" if fact["loss_gain"] < 0 else "hardly fell"
+        text = f"the {task}'s loss {change} in the last quarter of the run, by {abs(fact['loss_gain']):.1%}"
         reasons.append(Reason("LOSS_PLATEAU", "hint", text, round(fact["loss_gain"], 4), PLATEAU_GAIN, lower))
     if fact["fall"] > SMALL_FALL:
         code, rest = ("OVERFITTING", ", while its loss went on falling") if fact["learning"] else ("VALIDATION_FALLING", "")
