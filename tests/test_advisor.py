@@ -225,3 +225,11 @@ def test_the_commands_end_with_advice(trained_run: Path, tmp_path: Path, monkeyp
     output = capsys.readouterr()
     assert output.out == "" and "LOSS_NOT_FINITE" in output.err and "advice for stage 1: stop" in output.err
     assert output.err.endswith("pillsnap: The classifier loss is nan at step 40.\n")
+
+
+def test_a_run_whose_first_step_found_no_memory(tmp_path: Path):
+    folder = make_run(tmp_path / "run", tasks=())
+    add(folder, task="classifier", step=0, oom={"action": "give up", "to": "", "reason": "one image does not fit"})
+    report = advise(folder, settings())
+    assert set(found(report)) == {"NOT_MEASURED", "LATENCY_UNKNOWN", "OUT_OF_MEMORY"} and report["recommendation"] == "stop"
+    assert found(advise(make_run(tmp_path / "none", tasks=()), settings()))["NOTHING_TRAINED"]["weight"] == "broken"
