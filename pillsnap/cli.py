@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
@@ -121,14 +122,15 @@ def train(arguments: Namespace) -> int:
     from pillsnap.training.run import new_run_folder, train as train_run
     from pillsnap.training.tasks import TrainingError
 
-    folder = arguments.run_dir.resolve() if arguments.run_dir else new_run_folder(settings)
+    folder, first = arguments.run_dir.resolve() if arguments.run_dir else new_run_folder(settings), os.environ.get("RANK", "0") == "0"
     try:
-        train_run(settings, folder)
+        folder = train_run(settings, folder)
     except TrainingError:
-        if (folder / "metrics.jsonl").is_file():
+        if first and (folder / "metrics.jsonl").is_file():
             advise(folder, settings)
         raise
-    advise(folder, settings)
+    if first:  # of several processes that train together
+        advise(folder, settings)
     print(folder)
     return 0
 

@@ -81,19 +81,26 @@ def test_what_is_unknown_or_odd_is_said_and_stops_nobody(evaluation: dict, code:
     assert list(found(report)) == [code] and report["recommendation"] == "proceed"
 
 
-@pytest.mark.parametrize("action, to, suggested", [("empty_cache", "", 8), ("half precision", "fp16", 8), ("grad_accum", 2, 8), ("batch_size", 4, 4)])
+@pytest.mark.parametrize("action, to, suggested", [("empty_cache", None, 8), ("half precision", None, 8), ("grad_accum", 2, 8), ("batch_size", 4, 4)])
 def test_short_memory_halves_the_batch(action: str, to: object, suggested: int, tmp_path: Path):
     folder = healthy(tmp_path / "run")
-    add(folder, task="classifier", step=50, oom={"action": "empty_cache", "to": "", "reason": "it did not fit"})
+    add(folder, task="classifier", step=50, oom={"action": "empty_cache", "to": None, "reason": "it did not fit"})
     add(folder, task="classifier", step=50, oom={"action": action, "to": to, "reason": "it did not fit"})
     report = advise(folder, settings())
     assert found(report)["OOM_HAPPENED"]["suggestion"] == {"train.classifier.batch_size": suggested} and found(report)["OOM_HAPPENED"]["measured"] == 2
     assert report["recommendation"] == "proceed" and report["facts"]["tasks"]["classifier"]["last_oom"]["action"] == action
 
 
+def test_the_suggested_batch_is_one_that_fitted(tmp_path: Path):
+    folder = healthy(tmp_path / "run")
+    for action, to in (("grad_accum", 4), ("batch_size", 8)):
+        add(folder, task="classifier", step=50, oom={"action": action, "to": to, "reason": "it did not fit"})
+    assert found(advise(folder, settings()))["OOM_HAPPENED"]["suggestion"] == {"train.classifier.batch_size": 2}, "8 images of a step in 4 minibatches"
+
+
 def test_a_run_that_gave_up_or_lost_its_numbers_is_stopped(tmp_path: Path):
     short = healthy(tmp_path / "short")
-    add(short, task="detector", step=100, oom={"action": "give up", "to": "", "reason": "one image does not fit"})
+    add(short, task="detector", step=100, oom={"action": "give up", "to": None, "reason": "one image does not fit"})
     assert advise(short, settings())["recommendation"] == "stop" and "OUT_OF_MEMORY" in found(advise(short, settings()))
     lost = healthy(tmp_path / "lost")
     add(lost, task="classifier", step=101, loss=None, lr=0.001, data_time=0.1, compute_time=0.1)
@@ -229,7 +236,7 @@ def test_the_commands_end_with_advice(trained_run: Path, tmp_path: Path, monkeyp
 
 def test_a_run_whose_first_step_found_no_memory(tmp_path: Path):
     folder = make_run(tmp_path / "run", tasks=())
-    add(folder, task="classifier", step=0, oom={"action": "give up", "to": "", "reason": "one image does not fit"})
+    add(folder, task="classifier", step=0, oom={"action": "give up", "to": None, "reason": "one image does not fit"})
     report = advise(folder, settings())
     assert set(found(report)) == {"NOT_MEASURED", "LATENCY_UNKNOWN", "OUT_OF_MEMORY"} and report["recommendation"] == "stop"
     assert found(advise(make_run(tmp_path / "none", tasks=()), settings()))["NOTHING_TRAINED"]["weight"] == "broken"

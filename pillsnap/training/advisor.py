@@ -139,9 +139,9 @@ def _faster_data(settings: Settings) -> dict[str, Any]:
 def _memory_reasons(task: str, fact: Mapping[str, Any], gpu_memory: float | None, settings: Settings) -> list[Reason]:
     reasons, last = [], fact["last_oom"]
     if last:
-        setting = getattr(settings.train, task).batch_size
-        batch = setting if isinstance(setting, int) else fact["images_per_step"] or 2
-        suggestion = {f"train.{task}.batch_size": last["to"] if last.get("action") == "batch_size" and isinstance(last.get("to"), int) else max(1, batch // 2)}
+        batch = getattr(settings.train, task).batch_size
+        smaller = [size for size in (max(1, batch // 2) if isinstance(batch, int) else None, fact["fitting_batch"]) if size]
+        suggestion = {f"train.{task}.batch_size": min(smaller)} if smaller else {}
         times = "once" if fact["oom_events"] == 1 else f"{fact['oom_events']} times"
         text = f"the {task} ran out of memory {times}, the last answer to it was: {last.get('action')}"
         gave_up = last.get("action") == "give up"

@@ -18,7 +18,7 @@ from ..runlog import FAILED
 from ..runs import MONITORS, RunRecord, column, read_run
 
 # %% auto #0
-__all__ = ['FIGURES', 'measured_figures', 'tested_classes', 'curve_facts', 'task_facts', 'gather']
+__all__ = ['FIGURES', 'measured_figures', 'tested_classes', 'curve_facts', 'task_facts', 'fitting_batch', 'gather']
 
 # %% ../../nbs/training/05_facts.ipynb #e2adb21b
 FIGURES = {"classifier": "top1", "detector": "map50"}  # task -> the figure that has a goal
@@ -87,9 +87,21 @@ def task_facts(
     return {
         "steps": record.made[task], "epoch": steps[-1].get("epoch") if steps else None, "loss_finite": not steps or bool(np.isfinite(column(steps[-1:], "loss")).all()),
         "waiting_share": float(data / (data + compute)) if data + compute > 0 else None, "cuda_mem_mb": float(np.nanmax(memory)) if np.isfinite(memory).any() else 0.0,
-        "images_per_step": steps[-1].get("images") if steps else None, "oom_events": len(shortages), "last_oom": shortages[-1] if shortages else None,
+        "oom_events": len(shortages), "last_oom": shortages[-1] if shortages else None, "fitting_batch": fitting_batch(shortages, steps[-1].get("images") if steps else None),
         "damaged_share": _damaged_share(record, task), **curve_facts(record, task),
     }
+
+
+def fitting_batch(
+    shortages: list[dict[str, Any]],  # what was done each time that memory did not suffice
+    images: object,                   # images of the last step, all its minibatches together
+) -> int | None:                      # images of a minibatch; None where neither the step nor its division was made smaller
+    """How many images fitted at last: a step is divided into minibatches first, and made smaller when that does not help."""
+    counts = {item.get("action"): item["to"] for item in shortages if isinstance(item.get("to"), int)}
+    whole = counts.get("batch_size", images)
+    if not isinstance(whole, int) or not counts.keys() & {"grad_accum", "batch_size"}:
+        return None
+    return max(1, whole // max(1, counts.get("grad_accum", 1)))
 
 
 def _damaged_share(record: RunRecord, task: str) -> float:
