@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +19,11 @@ from tqdm import tqdm
 
 from .config import Settings
 from .data.manifest import Dataset, load_dataset
-from .data.photo_files import decode_photo
+from .data.photo_files import decode_photo, read_photo
 from .files import write_json
-from .metrics import classification_metrics, detection_metrics, match_boxes
+from .metrics import class_coverage, classification_metrics, confusion_pairs, detection_metrics, match_boxes
 from .runlog import decide
+from .runs import read_run
 from .runtime.identify import Identifier
 from .runtime.images import ImageError, decode_image
 from .training.checkpoint import Trained, load_trained
@@ -32,7 +32,7 @@ logger = logging.getLogger("pillsnap")
 
 # %% auto #0
 __all__ = ['logger', 'torch_forward', 'identifier_of', 'TruePhoto', 'true_photos', 'held_out', 'evaluate_single', 'decoded',
-           'evaluate_combo', 'confusion_pairs', 'measure_latency', 'evaluate_run']
+           'evaluate_combo', 'measure_latency', 'torch_latency', 'evaluate_run']
 
 # %% ../nbs/07_evaluation.ipynb #629e1606
 def torch_forward(
@@ -139,17 +139,6 @@ def evaluate_combo(
     figures = detection_metrics(truth, detections)
     return {**figures, "precision": matched / max(1, found), "recall": matched / max(1, pills), "end_to_end_top1": right / max(1, pills), "pills": pills}
 
-# %% ../nbs/07_evaluation.ipynb #dabdab31
-def confusion_pairs(
-    pairs: np.ndarray,  # (photos, 2) true and given class index
-    codes: Sequence[str],  # code of each class index
-    most: int = 10      # pairs returned at the most
-) -> list[dict]:        # true, given: codes; count
-    """Most frequent mistakes, most frequent first."""
-    mistakes = Counter((int(true), int(given)) for true, given in pairs if true != given)
-    ranked = sorted(mistakes.items(), key=lambda item: (-item[1], item[0]))
-    return [{"true": codes[true], "given": codes[given], "count": count} for (true, given), count in ranked[:most]]
-
 # %% ../nbs/07_evaluation.ipynb #1e6b2993
 def measure_latency(
     identifier: Identifier,   # usually of the exported files
@@ -168,10 +157,34 @@ def measure_latency(
     return {"p50": round(float(p50), 2), "p95": round(float(p95), 2), "runs": len(seconds)}
 
 # %% ../nbs/07_evaluation.ipynb #40fe1094
+_TIMED_RUNS, _WARMUP_RUNS, _TIMED_PHOTOS = 50, 5, 16  # at most: the whole protocol takes minutes with a large network on a CPU
+
+
+def torch_latency(
+    identifier: Identifier,       # of the checkpoint
+    photos: Sequence[TruePhoto],  # photos of one pill
+    settings: Settings            # latency and data.max_pixels are read
+) -> dict | None:                 # p50, p95 in milliseconds; runs; how: what was timed. None: no photo can be read
+    """A short measurement of single requests, with the networks as they were trained."""
+    files = []
+    for photo in photos[:_TIMED_PHOTOS]:
+        try:
+            data = read_photo(photo.image)
+            decode_image(data, settings.data.max_pixels)
+            files.append(data)
+        except ImageError:  # was said when it was evaluated
+            continue
+    if not files:
+        return None
+    chosen = settings.latency.model_copy(update={"warmup_runs": min(settings.latency.warmup_runs, _WARMUP_RUNS), "runs": min(settings.latency.runs, _TIMED_RUNS)})
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} processor threads"
+    return {**measure_latency(identifier, files, "single", settings.model_copy(update={"latency": chosen})), "how": f"torch, this machine: {device}"}
+
+
 def evaluate_run(
     folder: Path,       # run folder with best.pt and the manifest
-    settings: Settings  # goals are read
-) -> dict:              # single, combo, all_photos, split, confusions, goals
+    settings: Settings  # goals, latency and data.max_pixels are read
+) -> dict:              # single, combo, all_photos, split, confusions, coverage, latency, steps, goals
     """Evaluate the best weights on the held-out photos and write evaluation.json."""
     dataset, identifier = load_dataset(folder), identifier_of(load_trained(folder))
     split, photos = held_out(dataset)
@@ -181,10 +194,13 @@ def evaluate_run(
     if singles:
         report["single"], pairs = evaluate_single(identifier, singles)
         report["confusions"] = confusion_pairs(pairs, dataset.class_map.codes)
+        report["coverage"] = class_coverage(pairs, len(dataset.class_map))
+        report["latency"] = torch_latency(identifier, singles, settings)
     if combinations:
         report["combo"] = evaluate_combo(identifier, combinations)
     if dataset.report["format"] != "aihub":
         report["all_photos"] = evaluate_combo(identifier, photos)
-    report["goals"] = {"top1": settings.goals.top1, "map50": settings.goals.map50}
+    report["steps"] = read_run(folder).made
+    report["goals"] = {"top1": settings.goals.top1, "map50": settings.goals.map50, "latency_ms_p95": settings.goals.latency_ms_p95}
     write_json(Path(folder) / "evaluation.json", report)
     return report

@@ -5,6 +5,7 @@
 # %% ../nbs/06_metrics.ipynb #29c2e40d
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,7 +15,7 @@ from sklearn.metrics import f1_score
 from .runtime.boxes import iou_matrix
 
 # %% auto #0
-__all__ = ['NothingToEvaluate', 'classification_metrics', 'detection_metrics', 'match_boxes']
+__all__ = ['NothingToEvaluate', 'classification_metrics', 'detection_metrics', 'match_boxes', 'confusion_pairs', 'class_coverage']
 
 # %% ../nbs/06_metrics.ipynb #eba13f5a
 class NothingToEvaluate(ValueError):
@@ -85,3 +86,23 @@ def match_boxes(
             taken.add(place)
             pairs.append((number, place))
     return pairs
+
+# %% ../nbs/06_metrics.ipynb #dabdab31
+def confusion_pairs(
+    pairs: np.ndarray,  # (photos, 2) true and given class index
+    codes: Sequence[str],  # code of each class index
+    most: int = 10      # pairs returned at the most
+) -> list[dict]:        # true, given: codes; count
+    """Most frequent mistakes, most frequent first."""
+    mistakes = Counter((int(true), int(given)) for true, given in pairs if true != given)
+    ranked = sorted(mistakes.items(), key=lambda item: (-item[1], item[0]))
+    return [{"true": codes[true], "given": codes[given], "count": count} for (true, given), count in ranked[:most]]
+
+# %% ../nbs/06_metrics.ipynb #ffeda386
+def class_coverage(
+    pairs: np.ndarray,  # (photos, 2) true and given class index
+    classes: int        # classes of the class map
+) -> dict[str, int]:    # classes: all; tested: with a photo; recognised: with a photo that was answered rightly
+    """Count the classes that were asked about and those that are recognised at all."""
+    right = pairs[pairs[:, 0] == pairs[:, 1]]
+    return {"classes": classes, "tested": len(np.unique(pairs[:, 0])), "recognised": len(np.unique(right[:, 0]))}

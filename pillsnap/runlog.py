@@ -21,7 +21,8 @@ from .files import write_json, write_text
 from .schema import Settings
 
 # %% auto #0
-__all__ = ['LOGGER', 'FORMAT', 'ConsoleHandler', 'setup_logging', 'Decision', 'decide', 'throughput', 'RunLog', 'open_run']
+__all__ = ['LOGGER', 'FORMAT', 'COMPLETE', 'FAILED', 'ConsoleHandler', 'setup_logging', 'Decision', 'decide', 'throughput',
+           'RunLog', 'open_run']
 
 # %% ../nbs/01_runlog.ipynb #18dcc6a4
 LOGGER = logging.getLogger("pillsnap")
@@ -112,6 +113,9 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 # %% ../nbs/01_runlog.ipynb #b9931785
+COMPLETE, FAILED = "the run is complete", "the run ended early: "  # how the last line of run.log begins
+
+
 class RunLog:
     """Writes config.yaml, run.log, metrics.jsonl, decisions.json and TensorBoard's files into one folder."""
 
@@ -245,8 +249,10 @@ class RunLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if error is not None:
-            LOGGER.error("the run ended early: %s: %s", kind.__name__, error)
+        if error is None:
+            LOGGER.info(COMPLETE)
+        else:
+            LOGGER.error("%s%s: %s", FAILED, kind.__name__, error)
         self.close()
 
 

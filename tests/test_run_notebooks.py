@@ -27,10 +27,15 @@ def test_train_evaluate_and_export_run_one_after_the_other(tiny_data: Path, tmp_
     trained = papermill(tmp_path, "10_train.ipynb", "-p", "stage", "1", "-p", "data_root", str(tiny_data), "-p", "profile", "cpu", "-p", "run_dir", str(tmp_path / "run"), "-p", "overrides", overrides)
     assert trained.returncode == 0, trained.stderr[-2000:]
     book = json.loads((tmp_path / "out.ipynb").read_text())
-    assert sum("image/png" in output.get("data", {}) for cell in book["cells"] for output in cell.get("outputs", [])) >= 1, "the record shows its curves"
+    outputs = [output for cell in book["cells"] for output in cell.get("outputs", [])]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 4, "the curves while it went on, and three pictures of them at the end"
+    assert sum("image/jpeg" in output.get("data", {}) for output in outputs) >= 1, "a batch as the networks saw it"
+    advice = tmp_path / "run" / "reports" / "stage_1_evaluation.json"
+    assert json.loads(advice.read_text())["measured_on"] == "validation"
     evaluated = papermill(tmp_path, "11_evaluate.ipynb", "-p", "run_dir", str(tmp_path / "run"))
     assert evaluated.returncode == 0, evaluated.stderr[-2000:]
     assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["single"]["images"] > 0
+    assert json.loads(advice.read_text())["measured_on"] == "test"
     exported = papermill(tmp_path, "12_export.ipynb", "-p", "run_dir", str(tmp_path / "run"))
     assert exported.returncode == 0, exported.stderr[-2000:]
     assert len(load_identifier(tmp_path / "run" / "export").rules.class_map) == 3
