@@ -94,7 +94,9 @@ def cache(arguments: Namespace) -> int:
 
     folder = settings.paths.cache_root
     if arguments.what == "build":
-        from pillsnap.training.run import data_root, open_samples, prepare_data
+        from pillsnap.data.manifest import prepare_data
+        from pillsnap.training.building import open_samples
+        from pillsnap.training.run import data_root
 
         samples = open_samples(prepare_data(settings, data_root(settings)), settings)
         print(caches.build_cache([sample.store for sample in samples.values()]))

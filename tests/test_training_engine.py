@@ -10,14 +10,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 
 from pillsnap.config import Settings, settings_as_yaml
-from pillsnap.training import checkpoint, loop, step
+from pillsnap.data.manifest import Dataset
+from pillsnap.training import checkpoint, loop, run as run_module, step
+from pillsnap.training.advisor import advise
 from pillsnap.training.checkpoint import CheckpointError, load_checkpoint, load_trained
 from pillsnap.training.run import train
 from pillsnap.training.schedule import TrainingError
@@ -423,3 +427,17 @@ def test_an_automatic_batch_size_is_measured_once_and_kept_by_a_run_that_goes_on
     run = train(tiny_settings(*automatic, "train.resume=last"), tmp_path / "run")
     assert {row["images"] for row in rows_of(run) if row["task"] == "classifier" and "loss" in row} == {sizes["classifier"]}
     assert json.loads((tmp_path / "cache" / "batch.json").read_text()) == {}, "nothing is measured again"
+
+
+def test_a_class_that_is_missing_from_validation_does_not_spoil_the_figures(tiny_settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    real = run_module.load_dataset
+
+    def without_one(folder: Path) -> Dataset:
+        dataset = real(folder)
+        return replace(dataset, manifest=dataset.manifest.filter(~((pl.col("split") == "validation") & (pl.col("class_index") == 1))))
+
+    monkeypatch.setattr(run_module, "load_dataset", without_one)
+    run = train(tiny_settings(*SHORT), tmp_path / "run")
+    checks = [row["validation"] for row in rows_of(run) if row["task"] == "classifier" and "validation" in row]
+    assert checks and all(0 <= figures["macro_f1"] <= 1 and figures["images"] > 0 for figures in checks)
+    assert any(item["code"].startswith("COVERAGE") or "COVERAGE" in item["code"] for item in advise(run, tiny_settings(*SHORT))["reasons"]), "the advisor says that a drug was not looked at"
