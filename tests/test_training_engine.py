@@ -430,13 +430,12 @@ def test_an_automatic_batch_size_is_measured_once_and_kept_by_a_run_that_goes_on
 
 
 def test_a_class_that_is_missing_from_validation_does_not_spoil_the_figures(tiny_settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    real = run_module.load_dataset
+    real = run_module.save_dataset
 
-    def without_one(folder: Path) -> Dataset:
-        dataset = real(folder)
-        return replace(dataset, manifest=dataset.manifest.filter(~((pl.col("split") == "validation") & (pl.col("class_index") == 1))))
+    def without_one(dataset: Dataset, folder: Path) -> None:
+        real(replace(dataset, manifest=dataset.manifest.filter(~((pl.col("split") == "validation") & (pl.col("class_index") == 1)))), folder)
 
-    monkeypatch.setattr(run_module, "load_dataset", without_one)
+    monkeypatch.setattr(run_module, "save_dataset", without_one)
     run = train(tiny_settings(*SHORT), tmp_path / "run")
     checks = [row["validation"] for row in rows_of(run) if row["task"] == "classifier" and "validation" in row]
     assert checks and all(0 <= figures["macro_f1"] <= 1 and figures["images"] > 0 for figures in checks)
