@@ -289,3 +289,6 @@ def main(
         return 2
     except ValueError as error:
         return _end(error, status=2)
+    except KeyboardInterrupt:
+        print(f"pillsnap: {arguments.command} was interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT

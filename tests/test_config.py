@@ -1,6 +1,7 @@
 """Settings: what wins over what, and the one sentence said for every mistake."""
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -272,3 +273,12 @@ def test_a_command_that_needs_training_software_says_what_to_install(monkeypatch
     monkeypatch.setattr(cli, "train", without_torch)
     assert cli.main(["train"]) == 2
     assert "pip install 'pillsnap[train]'" in capsys.readouterr().err
+
+
+def test_an_interrupted_command_says_so_without_a_traceback(monkeypatch, capsys):
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pillsnap.cli.parse", lambda argv: Namespace(action=interrupted, command="config"))
+    assert main(["config"]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "pillsnap: config was interrupted"
