@@ -13,7 +13,7 @@ from pathlib import Path
 from uuid import uuid4
 
 # %% auto #0
-__all__ = ['replacing', 'write_bytes', 'write_text', 'write_json']
+__all__ = ['replacing', 'write_bytes', 'write_text', 'write_json', 'remembered']
 
 # %% ../nbs/02_files.ipynb #b51b2de1
 @contextmanager
@@ -69,3 +69,14 @@ def write_json(
 ) -> None:
     """Write `value` as indented JSON, atomically; raises `ValueError` for NaN and `TypeError` for what JSON lacks."""
     write_text(path, json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False) + "\n")
+
+
+def remembered(
+    path: Path | str,  # a JSON file with an object in it
+) -> dict:             # empty when there is none, or when it is damaged
+    """Read what an earlier run has measured; nothing depends on it but time."""
+    try:
+        known = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}

@@ -5,7 +5,6 @@
 # %% ../../nbs/data/08_workers.ipynb #68655487
 from __future__ import annotations
 
-import json
 import os
 import platform
 import statistics
@@ -17,7 +16,7 @@ from pathlib import Path
 from ..config import Settings
 from .cuts import Store
 from .loaders import Batches, Samples, make_loader, received
-from ..files import write_json
+from ..files import remembered, write_json
 from ..runlog import decide
 
 # %% auto #0
@@ -79,19 +78,12 @@ def choose_workers(
     measured, state = _without_traces(samples)
     what, path = f"workers for {measured.store.size} px", settings.paths.cache_root / "workers.json"
     key = f"{platform.node()}, {cores} cores, {settings.data.cache} {state}, {measured.store.size} px, batch {batch_size}"
-    remembered = _remembered(path)
-    if key in remembered:
-        decide(what, str(remembered[key]["workers"]), f"measured earlier: {key}, in {path}")
-        return remembered[key]["workers"]
+    known = remembered(path)
+    if key in known:
+        decide(what, str(known[key]["workers"]), f"measured earlier: {key}, in {path}")
+        return known[key]["workers"]
     times = {count: measure(measured, batch_size, count, settings, start=number * 100) for number, count in enumerate(candidates(cores))}
     best = min(count for count, seconds in times.items() if seconds <= 1.05 * min(times.values()))
-    write_json(path, {**_remembered(path), key: {"workers": best, "milliseconds": {str(count): round(1000 * seconds, 2) for count, seconds in times.items()}}})
+    write_json(path, {**remembered(path), key: {"workers": best, "milliseconds": {str(count): round(1000 * seconds, 2) for count, seconds in times.items()}}})
     decide(what, str(best), "measured, milliseconds per batch: " + ", ".join(f"{count} processes {1000 * seconds:.1f}" for count, seconds in times.items()))
     return best
-
-
-def _remembered(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}

@@ -5,7 +5,6 @@
 # %% ../../nbs/training/03_autotune.ipynb #d306067f
 from __future__ import annotations
 
-import json
 import platform
 import statistics
 import threading
@@ -20,7 +19,7 @@ import torch
 
 from ..config import Settings
 from ..data.budget import available_memory
-from ..files import write_json
+from ..files import remembered, write_json
 from ..runlog import decide
 from .oom import free_memory, is_out_of_memory
 
@@ -209,7 +208,7 @@ def choose_batch_size(
 ) -> int:                             # batch size, images
     """The batch size measured best; raises `TuneError` when not even one image fits."""
     path, case = settings.paths.cache_root / "batch.json", f"{platform.node()}, {key}, at most {ceiling}"
-    known = _remembered(path).get(case)
+    known = remembered(path).get(case)
     if isinstance(known, dict) and known.get("batch") in range(1, ceiling + 1):
         decide(what, str(known["batch"]), f"measured earlier: {case}, in {path}")
         return known["batch"]
@@ -222,7 +221,7 @@ def choose_batch_size(
     figures = _in_words(trials)
     if not cuda and max(good) == max(trials) < ceiling and not doubling_is_safe(good[max(good)]):
         figures.append("more might take more memory than there is")
-    write_json(path, {**_remembered(path), case: {"batch": best, "trials": figures}})
+    write_json(path, {**remembered(path), case: {"batch": best, "trials": figures}})
     decide(what, str(best), f"measured, at most {ceiling}: " + "; ".join(figures))
     return best
 
@@ -235,11 +234,3 @@ def _in_words(trials: dict[int, Trial | None]) -> list[str]:
         else:
             words.append(f"{size} made {size / trial.seconds:.1f} images per second in {trial.memory / 1e9:.2f} of {trial.room / 1e9:.2f} GB{'' if fits(trial) else ', too much'}")
     return words
-
-
-def _remembered(path: Path) -> dict:
-    try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return known if isinstance(known, dict) else {}
