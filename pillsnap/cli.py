@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import sys
+import threading
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -137,7 +139,7 @@ def train(arguments: Namespace) -> int:
         raise
     if first:  # of several processes that train together
         advise(folder, settings)
-    print(folder)
+        print(folder)
     return 0
 
 
@@ -280,6 +282,8 @@ def main(
     """Run one command."""
     arguments = parse(argv)
     setup_logging()
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # files are closed and temporary ones removed
     try:
         return arguments.action(arguments)
     except ModuleNotFoundError as error:
@@ -289,6 +293,10 @@ def main(
         return 2
     except ValueError as error:
         return _end(error, status=2)
+    except OSError as error:
+        print(f"pillsnap: {arguments.command} can't go on: {error.strerror or error}{f' ({error.filename})' if error.filename else ''}", file=sys.stderr)
+        logging.getLogger("pillsnap").debug("where it happened", exc_info=error)
+        return 2
     except KeyboardInterrupt:
         print(f"pillsnap: {arguments.command} was interrupted", file=sys.stderr)
         return 128 + signal.SIGINT

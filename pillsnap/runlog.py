@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -136,14 +136,18 @@ class RunLog:
         LOGGER.addHandler(self._file_handler)
         if LOGGER.level == logging.NOTSET:
             LOGGER.setLevel(logging.INFO)
-        self._board = None
+        self._board, self._full = None, False
         _open_runs.append(self)
         self._open_board()
         self.decide("profile", settings.profile, settings.profile_reason)
 
     def _read_decisions(self) -> list[Decision]:
         path = self.folder / "decisions.json"
-        return [Decision(**item) for item in json.loads(path.read_text(encoding="utf-8"))] if path.is_file() else []
+        try:
+            return [Decision(**item) for item in json.loads(path.read_text(encoding="utf-8"))] if path.is_file() else []
+        except (ValueError, TypeError) as error:
+            LOGGER.warning("%s is damaged and begun anew: %s", path, error)
+            return []
 
     def _open_board(self) -> None:
         try:
@@ -158,10 +162,19 @@ class RunLog:
         decision = _say(Decision(what, str(choice), reason, fallback))
         if decision not in self.decisions:
             self.decisions.append(decision)
-            write_json(self.folder / "decisions.json", [asdict(item) for item in self.decisions])
+            self._written(lambda: write_json(self.folder / "decisions.json", [asdict(item) for item in self.decisions]))
             if self._board is not None:
                 self._board.add_text(f"{'fallback' if fallback else 'decision'}/{what}", f"{choice} ({reason})")
         return decision
+
+    def _written(self, write: Callable[[], object]) -> None:
+        """A record that can't be written is no reason to end a run; it is said once."""
+        try:
+            write()
+        except OSError as error:
+            if not self._full:
+                LOGGER.error("the record in %s has gaps from here on: %s", self.folder, error.strerror)
+            self._full = True
 
     def step(
         self,
@@ -181,7 +194,7 @@ class RunLog:
         figures = {"loss": loss, "lr": lr, "data_time": data_time, "compute_time": compute_time, "throughput": rate, "cuda_mem": cuda_mem}
         figures = {name: float(value) for name, value in figures.items()}
         row = {"task": task, "step": step, "epoch": epoch, "images": images}
-        self._metrics.write(json.dumps(row | {name: _finite(value) for name, value in figures.items()}) + "\n")
+        self._written(lambda: self._metrics.write(json.dumps(row | {name: _finite(value) for name, value in figures.items()}) + "\n"))
         self.scalars({f"{task}/{name}": value for name, value in figures.items()}, step)
         if step % self._log_every == 0:
             LOGGER.info("%s step %d of %d epoch %d loss %.4f lr %.2e data_time %.3f s compute_time %.3f s throughput %.1f img/s cuda_mem %.0f MB",
@@ -205,7 +218,7 @@ class RunLog:
     ) -> None:
         """Write the figures of one evaluation to the console, metrics.jsonl and TensorBoard."""
         row = {"task": task, "step": step, "validation": {name: _finite(float(value)) for name, value in figures.items()}}
-        self._metrics.write(json.dumps(row) + "\n")
+        self._written(lambda: self._metrics.write(json.dumps(row) + "\n"))
         self.scalars({f"{task}/validation/{name}": value for name, value in figures.items()}, step)
         LOGGER.info("%s step %d validation %s", task, step, " ".join(f"{name} {value:.4g}" for name, value in figures.items()))
 
@@ -217,7 +230,7 @@ class RunLog:
     ) -> None:
         """Write what was done when memory ran out: a decision, a line of metrics.jsonl and a value in TensorBoard."""
         self.decide(f"{task} out of memory", f"{event['action']} {'' if event['to'] is None else event['to']}".strip(), f"step {step}: {event['reason']}", fallback=True)
-        self._metrics.write(json.dumps({"task": task, "step": step, "oom": dict(event)}) + "\n")
+        self._written(lambda: self._metrics.write(json.dumps({"task": task, "step": step, "oom": dict(event)}) + "\n"))
         number = sum(decision.what == f"{task} out of memory" for decision in self.decisions)
         self.scalars({f"oom/{task}": number}, step)
 
@@ -239,7 +252,7 @@ class RunLog:
         if self not in _open_runs:
             return
         _open_runs.remove(self)
-        self._metrics.close()
+        self._written(self._metrics.close)
         if self._board is not None:
             self._board.close()
         LOGGER.removeHandler(self._file_handler)

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import polars as pl
 import pytest
 import torch
 
+from pillsnap.cli import main
 from pillsnap.config import Settings, settings_as_yaml
 from pillsnap.data.manifest import Dataset
 from pillsnap.training import checkpoint, loop, run as run_module, step
@@ -151,13 +153,14 @@ def oom_actions(folder: Path) -> list[tuple[str, int, str]]:
     return [(row["task"], row["step"], row["oom"]["action"]) for row in rows_of(folder) if "oom" in row]
 
 
-@pytest.mark.parametrize("inside", ["_gradients", "_move"])
+@pytest.mark.parametrize("inside", ["_gradients", "_clip"])
 def test_a_step_that_runs_out_of_memory_once_is_made_again(inside: str, whole: Path, tiny_settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     Shortage("classifier", {3: 1, 7: 1}).install(monkeypatch, inside)
     run = train(tiny_settings(*SHORT), tmp_path / "run")
     assert oom_actions(run) == [("classifier", 3, "empty_cache"), ("classifier", 7, "empty_cache")]
+    assert losses(run) == losses(whole), "the failed batch was replayed"
     if inside == "_gradients":
-        assert weights_hash(run) == weights_hash(whole), "the failed batch was replayed, nothing else changed"
+        assert weights_hash(run) == weights_hash(whole), "nothing else changed"
     state = load_checkpoint(run / "last.pt")["tasks"]["classifier"]
     assert [event["action"] for event in state["ladder"]["history"]] == ["empty_cache", "empty_cache"]
 
@@ -166,7 +169,7 @@ def test_the_ladder_is_walked_down_and_every_sample_is_still_seen(whole: Path, t
     Shortage("classifier", {4: 5}).install(monkeypatch)
     seen: list[tuple[int, ...]] = []
     real = step._move
-    monkeypatch.setattr(step, "_move", lambda task, group: (seen.append((task.name == "classifier", *task.held.numbers.tolist())), real(task, group))[1])
+    monkeypatch.setattr(step, "_move", lambda task: (seen.append((task.name == "classifier", *task.held.numbers.tolist())), real(task))[1])
     run = train(tiny_settings(*SHORT, "train.max_grad_accum=3"), tmp_path / "run")
     assert [action for _, _, action in oom_actions(run)] == ["empty_cache", "half precision", "grad_accum", "grad_accum", "batch_size"]
     state = load_checkpoint(run / "last.pt")["tasks"]["classifier"]
@@ -176,7 +179,7 @@ def test_the_ladder_is_walked_down_and_every_sample_is_still_seen(whole: Path, t
     order = [number for is_classifier, *numbers in seen if is_classifier for number in numbers]
     monkeypatch.undo()
     reference: list[int] = []
-    monkeypatch.setattr(step, "_move", lambda task, group: (reference.extend(task.held.numbers.tolist()) if task.name == "classifier" else None, real(task, group))[1])
+    monkeypatch.setattr(step, "_move", lambda task: (reference.extend(task.held.numbers.tolist()) if task.name == "classifier" else None, real(task))[1])
     train(tiny_settings(*SHORT), tmp_path / "reference")
     assert order == reference, "the same samples in the same order, fewer at a time"
     rates = {(row["step"] if row["step"] <= 4 else (row["step"] + 4) / 2): row["lr"] for row in rows_of(run) if row["task"] == "classifier" and "loss" in row}
@@ -291,9 +294,86 @@ def test_a_batch_too_small_for_the_processes_is_one_sentence(tiny_settings: Call
     assert done.returncode != 0 and "train.detector.batch_size is 1, but 2 processes are to share it" in done.stderr
 
 
+INJECTED = """
+import os, sys
+import torch
+from pathlib import Path
+from pillsnap.config import load_settings
+from pillsnap.training import step, tasks
+from pillsnap.training.run import train
+
+where, rank, failed = sys.argv[3], os.environ["RANK"], []
+def once(real, fails):
+    def function(task, *rest):
+        if rank == "1" and task.name == "classifier" and task.step >= 2 and len(failed) < fails:
+            failed.append(1)
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(task, *rest)
+    return function
+if where == "evaluation":
+    tasks.validation_batches = once(tasks.validation_batches, 1)
+else:
+    step._gradients = once(step._gradients, 4)
+train(load_settings(Path(sys.argv[1])), Path(sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize("where", ["step", "evaluation"])
+def test_one_process_that_runs_out_of_memory_takes_the_others_along(where: str, tiny_settings: Callable[..., Settings], tmp_path: Path):
+    (tmp_path / "program.py").write_text(INJECTED)
+    (tmp_path / "settings.yaml").write_text(settings_as_yaml(tiny_settings(*SHORT, *TOGETHER, "train.max_grad_accum=2")))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "program.py"), str(tmp_path / "settings.yaml"), str(tmp_path / "run"), where]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    actions = [action for _, _, action in oom_actions(tmp_path / "run")]
+    assert actions == (["evaluation batch"] if where == "evaluation" else ["empty_cache", "half precision", "grad_accum", "batch_size"])
+    last = load_checkpoint(tmp_path / "run" / "last.pt")["tasks"]["classifier"]
+    assert last["seen"] == last["total"] and (where == "evaluation" or last["ladder"]["pieces"] == 4)
+
+
+def test_memory_that_runs_out_while_weights_move_ends_the_run(tiny_settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    Shortage("classifier", {3: 1}).install(monkeypatch, "_move")
+    with pytest.raises(TrainingError, match="while the classifier's weights were moved.*train.resume=last"):
+        train(tiny_settings(*SHORT), tmp_path / "run")
+
+
+def test_uneven_shares_of_a_batch_are_computed(tiny_settings: Callable[..., Settings], tmp_path: Path):
+    done = torchrun(tiny_settings(*SHORT, "train.only=classifier", "train.classifier.batch_size=1", "train.classifier.grad_accum=3", "train.classifier.epochs=1"), tmp_path / "run")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert {row["images"] for row in rows_of(tmp_path / "run") if "loss" in row} == {3}
+
+
+def test_a_stop_before_an_evaluation_is_made_up_for(whole: Path, tiny_settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    due = next(row["step"] for row in rows_of(whole) if row["task"] == "classifier" and "validation" in row)
+    stop_after(2 * due, monkeypatch)
+    with pytest.raises(loop.Stopped):
+        train(tiny_settings(*SHORT), tmp_path / "run")
+    monkeypatch.undo()
+    assert not [row for row in rows_of(tmp_path / "run") if row["task"] == "classifier" and "validation" in row], "a stop does not wait for it"
+    run = train(tiny_settings(*SHORT, "train.resume=last"), tmp_path / "run")
+    assert weights_hash(run) == weights_hash(whole)
+
+
+def test_a_record_on_a_full_disk_has_gaps_and_the_run_goes_on(whole: Path, tiny_settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pillsnap.runlog.write_json", full)
+    assert weights_hash(train(tiny_settings(*SHORT), tmp_path / "run")) == weights_hash(whole)
+    assert sum("has gaps from here on: No space left" in record.getMessage() for record in caplog.records) == 1
+
+
+@pytest.mark.parametrize("folder", ["file", "file/below"])
+def test_a_run_folder_that_can_not_be_made_is_one_sentence(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_data: Path):
+    (tmp_path / "file").write_text("no folder")
+    assert main(["train", "--run-dir", str(tmp_path / folder), "--profile", "cpu", "--data-root", str(tiny_data)]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1].startswith("pillsnap: train can't go on: ") and str(tmp_path / "file") in said[-1]
+
+
 def test_a_loss_that_is_not_a_number_names_the_photos(tiny_settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     real = step._gradients
-    monkeypatch.setattr(step, "_gradients", lambda task, *rest: real(task, *rest) * (float("nan") if task.step == 5 and task.name == "classifier" else 1.0))
+    monkeypatch.setattr(step, "_gradients", lambda task, *rest: (real(task, *rest)[0] * (float("nan") if task.step == 5 and task.name == "classifier" else 1.0), None))
     with pytest.raises(TrainingError, match=r"loss is nan at step 6, with .*\.png.*last checkpoint is good"):
         train(tiny_settings(*SHORT, "train.save_minutes=0"), tmp_path / "run")
     last = load_checkpoint(tmp_path / "run" / "last.pt")["tasks"]["classifier"]
@@ -358,9 +438,75 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(whole: Path, tiny_set
 
 
 def test_another_network_or_task_is_refused(whole: Path, tiny_settings: Callable[..., Settings]):
-    for override, sentence in (("model.classifier.name=test_vit", "resume with the networks"), ("train.only=detector", "resume with the train.only"), ("train.classifier.epochs=3", "resume with the settings")):
-        with pytest.raises(ValueError, match=sentence):
-            train(tiny_settings(*SHORT, override, "train.resume=last"), whole)
+    before = {path.name: path.read_bytes() for path in whole.iterdir() if path.is_file()}
+    for key, value in (("model.classifier.name", "test_vit"), ("train.only", "detector"), ("train.classifier.epochs", "3"), ("seed", "7"), ("data.margin", "0.3"), ("model.detector.image_size", "64"), ("train.classifier.lr", "0.1")):
+        with pytest.raises(CheckpointError, match=f"{key} was .*, now {value}"):
+            train(tiny_settings(*SHORT, f"{key}={value}", "train.resume=last"), whole)
+    assert {path.name: path.read_bytes() for path in whole.iterdir() if path.is_file()} == before, "a refused run changes nothing"
+    train(tiny_settings(*SHORT, "train.resume=last", "dataloader.num_workers=1", "train.log_every=3"), whole)
+    assert (whole / "manifest.parquet").read_bytes() == before["manifest.parquet"] and (whole / "last.pt").read_bytes() == before["last.pt"], "a run that is complete has nothing left to do"
+
+
+def test_a_split_does_not_change_when_a_run_goes_on(tiny_settings: Callable[..., Settings], tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    data = tmp_path / "data"
+    shutil.copytree(tiny_data, data)
+    stop_after(5, monkeypatch)
+    with pytest.raises(loop.Stopped):
+        train(tiny_settings(*SHORT, data=data), tmp_path / "run")
+    monkeypatch.undo()
+    before = (tmp_path / "run" / "manifest.parquet").read_bytes()
+    gone = sorted(data.glob("train/images/single/*/*/*.png"))[::7]
+    for photo in gone:
+        photo.unlink()
+    run = train(tiny_settings(*SHORT, "train.resume=last", data=data), tmp_path / "run")
+    assert (run / "manifest.parquet").read_bytes() == before
+    assert decisions_of(run)["classifier data"]["choice"].endswith("left out")
+
+
+def test_two_trainings_do_not_share_a_folder(tiny_settings: Callable[..., Settings], tmp_path: Path):
+    with run_module.alone_in(tmp_path / "run"):
+        with pytest.raises(CheckpointError, match="Another process trains in"):
+            train(tiny_settings(*SHORT), tmp_path / "run")
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"run.lock"}
+
+
+def test_hardest_samples_are_those_of_the_weights_that_are_kept(tiny_settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    scores, answers = iter([0.5, 0.9, 0.1]), []
+    real = loop.RunLog.evaluation
+
+    def scored(self: loop.RunLog, task: str, number: int, figures: dict[str, float]) -> None:
+        if task == "classifier":
+            figures["macro_f1"] = next(scores)
+        real(self, task, number, figures)
+
+    written = run_module.write_hardest
+    monkeypatch.setattr(loop.RunLog, "evaluation", scored)
+    monkeypatch.setattr(run_module, "write_hardest", lambda folder, logits, **rest: (answers.append(logits.copy()), written(folder, logits, **rest))[1])
+    run = train(tiny_settings(*SHORT, "train.evaluations=3", "train.only=classifier"), tmp_path / "run")
+    assert len(answers) == 2, "written when there are better weights, not afterwards"
+    hardest = json.loads((run / "hardest.json").read_text())
+    assert hardest and (run / "confusions.json").exists() and (run / "plots" / "hardest.jpg").exists() and (run / "plots" / "loss.png").exists()
+
+
+@pytest.mark.parametrize("only", ["classifier", "detector"])
+def test_a_network_for_other_pictures_is_not_taken_over(only: str, whole: Path, tiny_settings: Callable[..., Settings], tmp_path: Path):
+    other = "model.detector.image_size=64" if only == "classifier" else "data.margin=0.3"
+    with pytest.raises(CheckpointError, match="its network can't be taken over"):
+        train(tiny_settings(*SHORT, f"train.only={only}", f"train.start_from={whole}", other), tmp_path / "run")
+
+
+def test_a_classifier_of_other_drugs_is_not_taken_over_and_its_last_layer_starts_anew(whole: Path, tiny_settings: Callable[..., Settings], tiny_data: Path, tmp_path: Path):
+    content = torch.load(whole / "best.pt", weights_only=True)
+    content["rules"]["class_map"]["drugs"] = content["rules"]["class_map"]["drugs"][::-1]
+    earlier = tmp_path / "earlier"
+    earlier.mkdir()
+    codes = [drug["code"] for drug in content["rules"]["class_map"]["drugs"]]
+    content["rules"]["class_map"]["hash"] = hashlib.sha256("\n".join(codes).encode()).hexdigest()
+    torch.save(content, earlier / "best.pt")
+    with pytest.raises(CheckpointError, match="other drugs"):
+        train(tiny_settings(*SHORT, "train.only=detector", f"train.start_from={earlier}"), tmp_path / "taken")
+    run = train(tiny_settings(*SHORT, f"train.start_from={earlier}"), tmp_path / "tuned")
+    assert "2 of" in decisions_of(run)["classifier weights"]["reason"] and "start anew" in decisions_of(run)["classifier weights"]["reason"]
 
 
 def test_one_network_alone_takes_the_other_from_an_earlier_run(whole: Path, tiny_settings: Callable[..., Settings], tmp_path: Path):

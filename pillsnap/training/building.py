@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import polars as pl
+import timm
 import torch
 from torch import nn
 
@@ -22,7 +23,7 @@ from ..models.detector import build_detector
 from ..runlog import decide
 from ..runtime.identify import Rules
 from .autotune import choose_batch_size, timed_attempt
-from .checkpoint import CheckpointError, load_checkpoint
+from .checkpoint import CheckpointError, load_best
 from .group import Group
 from .hardware import Hardware
 from .schedule import TrainingError
@@ -30,7 +31,8 @@ from .step import made_up_batch, speed_up, step_on
 from .tasks import Task, checkpoint_gradients, classifier_task, detector_task
 
 # %% auto #0
-__all__ = ['open_samples', 'build_networks', 'earlier_weights', 'network_names', 'tuned_batch_size', 'build_tasks']
+__all__ = ['open_samples', 'build_networks', 'earlier_weights', 'check_taken_over', 'network_names', 'tuned_batch_size',
+           'build_tasks']
 
 # %% ../../nbs/training/04_building.ipynb #ea49a655
 def open_samples(
@@ -59,17 +61,18 @@ def build_networks(
 ) -> tuple[dict[str, nn.Module], tuple]:  # the networks to train, detector first; mean and deviation of the classifier's pixels
     """Networks on their device, ready to learn; with train.only the other one is not among them."""
     names = settings.model.classifier
-    classifier = build_classifier(names.name, len(dataset.class_map), names.pretrained and settings.train.start_from is None, names.drop_rate)
     networks = {} if settings.train.only == "classifier" else {"detector": build_detector(settings.model.detector.name)}
     if settings.train.only != "detector":
-        networks["classifier"] = classifier
+        networks["classifier"] = build_classifier(names.name, len(dataset.class_map), names.pretrained and settings.train.start_from is None, names.drop_rate)
     earlier = earlier_weights(settings)
     for name, network in networks.items():
         if earlier:
-            _start_from(network, earlier[name], name, settings.train.start_from)
+            same_drugs = Rules.from_json(earlier["rules"]).class_map.hash == dataset.class_map.hash
+            last_layer = network.get_classifier() if name == "classifier" and not same_drugs else None
+            _start_from(network, earlier[name], name, settings.train.start_from, last_layer)
         checkpoint_gradients(network, settings.train.grad_checkpointing, name)
         networks[name] = network.to(hardware.device, memory_format=hardware.memory_format)
-    return networks, normalisation(classifier)
+    return networks, normalisation(networks.get("classifier") or timm.create_model(names.name))
 
 
 def earlier_weights(
@@ -78,19 +81,35 @@ def earlier_weights(
     """The best weights of the run to start from; raises `CheckpointError` when it has other networks."""
     if settings.train.start_from is None:
         return None
-    content = load_checkpoint(settings.train.start_from / "best.pt")
-    names = network_names(settings)
+    content, names = load_best(settings.train.start_from), network_names(settings)
     if content["models"] != names:
         raise CheckpointError(f"The run {settings.train.start_from} trained {content['models']}, this one {names}: start from a run with the same networks.")
     return content
 
 
-def _start_from(network: nn.Module, weights: dict[str, torch.Tensor], name: str, folder: Path) -> None:
-    shapes = {key: tensor.shape for key, tensor in network.state_dict().items()}
+def check_taken_over(
+    earlier: dict,      # from `earlier_weights`
+    rules: Rules,       # of this run
+    settings: Settings  # train.only says which network is taken over as it is
+) -> None:
+    """Raise `CheckpointError` where the network that is not trained was trained for other drugs or other pictures."""
+    before = Rules.from_json(earlier["rules"])
+    used = {"detector": ("classifier_size", "margin", "mean", "std"), "classifier": ("detector_size",)}.get(settings.train.only or "", ())
+    differing = [f"{name} {getattr(before, name)}, not {getattr(rules, name)}" for name in used if getattr(before, name) != getattr(rules, name)]
+    if settings.train.only == "detector" and before.class_map.hash != rules.class_map.hash:
+        differing.append("other drugs")
+    if differing:
+        raise CheckpointError(f"The run {settings.train.start_from} was made with {', '.join(differing)}: its network can't be taken over; train both, or start from a run that fits.")
+
+
+def _start_from(network: nn.Module, weights: dict[str, torch.Tensor], name: str, folder: Path, last_layer: nn.Module | None = None) -> None:
+    of_last = {id(tensor) for tensor in last_layer.state_dict(keep_vars=True).values()} if last_layer is not None else set()  # which drug is which number has changed
+    shapes = {key: tensor.shape for key, tensor in network.state_dict(keep_vars=True).items() if id(tensor) not in of_last}
     fitting = {key: tensor for key, tensor in weights.items() if tensor.shape == shapes.get(key)}
     network.load_state_dict(fitting, strict=False)
-    anew = len(shapes) - len(fitting)
-    decide(f"{name} weights", "an earlier run's", f"the best ones of {folder}" + (f"; {anew} of {len(shapes)} tensors do not fit and start anew" if anew else ""))
+    everything = len(network.state_dict())
+    anew = everything - len(fitting)
+    decide(f"{name} weights", "an earlier run's", f"the best ones of {folder}" + (f"; {anew} of {everything} tensors do not fit and start anew" if anew else ""))
 
 
 def network_names(
@@ -130,22 +149,25 @@ def build_tasks(
     """The tasks with their data."""
     samples, (networks, normal) = open_samples(dataset, settings), build_networks(dataset, settings, hardware)
 
-    def make(name: str, network: nn.Module, batch_size: int) -> Task:
-        data = samples[name], samples[f"{name} validation"], settings, hardware, batch_size
+    def make(name: str, network: nn.Module, batch_size: int, pieces: int, processes: int) -> Task:
+        data = samples[name], samples[f"{name} validation"], settings, hardware, batch_size, pieces, processes
         return detector_task(network, *data) if name == "detector" else classifier_task(network, normal, len(dataset.class_map), *data)
 
     tasks = {}
     for name, network in networks.items():
         chosen = getattr(settings.train, name)
+        pieces = chosen.grad_accum * (group.size if chosen.batch_size == "auto" else 1)  # what was measured is for one process
         batch_size = (batches or {}).get(name)
         if batch_size is None and chosen.batch_size == "auto":
-            batch_size = chosen.grad_accum * group.size * group.first(lambda: tuned_batch_size(name, lambda count: make(name, copy.deepcopy(network), count), settings, hardware))
+            batch_size = pieces * group.first(lambda: tuned_batch_size(name, lambda count: make(name, copy.deepcopy(network), count, 1, 1), settings, hardware))
         elif batch_size is None:
-            batch_size = chosen.batch_size * chosen.grad_accum
+            batch_size = chosen.batch_size * pieces
         if batch_size < group.size:
             raise TrainingError(f"train.{name}.batch_size is {batch_size}, but {group.size} processes are to share it: raise it, or start fewer processes.")
-        tasks[name] = make(name, network, batch_size)
+        tasks[name] = make(name, network, batch_size, pieces, group.size)
     names = settings.model
     rules = Rules(class_map=dataset.class_map, classifier_size=names.classifier.image_size, detector_size=names.detector.image_size, margin=settings.data.margin,
                   mean=normal[0], std=normal[1], box_confidence=settings.identify.box_confidence, nms_iou=settings.identify.nms_iou, sure_confidence=settings.identify.sure_confidence)
+    if earlier := earlier_weights(settings):
+        check_taken_over(earlier, rules, settings)
     return tasks, rules

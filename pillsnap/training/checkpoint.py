@@ -19,12 +19,11 @@ from torch import nn
 
 from ..files import replacing
 from ..models.detector import RawDetections, detector_network
-from ..runlog import decide
 from ..runtime.identify import Rules
 
 # %% auto #0
 __all__ = ['CheckpointError', 'save_checkpoint', 'load_checkpoint', 'newest_checkpoint', 'random_states', 'restore_random_states',
-           'Trained', 'load_trained', 'git_revision']
+           'Trained', 'load_best', 'load_trained', 'git_revision']
 
 # %% ../../nbs/training/01_checkpoint.ipynb #ecfb8bf7
 class CheckpointError(ValueError):
@@ -71,8 +70,8 @@ def load_checkpoint(
 # %% ../../nbs/training/01_checkpoint.ipynb #fb1ff5ad
 def newest_checkpoint(
     folder: Path  # run folder
-) -> tuple[Path, dict] | None:  # the file and its content; None: there is none
-    """The newest checkpoint that can be read; passing over a damaged one is recorded. Raises `CheckpointError` when all are damaged."""
+) -> tuple[Path, dict, str] | None:  # the file, its content, and why a newer one was passed over; None: there is none
+    """The newest checkpoint that can be read; raises `CheckpointError` when all are damaged."""
     problems = []
     for path in (Path(folder) / "last.pt", Path(folder) / "previous.pt"):
         if not path.exists():
@@ -82,9 +81,7 @@ def newest_checkpoint(
         except CheckpointError as error:
             problems.append(error)
             continue
-        if problems:
-            decide("checkpoint", path.name, f"the newer one can't be used: {problems[0]}", fallback=True)
-        return path, content
+        return path, content, str(problems[0]) if problems else ""
     if problems:
         raise problems[0]
     return None
@@ -125,16 +122,24 @@ class Trained:
         self.detector = RawDetections(network).eval()
 
 
+def load_best(
+    folder: Path  # run folder
+) -> dict:        # content of its best.pt
+    """The best weights of both networks; raises `CheckpointError` for a run that has trained one alone."""
+    path = Path(folder) / "best.pt"
+    alone = [name for name in ("classifier", "detector") if (Path(folder) / f"best_{name}.pt").exists()]
+    if not path.exists() and len(alone) == 1:
+        raise CheckpointError(f"The run {folder} has trained the {alone[0]} alone: give it the other network with train.start_from, the folder of a run that has both.")
+    return load_checkpoint(path)
+
+
 def load_trained(
     folder: Path  # run folder with best.pt
 ) -> Trained:     # networks in evaluation mode, on the CPU
     """Bring back the best weights of a run; raises `CheckpointError` when they can't be used."""
     path = Path(folder) / "best.pt"
-    alone = [name for name in ("classifier", "detector") if (Path(folder) / f"best_{name}.pt").exists()]
-    if not path.exists() and len(alone) == 1:
-        raise CheckpointError(f"The run {folder} has trained the {alone[0]} alone: give it the other network with train.start_from, the folder of a run that has both.")
     try:
-        return Trained(load_checkpoint(path))
+        return Trained(load_best(folder))
     except (KeyError, RuntimeError) as error:
         raise CheckpointError(f"The checkpoint {path} does not hold what this version needs ({error}): train again.") from error
 

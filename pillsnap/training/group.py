@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -69,9 +70,25 @@ class Group:
         tensors: Sequence[torch.Tensor]  # of the same shapes in all processes; changed in place
     ) -> None:
         """Replace each tensor by its sum over all processes."""
+        self.add_joined(tensors, self.joined(tensors))
+
+    def joined(
+        self,
+        tensors: Sequence[torch.Tensor]  # of the same shapes in all processes
+    ) -> torch.Tensor | None:            # None: this process is alone, or there is nothing to add
+        """One tensor with all their values, for `add_joined`: it takes memory, adding does not."""
         if self.size == 1 or not tensors:
+            return None
+        return torch.cat([tensor.reshape(-1).float() for tensor in tensors])
+
+    def add_joined(
+        self,
+        tensors: Sequence[torch.Tensor],  # changed in place
+        together: torch.Tensor | None     # from `joined`
+    ) -> None:
+        """Replace each tensor by its sum over all processes."""
+        if together is None:
             return
-        together = torch.cat([tensor.reshape(-1).float() for tensor in tensors])
         distributed.all_reduce(together)
         for tensor, total in zip(tensors, together.split([tensor.numel() for tensor in tensors])):
             tensor.copy_(total.view(tensor.shape))
@@ -99,6 +116,9 @@ class Group:
                 buffer.div_(self.size)
 
 # %% ../../nbs/training/00_group.ipynb #cc916c45
+_PATIENCE = timedelta(days=2)  # the first scan of a large dataset takes hours; a process that dies is noticed by torchrun at once
+
+
 def join_group() -> Group:
     """Join the processes that torchrun has started; without torchrun this process is alone."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -108,7 +128,7 @@ def join_group() -> Group:
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not distributed.is_initialized():
-        distributed.init_process_group("nccl" if cuda else "gloo")
+        distributed.init_process_group("nccl" if cuda else "gloo", timeout=_PATIENCE)
     return Group(distributed.get_rank(), size)
 
 

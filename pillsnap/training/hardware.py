@@ -128,16 +128,23 @@ def choose_hardware(
     return Hardware(device, _choose_amp(amp, device), memory_format, settings.train.compile, settings.train.cuda_graphs)
 
 # %% ../../nbs/training/00_hardware.ipynb #ee0f8bba
+_WITHOUT_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
+
+
 def compile_forward(
     network: nn.Module,     # network in training mode, on its device
     example: torch.Tensor,  # float batch of the size that training uses
     hardware: Hardware,     # compile_mode is read
-    what: str               # name in the log, for example classifier
+    what: str,              # name in the log, for example classifier
+    several: bool = False   # gradients of several batches are added up
 ) -> Callable:              # compiled network, or the network itself
     """`torch.compile` with a trial step; falls back to the plain network, with the reason."""
     mode = hardware.compile_mode
     if mode == "none":
         return network
+    if several and hardware.device.type == "cuda" and mode in _WITHOUT_GRAPHS:
+        decide(f"{what} compile", _WITHOUT_GRAPHS[mode], f"{mode} records CUDA graphs, whose gradients can't be added up over several minibatches", fallback=True)
+        mode = _WITHOUT_GRAPHS[mode]
     state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     try:
         compiled = torch.compile(network, mode=None if mode == "default" else mode)
@@ -158,13 +165,16 @@ def graph_forward(
     network: nn.Module,     # network in training mode, on its device
     example: torch.Tensor,  # float batch of the size that training uses: all batches must have it
     hardware: Hardware,     # cuda_graphs is read
-    what: str               # name in the log, for example classifier
+    what: str,              # name in the log, for example classifier
+    several: bool = False   # gradients of several batches are added up: a recorded network would overwrite them
 ) -> Callable:              # recorded network, or the network itself
     """Record forward and backward as CUDA graphs; falls back to the plain network, with the reason."""
     if not hardware.cuda_graphs:
         return network
-    if hardware.device.type != "cuda" or hardware.compile_mode != "none":
-        reason = "there is no GPU" if hardware.device.type != "cuda" else f"train.compile={hardware.compile_mode} launches the work in its own way"
+    network.__dict__.pop("forward", None)  # what an earlier recording has put before the class's own
+    if hardware.device.type != "cuda" or hardware.compile_mode != "none" or several:
+        reasons = {"there is no GPU": hardware.device.type != "cuda", f"train.compile={hardware.compile_mode} launches the work in its own way": hardware.compile_mode != "none"}
+        reason = next((reason for reason, holds in reasons.items() if holds), "gradients of recorded networks can't be added up over several minibatches")
         decide(f"{what} CUDA graphs", "off", reason, fallback=True)
         return network
     state = {name: tensor.clone() for name, tensor in network.state_dict().items()}

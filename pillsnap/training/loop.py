@@ -43,7 +43,7 @@ def evaluate_task(
     for network in (task.network, task.average.module):
         group.average_buffers(network)
     while True:
-        figures, reason = attempt(lambda: task.evaluate(task, task.evaluated_network(), group), group)
+        rows, reason = attempt(lambda: task.evaluate(task, task.evaluated_network(), group), group)
         if not reason:
             break
         free_memory(task.hardware.device)
@@ -52,6 +52,7 @@ def evaluate_task(
         if not smaller:
             raise TrainingError(f"Memory does not suffice to evaluate the {task.name} on a single image: close other programs, or lower model.{task.name}.image_size.")
         task.evaluation_batch = smaller
+    figures = task.score(task, sorted((row for rows in group.gather(rows) for row in rows), key=lambda row: row[0][0]))
     run.evaluation(task.name, task.step, figures)
     task.evaluated = task.seen * task.settings.train.evaluations // task.total
     return keep_best(task, figures[task.monitor])
@@ -118,7 +119,7 @@ def train_tasks(
     group: Group,                   # who shares each batch
     run: RunLog,                    # steps and figures go there
     save: Callable[[], None],       # writes the checkpoints
-    watch: Callable[[], None] | None = None  # called after each evaluation
+    looked_at: Callable[[Task, bool], None]  # called after each evaluation, True: its weights are the best so far
 ) -> None:
     """Train all tasks to their end; raises `TrainingError` when that can't be done, and `Stopped` when asked to end."""
     ratio = dict(zip(("detector", "classifier"), settings.train.interleave_ratio))
@@ -126,23 +127,26 @@ def train_tasks(
     journal, saved = Journal(run, settings.train.log_every if cuda else 1), time.monotonic()
     for task in tasks.values():
         speed_up(task, group)
-    with listening() as heard, tqdm(total=sum(task.total for task in tasks.values()), initial=sum(task.seen for task in tasks.values()), desc="training", unit="img", disable=None) as progress:
-        while (task := whose_turn(tasks, ratio)) is not None:
+    with listening() as heard, tqdm(total=sum(task.total for task in tasks.values()), initial=sum(task.seen for task in tasks.values()), desc="training", unit="img", disable=True if group.rank else None) as progress:
+        while True:
+            due, task = [task for task in tasks.values() if task.evaluation_is_due()], None
+            stopping = group.any(bool(heard()))
+            if not stopping:
+                for other in due:
+                    journal.write()
+                    looked_at(other, evaluate_task(other, group, run))
+                task = whose_turn(tasks, ratio)
+            if due or stopping or group.any(time.monotonic() - saved >= 60 * settings.train.save_minutes):
+                journal.write()
+                _save(save, needed=stopping or task is None)
+                saved = time.monotonic()
+            if stopping:
+                raise Stopped(next(filter(None, group.gather(heard()))), tasks, run.folder)
+            if task is None:
+                return
             task.network.train()
             journal.add(task, train_step(task, group, run))
             progress.update(task.ladder.batch)
-            due, stopping = task.evaluation_is_due(), group.any(bool(heard()))
-            if due:
-                journal.write()
-                evaluate_task(task, group, run)
-            if due or stopping or group.any(time.monotonic() - saved >= 60 * settings.train.save_minutes):
-                journal.write()
-                _save(save, needed=stopping or whose_turn(tasks, ratio) is None)
-                saved = time.monotonic()
-            if due and watch is not None:
-                watch()
-            if stopping:
-                raise Stopped(next(filter(None, group.gather(heard()))), tasks, run.folder)
 
 
 def _save(save: Callable[[], None], needed: bool) -> None:

@@ -69,7 +69,8 @@ class Ladder:
     half: bool         # the forward pass is in half precision
     pieces: int        # minibatches that the global batch of a step is divided into
     batch: int         # images of a step, the global batch
-    most_pieces: int   # minibatches of a step at most
+    most_pieces: int   # minibatches of a step at most, per process
+    processes: int = 1 # that share a step: each computes as many minibatches, and at least one image
     tried: list[Kind] = field(default_factory=list)     # actions of the present step
     history: list[dict] = field(default_factory=list)   # step, action, to and reason of each action of the run
 
@@ -90,14 +91,15 @@ class Ladder:
             self.half = True
             return Action("half precision", None, "activations take half of the memory in half precision")
         skipped = "half precision is in use already, and " if self.tried[-1] == "empty_cache" else ""
-        if self.pieces < min(self.most_pieces, self.batch):
-            self.pieces += 1
+        more = (-(-self.pieces // self.processes) + 1) * self.processes
+        if more <= min(self.most_pieces * self.processes, self.batch):
+            self.pieces = more
             return Action("grad_accum", self.pieces, f"{skipped}the same {self.batch} images of a step take less memory in {self.pieces} minibatches")
-        if self.batch > 1:
+        if self.batch // 2 >= self.processes:
             self.batch //= 2
             self.pieces = min(self.pieces, self.batch)
             return Action("batch_size", self.batch, f"{skipped}a step is divided as far as it can be, so it gets half of the images")
-        return Action("give up", None, f"{skipped}a step of one image is the smallest there is")
+        return Action("give up", None, f"{skipped}a step of one image per process is the smallest there is")
 
     def succeeded(self) -> None:
         """Say that a step was made: the next lack of memory begins with an empty cache again."""

@@ -5,9 +5,11 @@
 # %% ../../nbs/training/07_run.ipynb #23e0eb80
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import logging
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -20,17 +22,17 @@ from ..data.sample import write_sample
 from ..files import write_text
 from ..runlog import LOGGER, RunLog, decide, open_run
 from ..runtime.identify import Rules
-from .building import build_tasks
+from .building import build_tasks, earlier_weights
 from .checkpoint import CheckpointError, git_revision, load_checkpoint, newest_checkpoint
 from .group import Group, describe_group, join_group, leave_group
 from .hardware import choose_hardware, seed_everything
 from .loop import train_tasks
 from .record import write_hardest, write_plots
-from .saving import resume_run, save_run
+from .saving import check_same_settings, resume_run, save_run
 from .tasks import Task
 
 # %% auto #0
-__all__ = ['data_root', 'new_run_folder', 'latest_run', 'train']
+__all__ = ['data_root', 'new_run_folder', 'latest_run', 'train', 'alone_in']
 
 # %% ../../nbs/training/07_run.ipynb #40e3d69a
 def data_root(
@@ -72,11 +74,16 @@ def train(
     if group.rank:
         LOGGER.setLevel(logging.ERROR)  # the first process speaks for all
     try:
-        folder = group.first(lambda: _checked_folder(Path(folder) if folder else new_run_folder(settings), settings))
-        with tempfile.TemporaryDirectory() as elsewhere, open_run(Path(elsewhere) if group.rank else folder, settings) as run:
+        folder = group.first(lambda: Path(folder) if folder else new_run_folder(settings))
+        found = _checkpoint_of(folder, settings)
+        with contextlib.ExitStack() as stack:
+            if not group.rank:
+                stack.enter_context(alone_in(folder))
+            elsewhere = stack.enter_context(tempfile.TemporaryDirectory())
+            run = stack.enter_context(open_run(Path(elsewhere) if group.rank else folder, settings))
             describe_group(group)
             decide("code", git_revision(Path(pillsnap.__file__).parent) or version("pillsnap"), "revision in git, + for changes that are not committed; outside git the version")
-            _train(settings, group, run, folder, watch)
+            _train(settings, group, run, folder, found, watch)
     finally:
         leave_group()
     if not group.rank and folder.is_relative_to(settings.paths.run_root):
@@ -84,39 +91,74 @@ def train(
     return folder
 
 
-def _checked_folder(folder: Path, settings: Settings) -> Path:
-    if settings.train.resume != "last" and any((folder / name).exists() for name in ("last.pt", "previous.pt")):
+def _checkpoint_of(folder: Path, settings: Settings) -> tuple[Path, dict, str] | None:
+    """The checkpoint to go on from, looked at before anything is written."""
+    earlier_weights(settings)
+    if settings.train.resume == "last":
+        found = newest_checkpoint(folder)
+        if found:
+            check_same_settings(found[1], found[0], settings)
+        return found
+    if any((folder / name).exists() for name in ("last.pt", "previous.pt")):
         raise CheckpointError(f"The run folder {folder} already holds a run: name another folder, or go on with train.resume=last.")
-    return folder
+    return None
 
 
-def _train(settings: Settings, group: Group, run: RunLog, folder: Path, watch: Callable[[Path], None] | None) -> None:
-    group.first(lambda: save_dataset(prepare_data(settings, data_root(settings)), folder))
+@contextlib.contextmanager
+def alone_in(
+    folder: Path  # run folder, made if it is missing
+) -> Iterator[None]:
+    """Keep other trainings out of a run folder; raises `CheckpointError` when there is one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "run.lock", "w", encoding="utf-8") as file:  # the system unlocks it when the process ends, however it ends
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(f"Another process trains in {folder}: wait until it has ended, or name another folder.") from None
+        except OSError as error:
+            decide("run folder", "not locked", f"the file system of {folder} has no locks ({error.strerror})", fallback=True)
+        yield
+
+
+def _train(settings: Settings, group: Group, run: RunLog, folder: Path, found: tuple[Path, dict, str] | None, watch: Callable[[Path], None] | None) -> None:
+    if found and found[2]:
+        decide("checkpoint", found[0].name, f"the newer one can't be used: {found[2]}", fallback=True)
+    group.first(lambda: None if found and _holds_data(folder) else save_dataset(prepare_data(settings, data_root(settings)), folder))
     dataset = load_dataset(folder)
-    found = newest_checkpoint(folder) if settings.train.resume == "last" else None
     before = found[1]["tasks"] if found else {}
     seed_everything(settings.seed)
     hardware = choose_hardware(settings, next((state["amp_at_start"] for state in before.values()), settings.train.amp))
     tasks, rules = build_tasks(dataset, settings, hardware, group, {name: state["batch_at_start"] for name, state in before.items()})
     if found:
-        resume_run(tasks, rules, settings, found)
+        resume_run(tasks, rules, *found[:2])
         run.forget_after({name: task.step for name, task in tasks.items()})
     elif settings.train.resume == "last":
         decide("resume", "a new start", f"there is no checkpoint in {folder}", fallback=True)
-    train_tasks(tasks, settings, group, run, lambda: save_run(tasks, rules, settings, run, group), None if watch is None or group.rank else lambda: watch(folder))
+
+    def looked_at(task: Task, best: bool) -> None:
+        if group.rank:
+            return
+        if best and task.answers is not None:
+            _write_answers(folder, task, rules)
+        if watch is not None:
+            watch(folder)
+
+    train_tasks(tasks, settings, group, run, lambda: save_run(tasks, rules, settings, run, group), looked_at)
     for task in tasks.values():
         for samples, what in ((task.samples, task.name), (task.validation, f"{task.name} validation")):
             for damaged in group.gather(samples.damaged):
                 samples.damaged.update(damaged)
             report_damaged(samples, what)
     if not group.rank:
-        _write_record(folder, tasks, rules)
+        write_plots(folder)
 
 
-def _write_record(folder: Path, tasks: dict[str, Task], rules: Rules) -> None:
-    write_plots(folder)
-    task = tasks.get("classifier")
-    if task is not None and task.answers is not None:
-        store = task.validation.store
-        photos = [store.cuts.photo(photo) for photo in store.cuts.photo_of.tolist()]
-        write_hardest(folder, crop_of=store.__getitem__, codes=rules.class_map.codes, images=photos, **task.answers)
+def _holds_data(folder: Path) -> bool:
+    """A run that goes on keeps its split, whatever has become of the dataset since."""
+    return all((folder / name).exists() for name in ("manifest.parquet", "class_map.json", "data_report.json"))
+
+
+def _write_answers(folder: Path, task: Task, rules: Rules) -> None:
+    store = task.validation.store
+    photos = [store.cuts.photo(photo) for photo in store.cuts.photo_of.tolist()]
+    write_hardest(folder, crop_of=store.__getitem__, codes=rules.class_map.codes, images=photos, **task.answers)

@@ -5,8 +5,11 @@
 # %% ../../nbs/training/04_saving.ipynb #715e0f62
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+
+import yaml
 
 import pillsnap
 from ..config import Settings, settings_as_yaml
@@ -18,7 +21,7 @@ from .group import Group
 from .tasks import Task
 
 # %% auto #0
-__all__ = ['save_run', 'resume_run']
+__all__ = ['save_run', 'check_same_settings', 'resume_run']
 
 # %% ../../nbs/training/04_saving.ipynb #d4678033
 def save_run(
@@ -46,22 +49,40 @@ def save_run(
         task.best_written = task.best
     save_checkpoint({**common, "random": random_states(), "tasks": {name: task.state() for name, task in tasks.items()}}, run.folder / "last.pt", run.folder / "previous.pt")
 
+# %% ../../nbs/training/04_saving.ipynb #6c16d2bb
+_MAY_CHANGE = ("profile", "paths.sample_root", "paths.run_root", "paths.cache_root", "data.cache", "data.cache_memory_share", "data.cache_lmdb_gb", "dataloader", "train.resume", "train.save_minutes", "train.log_every",
+               "train.patience", "train.compile", "train.cuda_graphs", "train.max_grad_accum", "train.tf32", "train.amp", "identify", "goals", "latency", "export", "serve")
+
+
+def check_same_settings(
+    content: dict,      # of a checkpoint
+    path: Path,         # of the checkpoint
+    settings: Settings  # of the run that is to go on from it
+) -> None:
+    """Raise `CheckpointError` where a setting differs that the weights depend on."""
+    before, now = (dict(_leaves(yaml.safe_load(text))) for text in (content["config"], settings_as_yaml(settings)))
+    differing = [f"{key} was {before.get(key)}, now {value}" for key, value in now.items() if value != before.get(key) and not any(f"{key}.".startswith(f"{name}.") for name in _MAY_CHANGE)]
+    if differing:
+        raise CheckpointError(f"The run of {path} was made with other settings ({'; '.join(differing)}): resume with those of the first run, or start a new run in another folder.")
+
+
+def _leaves(tree: dict, above: str = "") -> Iterator[tuple[str, object]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{above}{key}.")
+        else:
+            yield above + key, value
+
 
 def resume_run(
     tasks: dict[str, Task],  # brought to the checkpoint's place
     rules: Rules,            # must be the checkpoint's
-    settings: Settings,      # model and train.only are compared with the checkpoint's
-    found: tuple[Path, dict] # the checkpoint
+    path: Path,              # of the checkpoint
+    content: dict            # of the checkpoint
 ) -> None:
-    """Go on from a checkpoint. Raises `CheckpointError` for another class map or other networks."""
-    path, content = found
-    before, now = content["models"], network_names(settings)
-    if before != now:
-        raise CheckpointError(f"The checkpoint {path} holds {before['detector']} and {before['classifier']}, the settings ask for {now['detector']} and {now['classifier']}: resume with the networks of the first run.")
+    """Go on from a checkpoint; raises `CheckpointError` for another class map."""
     if Rules.from_json(content["rules"]).class_map.hash != rules.class_map.hash:
         raise CheckpointError(f"The checkpoint {path} was trained on other drugs: resume with the dataset of the first run, or set train.resume=null.")
-    if content["tasks"].keys() != tasks.keys():
-        raise CheckpointError(f"The checkpoint {path} trains {' and '.join(content['tasks'])}, the settings ask for {' and '.join(tasks)}: resume with the train.only of the first run.")
     for name, task in tasks.items():
         task.restore(content["tasks"][name])
     restore_random_states(content["random"])

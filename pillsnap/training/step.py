@@ -73,8 +73,8 @@ class Measured:
     lr: float              # learning rate
     waited: float          # seconds for the batch to come
     clock: Clock           # marks before and after each piece's preparation
-    images: int            # of this process
-    numbers: np.ndarray    # which samples these were
+    images: int            # of the step, all processes together
+    numbers: np.ndarray    # which samples this process had
 
     def figures(self) -> dict[str, float]:
         """loss, lr, data_time (s), compute_time (s), images; waits for the device."""
@@ -90,12 +90,12 @@ def pieces_of(
     return max(1, -(-task.ladder.pieces // group.size))
 
 
-def _gradients(task: Task, batch: Batch, group: Group, clock: Clock) -> torch.Tensor:
-    """Forward and backward; the mean loss of this process's part, weighted by its share of the batch."""
-    count = pieces_of(task, group)
+def _gradients(task: Task, batch: Batch, group: Group, clock: Clock) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Forward and backward; the mean loss of this process's part, weighted by its share of the batch, and the gradients as they are added up."""
+    count = min(len(batch), pieces_of(task, group))
     total = torch.zeros((), device=task.hardware.device)
     for number, (start, stop) in enumerate(pairwise(len(batch) * place // count for place in range(count + 1))):
-        key = int(np.random.SeedSequence((task.settings.seed, task.step, group.rank * count + number)).generate_state(1)[0])
+        key = int(np.random.SeedSequence((task.settings.seed, task.step, group.rank * pieces_of(task, group) + number)).generate_state(1)[0])
         torch.manual_seed(key)
         inputs = task.prepare(task, batch.part(start, stop), torch.Generator().manual_seed(key))
         clock.mark()
@@ -103,13 +103,21 @@ def _gradients(task: Task, batch: Batch, group: Group, clock: Clock) -> torch.Te
         task.scaler.scale(loss).backward()
         total += loss.detach()
         clock.mark()
-    return total
+    return total, group.joined(_gradients_of(task))
 
 
-def _move(task: Task, group: Group) -> None:
-    """Clip the gradients, move the weights, average them."""
+def _gradients_of(task: Task) -> list[torch.Tensor]:
+    return [parameter.grad for parameter in task.network.parameters() if parameter.grad is not None]
+
+
+def _clip(task: Task) -> None:
+    """Bring the gradients to their true scale, and clip them."""
     task.scaler.unscale_(task.optimizer)
     nn.utils.clip_grad_norm_(task.network.parameters(), task.settings.train.grad_clip)
+
+
+def _move(task: Task) -> None:
+    """Move the weights and average them."""
     task.scaler.step(task.optimizer)
     task.scaler.update()
     task.optimizer.zero_grad(set_to_none=True)
@@ -135,6 +143,7 @@ def attempt(
 
 def make_room(
     task: Task,    # changed as its ladder says
+    group: Group,  # who shares its batches
     run: RunLog,   # the event goes there
     reason: str    # of the system
 ) -> None:
@@ -150,6 +159,8 @@ def make_room(
         task.hardware = task.hardware.with_amp("fp16" if task.hardware.device.type == "cuda" else "bf16")
     if action.kind == "batch_size":
         task.held = task.batches = None  # the same samples come again, fewer at a time
+    if action.kind in ("grad_accum", "batch_size"):
+        speed_up(task, group)
     task.scaler = task.hardware.scaler()
     if scaler:
         task.scaler.load_state_dict(scaler)
@@ -170,13 +181,18 @@ def train_step(
         for rates in task.optimizer.param_groups:
             rates["lr"] = lr
         clock.mark()
-        loss, reason = attempt(lambda: _gradients(task, batch, group, clock), group)
+        computed, reason = attempt(lambda: _gradients(task, batch, group, clock), group)
         if not reason:
-            group.add([parameter.grad for parameter in task.network.parameters() if parameter.grad is not None])
-            _, reason = attempt(lambda: _move(task, group), group)
+            loss, gradients = computed
+            group.add_joined(_gradients_of(task), gradients)
+            _, reason = attempt(lambda: _clip(task), group)
         if not reason:
             break
-        make_room(task, run, reason)
+        computed = gradients = None
+        make_room(task, group, run, reason)
+    _, reason = attempt(lambda: _move(task), group)
+    if reason:  # some weights may have moved already: this step can't be made again
+        raise TrainingError(f"Memory ran out while the {task.name}'s weights were moved ({reason}): close other programs, or lower train.{task.name}.batch_size, and go on with train.resume=last.")
     clock.marks[-1:] = []
     clock.mark()
     group.add([loss])
@@ -184,7 +200,7 @@ def train_step(
     task.held = None
     task.seen += task.ladder.batch
     task.step += 1
-    return Measured(loss, lr, waited, clock, len(batch), batch.numbers.numpy())
+    return Measured(loss, lr, waited, clock, task.ladder.batch, batch.numbers.numpy())
 
 
 def check_loss(
@@ -207,9 +223,10 @@ def speed_up(
     """Compile the network, or record it, as the settings ask for."""
     size, piece = task.samples.store.size, max(1, task.ladder.batch // group.size // pieces_of(task, group))
     example = task.hardware.to_device(torch.zeros(piece, 3, size, size))
-    forward = compile_forward(task.network.train(), example, task.hardware, task.name)
+    several = pieces_of(task, group) > 1
+    forward = compile_forward(task.network.train(), example, task.hardware, task.name, several)
     if forward is task.network:
-        forward = graph_forward(task.network, example, task.hardware, task.name)
+        forward = graph_forward(task.network, example, task.hardware, task.name, several)
     task.forward = None if forward is task.network else forward
 
 # %% ../../nbs/training/03_step.ipynb #d35d9893
@@ -232,7 +249,9 @@ def step_on(
 ) -> torch.Tensor:        # loss
     """Make a step on a given batch; a lack of memory is the caller's business."""
     clock = Clock(task.hardware.device)
-    loss = _gradients(task, batch, group, clock)
-    _move(task, group)
+    loss, gradients = _gradients(task, batch, group, clock)
+    group.add_joined(_gradients_of(task), gradients)
+    _clip(task)
+    _move(task)
     task.step += 1
     return loss

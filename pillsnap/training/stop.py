@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -14,17 +15,22 @@ from contextlib import contextmanager
 __all__ = ['listening']
 
 # %% ../../nbs/training/01_stop.ipynb #c0d14d6b
+_ONE_KEYSTROKE = 1.0  # seconds in which torchrun passes on the signal that the terminal has sent already
+
+
 @contextmanager
 def listening() -> Iterator[Callable[[], str]]:  # ask it for the signal's name; empty: none has come
     """Remember SIGINT and SIGTERM instead of being ended by them."""
     heard: list[str] = []
+    first: list[float] = []  # moments of the signals
     if threading.current_thread() is not threading.main_thread():
         yield lambda: ""
         return
 
     def remember(number: int, frame: object) -> None:
-        if heard and number == signal.SIGINT:
+        if heard and number == signal.SIGINT and time.monotonic() - first[0] > _ONE_KEYSTROKE:
             raise KeyboardInterrupt
+        first.append(time.monotonic())
         heard.append(signal.Signals(number).name)
 
     before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}

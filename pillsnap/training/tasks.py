@@ -36,7 +36,8 @@ class Task:
     network: nn.Module
     prepare: Callable[[Task, Batch, torch.Generator], tuple]  # batch -> augmented inputs and answers, on the device
     loss: Callable[[Task, tuple], torch.Tensor]               # what `prepare` gives -> mean loss per sample
-    evaluate: Callable[[Task, nn.Module, Group], dict[str, float]]
+    evaluate: Callable[[Task, nn.Module, Group], list[tuple]]   # answers to this process's part of the validation samples: numbers, answers, truth
+    score: Callable[[Task, list[tuple]], dict[str, float]]      # figures of all answers
     monitor: str                 # figure that chooses the best weights
     samples: Samples             # to learn from
     validation: Samples          # to choose the best weights by
@@ -141,7 +142,9 @@ def classifier_task(
     validation: Samples,    # crops to choose the best weights by
     settings: Settings,     # seed and train are read
     hardware: Hardware,     # device and number format
-    batch_size: int         # images of a step, all processes and pieces together
+    batch_size: int,        # images of a step, all processes and pieces together
+    pieces: int = 1,        # minibatches that these are computed in
+    processes: int = 1      # that share them
 ) -> Task:                  # monitored by macro_f1
     """The classifier, ready to train."""
     chosen = settings.train.classifier
@@ -160,18 +163,20 @@ def classifier_task(
             return functional.cross_entropy(logits.float(), labels, label_smoothing=chosen.label_smoothing)
         return (functional.cross_entropy(logits.float(), labels, label_smoothing=chosen.label_smoothing, reduction="none") * weights[labels]).mean()
 
-    def evaluate(task: Task, evaluated: nn.Module, group: Group) -> dict[str, float]:
+    def evaluate(task: Task, evaluated: nn.Module, group: Group) -> list[tuple]:
         rows = []
         with torch.inference_mode(), task.hardware.autocast():
             for batch in validation_batches(task, group):
                 crops = task.hardware.to_device((task.hardware.to_device(batch.images).float() / 255 - mean) / deviation)
                 rows.append((batch.numbers.numpy(), evaluated(crops).float().cpu().numpy(), batch.labels.numpy()))
-        rows = sorted((row for rows in group.gather(rows) for row in rows), key=lambda row: row[0][0])
+        return rows
+
+    def score(task: Task, rows: list[tuple]) -> dict[str, float]:
         numbers, logits, labels = (np.concatenate(column) for column in zip(*rows))
         task.answers = {"numbers": numbers, "logits": logits, "labels": labels}
         return classification_metrics(logits, labels)
 
-    return _task("classifier", network, prepare, loss, evaluate, "macro_f1", training, validation, settings, hardware, batch_size)
+    return _task("classifier", network, prepare, loss, evaluate, score, "macro_f1", training, validation, settings, hardware, batch_size, pieces, processes)
 
 
 def validation_batches(
@@ -180,8 +185,14 @@ def validation_batches(
 ) -> Iterator[Batch]:
     """What this process evaluates."""
     mine = spread(in_order(task.validation, task.evaluation_batch), group)
-    if mine:
+    if not mine:
+        return
+    try:
         yield from received(make_loader(task.validation, mine, task.settings, workers=task.workers), task.validation)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise TrainingError(f"A decoding process died while the {task.name} was evaluated: set dataloader.num_workers to a smaller number or to 0, and go on with train.resume=last.") from None
 
 # %% ../../nbs/training/02_tasks.ipynb #c93525da
 _MOSAICS_UNTIL = 0.8  # share of the run; its end sees whole photos, as in use (Ge et al. 2021, YOLOX, arXiv 2107.08430)
@@ -193,7 +204,9 @@ def detector_task(
     validation: Samples,  # photos to choose the best weights by
     settings: Settings,   # seed, train and identify are read
     hardware: Hardware,   # device and number format
-    batch_size: int       # images of a step, all processes and pieces together
+    batch_size: int,      # images of a step, all processes and pieces together
+    pieces: int = 1,      # minibatches that these are computed in
+    processes: int = 1    # that share them
 ) -> Task:                # monitored by map50
     """The detector, ready to train."""
     size = training.store.size
@@ -209,25 +222,28 @@ def detector_task(
         with task.hardware.autocast():
             return detection_loss(network, *inputs, task.forward)
 
-    def evaluate(task: Task, evaluated: nn.Module, group: Group) -> dict[str, float]:
+    def evaluate(task: Task, evaluated: nn.Module, group: Group) -> list[tuple]:
         raw_network, rows = RawDetections(evaluated), []
         with torch.inference_mode(), task.hardware.autocast():
             for batch in validation_batches(task, group):
                 raw = raw_network(task.hardware.to_device(batch.images).float() / 255).float().cpu().numpy()
                 found = [detections_from_output(answer, 0.001, settings.identify.nms_iou) for answer in raw]
                 rows.append((batch.numbers.numpy(), found, [boxes.numpy() for boxes in batch.boxes]))
-        rows = sorted((row for rows in group.gather(rows) for row in rows), key=lambda row: row[0][0])
+        return rows
+
+    def score(task: Task, rows: list[tuple]) -> dict[str, float]:
         return detection_metrics([boxes for row in rows for boxes in row[2]], [found for row in rows for found in row[1]])
 
-    return _task("detector", network, prepare, loss, evaluate, "map50", training, validation, settings, hardware, batch_size)
+    return _task("detector", network, prepare, loss, evaluate, score, "map50", training, validation, settings, hardware, batch_size, pieces, processes)
 
 
-def _task(name: str, network: nn.Module, prepare: Callable, loss: Callable, evaluate: Callable, monitor: str, samples: Samples, validation: Samples, settings: Settings, hardware: Hardware, batch_size: int) -> Task:
+def _task(name: str, network: nn.Module, prepare: Callable, loss: Callable, evaluate: Callable, score: Callable, monitor: str, samples: Samples, validation: Samples, settings: Settings,
+          hardware: Hardware, batch_size: int, pieces: int, processes: int) -> Task:
     train = settings.train
     chosen = getattr(train, name)
-    ladder = Ladder(half=hardware.amp is not None, pieces=chosen.grad_accum, batch=batch_size, most_pieces=max(train.max_grad_accum, chosen.grad_accum))
+    ladder = Ladder(half=hardware.amp is not None, pieces=pieces, batch=batch_size, most_pieces=max(train.max_grad_accum, pieces), processes=processes)
     total = samples_to_see(len(samples), batch_size, chosen.epochs, chosen.min_steps)
-    return Task(name, network, prepare, loss, evaluate, monitor, samples, validation, settings, hardware, ladder, total,
+    return Task(name, network, prepare, loss, evaluate, score, monitor, samples, validation, settings, hardware, ladder, total,
                 make_optimizer(network, chosen.lr, train.weight_decay, name), ModelEmaV3(network, decay=train.ema_decay, use_warmup=True))
 
 # %% ../../nbs/training/02_tasks.ipynb #c356edb7
