@@ -58,13 +58,13 @@ def test_the_ratio_to_ultralytics_is_taken_in_its_number_format(report: dict) ->
     assert report["ratios"]["detector_over_ultralytics"] == pytest.approx(rounds["detector_ours_float32"][0] / rounds["detector_ultralytics"][0], rel=0.02)
 
 
-def test_the_gpu_part_measures_both_networks_with_and_without_the_compiler(tiny_settings, tiny_data: Path, tmp_path: Path) -> None:
+def test_the_gpu_part_measures_both_networks(tiny_settings, tiny_data: Path, tmp_path: Path) -> None:
     from pillsnap.runlog import open_run
     options = train.parse([*SHORT, "--data-root", str(tiny_data), *NETWORKS, f"paths.cache_root={tmp_path}"])
     with open_run(tmp_path / "run", tiny_settings()) as run:
-        found = train.bench_gpu(options, train.course_of(options, tiny_data, tmp_path), run, [*NETWORKS, "train.amp=off"])
-    assert set(found) == {f"{name}, compile {mode}" for name in ("classifier", "detector") for mode in ("none", "default")}
-    assert all(part["images_per_second"]["ours"] > 0 and part["compiled"] == ("default" in name) for name, part in found.items())
+        found = train.bench_gpu(options, train.course_of(options, tiny_data, tmp_path), run, [*NETWORKS, "train.amp=off"], ["none"])
+    assert set(found) == {"classifier, compile none", "detector, compile none"}
+    assert all(part["images_per_second"]["ours"] > 0 and part["images_per_second"]["limit"] > 0 and not part["compiled"] for part in found.values())
 
 
 def test_what_cannot_be_measured_is_said_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
