@@ -3,10 +3,10 @@ PYTHON ?= $(shell command -v python3.11 || echo python3)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 .DEFAULT_GOAL := help
-.PHONY: help demo test lab serve bench-data clean
+.PHONY: help demo test lab serve bench-data bench-train clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /|/' | awk -F'|' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 # One environment for everything, always made from nothing: pip's resolver loops when it adds pinned packages to an environment
 # that has some of them. The time that it took goes into the demo's report.
@@ -38,6 +38,9 @@ serve: .venv/ready .env  ## serve the demo's model (or MODEL_PATH of .env) on ht
 
 bench-data: .venv/ready  ## measure scan, cache and loaders against other libraries, write runs/bench/data.json (needs 20 GB of disk)
 	@$(BIN)/python -m pillsnap.bench.data --photos 5000 --labels 1000000 --out runs/bench
+
+bench-train: .venv/ready  ## measure training against timm, ultralytics and the limit, write runs/bench/train.json (OPTIONS="--classifier-data DIR ...")
+	@$(BIN)/python -m pillsnap.bench.train --out runs/bench $(OPTIONS)
 
 clean:  ## remove caches and build leftovers; runs, models and data stay
 	@rm -rf data/cache build *.egg-info .pytest_cache
