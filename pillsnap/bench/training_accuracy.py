@@ -70,7 +70,7 @@ def learn_ours(
         task.network.train()
         journal.add(task, train_step(task, Group(), run))
     task.batches = None  # ends its loading processes
-    return task.evaluate(task, task.evaluated_network(), Group())[FIGURES[task.name]]
+    return task.score(task, task.evaluate(task, task.evaluated_network(), Group()))[FIGURES[task.name]]
 
 # %% ../../nbs/bench/11_training_accuracy.ipynb #ba7f7d64
 def learn_timm(
@@ -85,7 +85,7 @@ def learn_timm(
     average = None
     for average in train_plainly(network, loader, settings, task.hardware, task.total // task.ladder.batch):
         pass
-    return task.evaluate(task, average.module.eval(), Group())["top1"]
+    return task.score(task, task.evaluate(task, average.module.eval(), Group()))["top1"]
 
 
 def learn_ultralytics(
@@ -102,7 +102,7 @@ def learn_ultralytics(
         trainer.answer()
     network = detector_network(settings.model.detector.name).to(task.hardware.device, memory_format=task.hardware.memory_format)
     network.load_state_dict(torch.load(folder / "result.pt", weights_only=True))
-    return task.evaluate(task, network.eval(), Group())["map50"]
+    return task.score(task, task.evaluate(task, network.eval(), Group()))["map50"]
 
 # %% ../../nbs/bench/11_training_accuracy.ipynb #917fc4e8
 def measure_accuracy(

@@ -29,7 +29,7 @@ from ..runlog import RunLog
 from ..training.group import Group
 from ..training.hardware import Hardware, choose_hardware, seed_everything
 from ..training.loop import Journal
-from ..training.run import build_tasks
+from ..training.building import build_tasks
 from ..training.step import made_up_batch, speed_up, step_on, train_step
 from ..training.tasks import Task
 
