@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -15,6 +16,7 @@ import numpy as np
 import polars as pl
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data._utils import signal_handling as _handlers
 
 from ..config import Settings
 from .budget import Budget
@@ -28,7 +30,7 @@ logger = logging.getLogger("pillsnap")
 
 # %% auto #0
 __all__ = ['logger', 'Samples', 'classifier_samples', 'detector_samples', 'Batches', 'in_order', 'Batch', 'make_loader',
-           'received', 'report_damaged']
+           'decoding_process_died', 'received', 'report_damaged']
 
 # %% ../../nbs/data/07_loaders.ipynb #a4d234e5
 @dataclass
@@ -240,6 +242,20 @@ def _as_it_is(batch: Batch) -> Batch:
     return batch
 
 # %% ../../nbs/data/07_loaders.ipynb #864b4082
+def decoding_process_died(
+    error: Exception  # from a loader
+) -> bool:            # whether it means that one of its processes is gone
+    """A process that dies is missed, or its pictures can't be fetched any more."""
+    return isinstance(error, (ConnectionError, EOFError)) or (isinstance(error, RuntimeError) and "DataLoader worker" in str(error))
+
+
+def _let_children_die() -> None:
+    """A dead decoding process is noticed when the next batch is asked for; torch's own handler would raise anywhere, in the middle of a step too."""
+    handler = signal.getsignal(signal.SIGCHLD)
+    if getattr(handler, "__module__", "") == _handlers.__name__ and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
 _MOST_LOGGED = 20  # damaged photos named in the log; all of them are counted
 
 
@@ -250,6 +266,7 @@ def received(
     """Pass on the batches and record what they report; raises `DataError` where no photo can be decoded."""
     training, any_picture = isinstance(loader.sampler, Batches), False
     for batch in loader:
+        _let_children_die()
         for number, reason in batch.damaged.items():
             if number not in samples.damaged:
                 samples.damaged[number] = reason

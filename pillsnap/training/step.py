@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..data.loaders import Batch, Batches, make_loader, received
+from ..data.loaders import Batch, Batches, decoding_process_died, make_loader, received
 from ..data.workers import choose_workers
 from ..runlog import RunLog, decide
 from .group import Group
@@ -57,11 +57,11 @@ def next_batch(
             open_batches(task, group)
         try:
             task.held = next(task.batches)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            if not decoding_process_died(error):
                 raise
             task.batches = None
-            decide(f"{task.name} decoding process", f"started again ({death + 1})", f"one has died: {str(error).splitlines()[0]}", fallback=True)
+            decide(f"{task.name} decoding process", f"started again ({death + 1})", f"one has died: {(str(error).splitlines() or [type(error).__name__])[0]}", fallback=True)
     if task.held is not None:
         return task.held
     raise TrainingError(f"The {task.name}'s decoding processes died {_DEATHS} times in a row: there is not enough memory for them; set dataloader.num_workers to a smaller number or to 0.")

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from ..config import Settings
 from ..data.augment import augment_crops, augment_photos
-from ..data.loaders import Batch, Samples, in_order, make_loader, received
+from ..data.loaders import Batch, Samples, decoding_process_died, in_order, make_loader, received
 from ..metrics import classification_metrics, detection_metrics
 from ..models.detector import RawDetections, detection_loss
 from ..runlog import decide
@@ -189,8 +189,8 @@ def validation_batches(
         return
     try:
         yield from received(make_loader(task.validation, mine, task.settings, workers=task.workers), task.validation)
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if not decoding_process_died(error):
             raise
         raise TrainingError(f"A decoding process died while the {task.name} was evaluated: set dataloader.num_workers to a smaller number or to 0, and go on with train.resume=last.") from None
 
