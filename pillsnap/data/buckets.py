@@ -5,14 +5,12 @@
 # %% ../../nbs/data/03_buckets.ipynb #22f77525
 from __future__ import annotations
 
-import gc
 import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from multiprocessing import connection, get_context, parent_process
 from typing import Any
 
@@ -26,24 +24,12 @@ from .shards import Shards, bucket_fingerprint
 __all__ = ['scan_bucket', 'scan_buckets']
 
 # %% ../../nbs/data/03_buckets.ipynb #be00da88
-@contextmanager
-def _collector_at_rest() -> Iterator[None]:
-    """What reading makes holds no cycles, and looking for them over and over takes a quarter of the time."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
-
-
 def scan_bucket(
     bucket: Bucket,  # of any reader
     shards: Shards,  # where it is kept
 ) -> tuple[dict[str, Any], bool]:  # its account, and whether it had to be read
     """Bring the shard of one bucket up to date; raises `ScanError`."""
-    with listing_once(), _collector_at_rest():
+    with listing_once():
         fingerprint = bucket_fingerprint(bucket)
         account = shards.known(bucket, fingerprint)
         if account is not None:
