@@ -117,6 +117,8 @@ def alone_in(
             raise CheckpointError(f"Another process trains in {folder}: wait until it has ended, or name another folder.") from None
         except OSError as error:
             decide("run folder", "not locked", f"the file system of {folder} has no locks ({error.strerror})", fallback=True)
+        for left in folder.glob(".*.????????.*"):  # half-written by a process that was killed
+            left.unlink()
         yield
 
 

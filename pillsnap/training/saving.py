@@ -42,8 +42,8 @@ def save_run(
     new = [task for task in tasks.values() if task.best_state is not None and task.best > task.best_written]
     for task in new:
         save_checkpoint({**common, task.name: task.best_state}, run.folder / f"best_{task.name}.pt")
-    best = {**(earlier_weights(settings) or {}), **{name: task.best_state for name, task in tasks.items()}}
-    if new and all(best.get(name) is not None for name in ("detector", "classifier")):
+    best = {**(earlier_weights(settings) or {}), **{name: task.best_state for name, task in tasks.items()}} if new else {}
+    if all(best.get(name) is not None for name in ("detector", "classifier")):
         save_checkpoint({**common, "detector": best["detector"], "classifier": best["classifier"]}, run.folder / "best.pt")
     for task in new:
         task.best_written = task.best

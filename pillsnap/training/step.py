@@ -5,7 +5,6 @@
 # %% ../../nbs/training/03_step.ipynb #681d8327
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,11 +23,9 @@ from .oom import free_memory, give_up_message, is_out_of_memory
 from .schedule import TrainingError
 from .tasks import Task
 
-logger = logging.getLogger("pillsnap")
-
 # %% auto #0
-__all__ = ['logger', 'open_batches', 'next_batch', 'Measured', 'pieces_of', 'attempt', 'make_room', 'train_step', 'check_loss',
-           'speed_up', 'made_up_batch', 'step_on']
+__all__ = ['open_batches', 'next_batch', 'Measured', 'pieces_of', 'attempt', 'make_room', 'train_step', 'check_loss', 'speed_up',
+           'made_up_batch', 'step_on']
 
 # %% ../../nbs/training/03_step.ipynb #9fb587e9
 _DEATHS = 3  # of decoding processes in a row, after which it is no accident
