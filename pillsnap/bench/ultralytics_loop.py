@@ -102,10 +102,10 @@ def _train(wanted: dict[str, Any], channel) -> None:
     """Run the trainer as a file describes."""
     from pillsnap.models import detector  # noqa: F401  puts right what the import below changes
 
-    torch.set_num_threads(wanted["threads"])
     from ultralytics import YOLO
 
     def begin(trainer) -> None:
+        torch.set_num_threads(wanted["threads"])  # it has set one less than there are cores
         state = torch.load(wanted["start"], weights_only=True)
         for network in (trainer.model, trainer.ema.ema):
             network.load_state_dict(state)

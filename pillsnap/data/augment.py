@@ -6,18 +6,18 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch.nn import functional
 
+from ..runtime.images import GREY
+
 # %% auto #0
-__all__ = ['GREY', 'uniform', 'random_views', 'random_light', 'random_cover', 'pieces', 'augment_crops', 'mosaic',
+__all__ = ['uniform', 'random_views', 'random_light', 'random_cover', 'pieces', 'augment_crops', 'resized', 'mosaic',
            'quarter_turns', 'zoom_and_shift', 'augment_photos']
 
 # %% ../../nbs/data/06_augment.ipynb #05f21be6
-GREY = 114 / 255  # the padding of crops and letterboxes
-
-
 def uniform(
     count: int,                  # numbers to draw
     low: float,                  # smallest
@@ -30,7 +30,7 @@ def uniform(
 
 # %% ../../nbs/data/06_augment.ipynb #a7234695
 def random_views(
-    images: torch.Tensor,        # float (n, 3, size, size), 0 to 1
+    images: torch.Tensor,        # float (n, 3, size, size), 0 to 255
     generator: torch.Generator,  # source of randomness
     zoom: tuple[float, float] = (0.8, 1.2),  # smallest and largest magnification
     shift: float = 0.08,         # largest shift, share of the side
@@ -43,38 +43,45 @@ def random_views(
     moves = (torch.rand(count, 2, generator=generator) * 2 - 1) * shift * 2
     tilts = (torch.rand(count, 2, generator=generator) * 2 - 1) * tilt
     cosine, sine = torch.cos(angle) * scale, torch.sin(angle) * scale
-    maps = torch.stack([cosine, -sine, moves[:, 0], sine, cosine, moves[:, 1], tilts[:, 0], tilts[:, 1], torch.ones(count)], dim=1).view(count, 3, 3).to(images)
+    maps = torch.stack([cosine, -sine, moves[:, 0], sine, cosine, moves[:, 1], tilts[:, 0], tilts[:, 1], torch.ones(count)], dim=1).view(count, 3, 3, 1, 1).to(images)
     steps = (torch.arange(size, device=images.device, dtype=images.dtype) + 0.5) * 2 / size - 1
-    rows, columns = torch.meshgrid(steps, steps, indexing="ij")
-    points = torch.stack([columns, rows, torch.ones_like(rows)], dim=-1).view(1, -1, 3) @ maps.transpose(1, 2)
-    grid = (points[..., :2] / points[..., 2:]).view(count, size, size, 2)
+    x, y, depth = (row[:, 0] * steps + row[:, 1] * steps[:, None] + row[:, 2] for row in maps.unbind(1))
+    grid = torch.stack([x / depth, y / depth], dim=-1)
     return functional.grid_sample(images - GREY, grid, align_corners=False).add_(GREY)
 
 # %% ../../nbs/data/06_augment.ipynb #d562b554
-def _noise(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    if images.device.type == "cpu":
-        return torch.randn(images.shape, generator=generator)
-    there = torch.Generator(images.device).manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
-    return torch.randn(images.shape, generator=there, device=images.device)
+_MARGIN = 32  # pixels by which the windows of the noise differ
+
+
+def _blur(
+    image: torch.Tensor,  # float (3, size, size); changed
+    strength: float       # 0 to 1
+) -> None:
+    """Mix in the mean of 3 x 3 pixels; the outermost pixels stay."""
+    rows = (image[:, :-2] + image[:, 2:]).add_(image[:, 1:-1])
+    soft = (rows[:, :, :-2] + rows[:, :, 2:]).add_(rows[:, :, 1:-1])
+    image[:, 1:-1, 1:-1].mul_(1 - strength).add_(soft, alpha=strength / 9)
 
 
 def random_light(
-    images: torch.Tensor,       # float (n, 3, size, size), 0 to 1
+    images: torch.Tensor,       # (n, 3, size, size), 0 to 255
     generator: torch.Generator  # source of randomness
 ) -> torch.Tensor:              # float (n, 3, size, size), 0 to 1
     """Change brightness, contrast and colour temperature, blur some pictures, add noise."""
     count, device = len(images), images.device
     contrast, brightness = (uniform(count, 0.75, 1.25, generator, device) for _ in range(2))
-    tint = 1 + uniform(count, -0.06, 0.06, generator, device) * images.new_tensor([1.0, 0.0, -1.0]).view(1, 3, 1, 1)
+    tint = (1 + uniform(count, -0.06, 0.06, generator, device) * torch.tensor([1.0, 0.0, -1.0], device=device).view(1, 3, 1, 1)) / 255
+    images = images.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     mean = images.mean(dim=(1, 2, 3), keepdim=True)
-    images = torch.addcmul(mean * (brightness - contrast) * tint, images, contrast * tint)
-    strength = uniform(count, -1, 1, generator)
-    blurred = torch.nonzero(strength.flatten() > 0).flatten()
-    if len(blurred):
-        sharp = images[blurred.to(device)]
-        soft = functional.avg_pool2d(sharp, 3, stride=1, padding=1, count_include_pad=False)
-        images[blurred.to(device)] = sharp.lerp_(soft, strength[blurred].to(images))
-    return images.addcmul_(_noise(images, generator).to(images), uniform(count, 0, 0.03, generator, device)).clamp_(0, 1)
+    images.mul_(contrast * tint).add_(mean * (brightness - contrast) * tint)
+    noise = torch.randn(3, images.shape[2] + _MARGIN, images.shape[3] + _MARGIN, generator=generator).to(device)
+    blur, grain = torch.rand(count, generator=generator) * 2 - 1, torch.rand(count, generator=generator) * 0.03
+    windows = torch.randint(_MARGIN + 1, (count, 2), generator=generator)
+    for image, strength, amount, (top, left) in zip(images, blur.tolist(), grain.tolist(), windows.tolist()):
+        if strength > 0:
+            _blur(image, strength)
+        image.add_(noise[:, top:top + image.shape[1], left:left + image.shape[2]], alpha=amount)
+    return images.clamp_(0, 1)
 
 # %% ../../nbs/data/06_augment.ipynb #732eedd7
 def random_cover(
@@ -88,7 +95,7 @@ def random_cover(
     for number in torch.nonzero(chosen).flatten().tolist():
         height, width = (torch.rand(2, generator=generator) * 0.2 * size + 0.08 * size).int().tolist()
         top, left = (torch.rand(2, generator=generator) * 0.75 * size).int().tolist()
-        images[number, :, top:top + height, left:left + width] = GREY
+        images[number, :, top:top + height, left:left + width] = GREY / 255
     return images
 
 # %% ../../nbs/data/06_augment.ipynb #993308f9
@@ -106,27 +113,32 @@ def augment_crops(
     generator: torch.Generator  # source of randomness
 ) -> torch.Tensor:              # float (n, 3, size, size), 0 to 1
     """All of it for the classifier."""
-    parts = [random_light(random_views(part.float() / 255, generator), generator) for part in crops.split(pieces(crops))]
+    parts = [random_light(random_views(part.float(), generator), generator) for part in crops.split(pieces(crops))]
     return random_cover(torch.cat(parts), generator)
 
 # %% ../../nbs/data/06_augment.ipynb #156e7eff
+def resized(
+    images: torch.Tensor,  # uint8 or float (n, 3, size, size)
+    side: int              # wanted, pixels
+) -> torch.Tensor:         # (n, 3, side, side)
+    """Pictures of another size, without aliasing."""
+    return functional.interpolate(images, (side, side), mode="bilinear", antialias=True)
+
+
 def mosaic(
-    images: torch.Tensor,        # float (n, 3, size, size), even size
+    images: torch.Tensor,        # uint8 or float (n, 3, size, size), even size
     boxes: list[torch.Tensor],   # n times (pills, 4): x1 y1 x2 y2, pixels
     generator: torch.Generator,  # source of randomness
     share: float = 0.5           # share of the pictures that become mosaics
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:  # the same shapes
     """Replace some pictures by a mosaic of four (Bochkovskiy et al. 2020)."""
-    count, size = len(images), images.shape[-1]
-    half = size // 2
-    small = functional.interpolate(images, scale_factor=0.5, mode="area")
-    chosen = (torch.rand(count, generator=generator) < share).tolist()
+    count, half = len(images), images.shape[-1] // 2
+    chosen = torch.nonzero(torch.rand(count, generator=generator) < share).flatten().tolist()
     partners = torch.randint(count, (count, 3), generator=generator).tolist()
     result, result_boxes = images.clone(), list(boxes)
+    small = resized(images, half) if chosen else images
     corners = [(0, 0), (half, 0), (0, half), (half, half)]
-    for number in range(count):
-        if not chosen[number]:
-            continue
+    for number in chosen:
         parts = [number, *partners[number]]
         for part, (left, top) in zip(parts, corners):
             result[number, :, top:top + half, left:left + half] = small[part]
@@ -135,14 +147,14 @@ def mosaic(
 
 
 def quarter_turns(
-    images: torch.Tensor,       # float (n, 3, size, size)
+    images: torch.Tensor,       # uint8 or float (n, 3, size, size)
     boxes: list[torch.Tensor],  # n times (pills, 4): x1 y1 x2 y2, pixels
     generator: torch.Generator  # source of randomness
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:  # the same shapes
     """Turn each picture by 0, 90, 180 or 270 degrees against the clock."""
     size = images.shape[-1]
     turns = torch.randint(4, (len(images),), generator=generator).tolist()
-    turned = torch.stack([torch.rot90(image, turn, dims=(1, 2)) for image, turn in zip(images, turns)])
+    turned = torch.cat([torch.rot90(image, turn, dims=(2, 3)) for image, turn in zip(images.split(1), turns)])
     result = []
     for box, turn in zip(boxes, turns):
         for _ in range(turn):
@@ -152,26 +164,31 @@ def quarter_turns(
     return turned, result
 
 # %% ../../nbs/data/06_augment.ipynb #ad0780d3
+def _placed(image: torch.Tensor, side: int, left: int, top: int) -> torch.Tensor:
+    """A square picture (1, 3, size, size), resized to `side`, at a place of a grey one of its old size; `left` and `top` may be outside."""
+    size = image.shape[-1]
+    result = torch.full_like(image, GREY)
+    x1, y1, x2, y2 = max(left, 0), max(top, 0), min(left + side, size), min(top + side, size)
+    result[..., y1:y2, x1:x2] = resized(image, side)[..., y1 - top:y2 - top, x1 - left:x2 - left]
+    return result
+
+
 def zoom_and_shift(
-    images: torch.Tensor,        # float (n, 3, size, size)
+    images: torch.Tensor,        # uint8 or float (n, 3, size, size)
     boxes: list[torch.Tensor],   # n times (pills, 4): x1 y1 x2 y2, pixels
     generator: torch.Generator,  # source of randomness
     zoom: tuple[float, float] = (0.6, 1.7),  # smallest and largest magnification
     shift: float = 0.2,          # largest shift, share of the side
     least_visible: float = 0.4   # share of a pill's box that must stay in the picture
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:  # the same shapes, some boxes gone
-    """Magnify about the centre and shift; boxes are cut at the border."""
+    """Magnify about the centre and shift, by whole pixels; boxes are cut at the border."""
     count, size = len(images), images.shape[-1]
-    scale = torch.exp(uniform(count, math.log(zoom[0]), math.log(zoom[1]), generator)).flatten()
-    moves = (torch.rand(count, 2, generator=generator) * 2 - 1) * shift * size
-    maps = torch.zeros(count, 2, 3)
-    maps[:, 0, 0] = maps[:, 1, 1] = 1 / scale
-    maps[:, :, 2] = -moves * 2 / size / scale[:, None]
-    grid = functional.affine_grid(maps.to(images), list(images.shape), align_corners=False)
-    moved = functional.grid_sample(images - GREY, grid, align_corners=False).add_(GREY)
+    sides = (size * torch.exp(uniform(count, math.log(zoom[0]), math.log(zoom[1]), generator)).flatten()).round().int()
+    corners = ((size - sides[:, None]) / 2 + (torch.rand(count, 2, generator=generator) * 2 - 1) * shift * size).round().int()
+    moved = torch.cat([_placed(image, side, left, top) for image, side, (left, top) in zip(images.split(1), sides.tolist(), corners.tolist())])
     result = []
-    for box, factor, move in zip(boxes, scale, moves):
-        placed = (box - size / 2) * factor + size / 2 + move.repeat(2).to(box)
+    for box, side, corner in zip(boxes, sides.tolist(), corners):
+        placed = box * (side / size) + corner.repeat(2).to(box)
         cut = placed.clamp(0, size)
         visible = (cut[:, 2:] - cut[:, :2]).prod(1) / (placed[:, 2:] - placed[:, :2]).prod(1).clamp(min=1e-6)
         result.append(cut[visible >= least_visible])
@@ -185,11 +202,7 @@ def augment_photos(
     mosaics: float = 0.5        # share of the pictures that become mosaics
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:  # float (n, 3, size, size) 0 to 1; n times (pills, 4)
     """All of it for the detector."""
-    images, boxes = mosaic(photos.float() / 255, boxes, generator, mosaics)
-    parts, moved = [], []
-    for part in images.split(pieces(images)):
-        part, rows = quarter_turns(part, boxes[len(moved):len(moved) + len(part)], generator)
-        part, rows = zoom_and_shift(part, rows, generator)
-        parts.append(random_light(part, generator))
-        moved.extend(rows)
-    return torch.cat(parts), moved
+    images = photos if photos.device.type == "cpu" else photos.float()  # a GPU resizes no bytes
+    for step in (partial(mosaic, share=mosaics), quarter_turns, zoom_and_shift):
+        images, boxes = step(images, boxes, generator)
+    return random_light(images, generator), boxes
