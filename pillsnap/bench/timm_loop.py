@@ -27,6 +27,15 @@ from ..training.hardware import Hardware
 __all__ = ['transforms', 'make_timm_loader', 'train_plainly']
 
 # %% ../../nbs/bench/08_timm_loop.ipynb #e3cea656
+def _as_our_camera(
+    crop: torch.Tensor,  # uint8 (3, height, width)
+) -> torch.Tensor:
+    """Colour temperature and noise as `random_light` draws them: torchvision has no temperature, and only noise of one strength, from which networks don't learn what a clean picture is."""
+    warmer, grain = torch.rand(2).tolist()
+    tint = torch.tensor([1.06 - 0.12 * warmer, 1.0, 0.94 + 0.12 * warmer]).view(3, 1, 1)
+    return (crop * tint + torch.randn(crop.shape) * (0.03 * 255 * grain)).clamp_(0, 255).to(torch.uint8)
+
+
 def transforms() -> Callable[[Image.Image], torch.Tensor]:
     """Pillow picture -> uint8 (3, height, width)."""
     bilinear = v2.InterpolationMode.BILINEAR
@@ -36,7 +45,7 @@ def transforms() -> Callable[[Image.Image], torch.Tensor]:
         v2.ColorJitter(brightness=0.25, contrast=0.25),
         v2.RandomApply([v2.GaussianBlur(3, (0.1, 1.0))], p=0.5),
         v2.PILToTensor(),
-        v2.GaussianNoise(sigma=0.015),
+        v2.Lambda(_as_our_camera),
         v2.RandomErasing(p=0.25, scale=(0.01, 0.08), value=GREY),
     ])
 
