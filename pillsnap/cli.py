@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     import polars as pl
 
 # %% auto #0
-__all__ = ['EXAMPLE', 'show_config', 'sample', 'scan', 'cache', 'train', 'evaluate', 'runs', 'export', 'demo', 'identify',
-           'make_parser', 'parse', 'main']
+__all__ = ['EXAMPLE', 'show_config', 'sample', 'scan', 'cache', 'train', 'evaluate', 'runs', 'export', 'models', 'demo',
+           'identify', 'make_parser', 'parse', 'main']
 
 # %% ../nbs/21_cli.ipynb #da0dc68e
 def _settings(
@@ -189,6 +189,17 @@ def export(arguments: Namespace) -> int:
     return 0 if report["passed"] else 1
 
 
+def models(arguments: Namespace) -> int:
+    """List, show, push, pull, promote and roll back versions in the model store, or say what a model file is."""
+    words = [word for word in arguments.words if "=" not in word]
+    arguments.overrides += [word for word in arguments.words if "=" in word]
+    settings = _settings_or_defaults(arguments)
+    from pillsnap.export.release import run_models_command
+
+    print(run_models_command(arguments.what, words, settings, _root_or_here(), arguments.run, arguments.out, arguments.note, arguments.resumable))
+    return 0
+
+
 def demo(arguments: Namespace) -> int:
     """Run the whole way once, from the sample to an answer."""
     from pillsnap.demo import main as run_demo
@@ -243,7 +254,7 @@ def make_parser() -> ArgumentParser:
     shared.add_argument("--profile", help="which machine: auto, cpu, rtx5080, h200")
     shared.add_argument("--data-root", metavar="DIR", help="dataset folder; the embedded sample without it")
     added = {}
-    for action in (scan, cache, train, evaluate, runs, export, identify, sample, demo, show_config):
+    for action in (scan, cache, train, evaluate, runs, export, models, identify, sample, demo, show_config):
         name = "config" if action is show_config else action.__name__
         parents = [] if action is demo else [shared]
         added[name] = commands.add_parser(name, help=action.__doc__, description=action.__doc__, parents=parents, epilog=EXAMPLE,
@@ -257,6 +268,12 @@ def make_parser() -> ArgumentParser:
     added["runs"].add_argument("names", nargs="*", metavar="RUN", help="run folders to compare, by path or by name below paths.run_root (default: list all)")
     for name in ("evaluate", "export"):
         added[name].add_argument("--run", type=Path, metavar="DIR", required=True, help="folder of a finished run")
+    added["models"].add_argument("what", choices=("list", "show", "push", "pull", "promote", "rollback", "info"), help="push takes --run, pull puts the promoted files into --out, info takes a file")
+    added["models"].add_argument("words", nargs="*", metavar="TASK VERSION", help="classifier or detector, and a number; a file for info")
+    added["models"].add_argument("--run", type=Path, metavar="DIR", help="folder of an exported run to push")
+    added["models"].add_argument("--note", default="", help="kept with what is pushed")
+    added["models"].add_argument("--resumable", action="store_true", help="push last.pt too, which training goes on from")
+    added["models"].add_argument("--out", type=Path, metavar="DIR", help="folder to pull classifier.onnx and detector.onnx into")
     added["identify"].add_argument("photo", type=Path, metavar="PHOTO", help="JPEG, PNG, WebP or BMP")
     added["identify"].add_argument("--model", type=Path, metavar="DIR", help="folder with classifier.onnx and detector.onnx")
     added["identify"].add_argument("--pipeline", choices=("single", "combo"), default="single", help="one pill (default), or several")

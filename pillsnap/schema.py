@@ -18,7 +18,7 @@ from pydantic.fields import FieldInfo
 __all__ = ['Share', 'Positive', 'Count', 'CountOrZero', 'PosixPath', 'BatchSize', 'LEAF_KEYS', 'PATH_KEYS', 'SettingsError',
            'likely_meant', 'check_path', 'Section', 'Paths', 'Data', 'Dataloader', 'ClassifierModel', 'DetectorModel',
            'Model', 'ClassifierTraining', 'DetectorTraining', 'Train', 'Identify', 'Goals', 'Latency', 'Export',
-           'Serve', 'Settings', 'leaf_fields']
+           'Store', 'Serve', 'Settings', 'leaf_fields']
 
 # %% ../nbs/03_schema.ipynb #6c5bc25c
 class SettingsError(ValueError):
@@ -259,6 +259,12 @@ class Export(Section):
     detector_min_iou: Share = 0.95
 
 
+class Store(Section):
+    """Where the team's models are kept."""
+
+    url: Annotated[str, Field(min_length=1)] = "models"
+
+
 class Serve(Section):
     """The web service; a null is answered by the environment."""
 
@@ -284,6 +290,7 @@ class Settings(Section):
     goals: Goals = Goals()
     latency: Latency = Latency()
     export: Export = Export()
+    store: Store = Store()
     serve: Serve = Serve()
     profile_reason: str = Field("settings made in code", exclude=True)
 
