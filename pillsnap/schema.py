@@ -262,7 +262,7 @@ class Export(Section):
 class Store(Section):
     """Where the team's models are kept."""
 
-    url: Annotated[str, Field(min_length=1)] = "models"
+    url: Annotated[str, Field(min_length=1)] = "."
 
 
 class Serve(Section):

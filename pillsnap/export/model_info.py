@@ -59,10 +59,9 @@ def _of_onnx(path: Path) -> dict[str, Any]:
 
     try:
         model = onnx.load(path, load_external_data=False)
-    except DecodeError as error:
+        told = json.loads(next((entry.value for entry in model.metadata_props if entry.key == "pillsnap"), "{}"))
+    except (DecodeError, ValueError) as error:
         raise ModelInfoError(f"{path} is damaged or no ONNX model ({error}): copy or export it again.") from error
-    properties = {entry.key: entry.value for entry in model.metadata_props}
-    told = json.loads(properties.get("pillsnap", "{}"))
     opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), None)
     return {
         "format": "onnx", "model_type": told.get("task", "unknown"),
