@@ -8,7 +8,7 @@ parser = ConfigParser(delimiters=["="])
 parser.read(Path(__file__).parent / "settings.ini", encoding="utf-8")
 settings = parser["DEFAULT"]
 requirements = {name: settings.get(key, "").split() for name, key in
-                [("runtime", "requirements"), ("train", "train_requirements"), ("bench", "bench_requirements"), ("dev", "dev_requirements")]}
+                [("runtime", "requirements"), ("train", "train_requirements"), ("formats", "formats_requirements"), ("bench", "bench_requirements"), ("dev", "dev_requirements")]}
 
 setup(
     name=settings["lib_name"],
@@ -21,9 +21,10 @@ setup(
     install_requires=requirements["runtime"],
     extras_require={
         "train": requirements["train"],
+        "formats": requirements["train"] + requirements["formats"],
         "bench": requirements["train"] + requirements["bench"],
         "dev": requirements["train"] + requirements["dev"],
-        "all": requirements["train"] + requirements["bench"] + requirements["dev"],
+        "all": requirements["train"] + requirements["formats"] + requirements["bench"] + requirements["dev"],
     },
     entry_points={"console_scripts": ["pillsnap=pillsnap.cli:main"]},
 )

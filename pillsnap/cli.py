@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import polars as pl
 
 # %% auto #0
-__all__ = ['EXAMPLE', 'show_config', 'sample', 'scan', 'cache', 'train', 'evaluate', 'runs', 'export', 'models', 'demo',
+__all__ = ['EXAMPLE', 'show_config', 'sample', 'scan', 'cache', 'train', 'evaluate', 'runs', 'export', 'bench', 'models', 'demo',
            'identify', 'make_parser', 'parse', 'main']
 
 # %% ../nbs/21_cli.ipynb #da0dc68e
@@ -175,18 +175,35 @@ def _print_table(table: pl.DataFrame) -> None:
 
 
 def export(arguments: Namespace) -> int:
-    """Export a run, compare it with the trained networks and print the report; status 1 when it differs too much."""
+    """Export a run, compare every file with the trained networks and print the report; status 1 when one differs too much."""
+    arguments.run = arguments.run or (arguments.checkpoint.parent if arguments.checkpoint else None)
+    if arguments.run is None:
+        raise SettingsError("there is nothing to export: name a run with --run, or its weights with --checkpoint")
     settings = _settings_of_run(arguments)
     from pillsnap.export.report import export_run
 
     try:
-        report = export_run(arguments.run.resolve(), settings)
+        report = export_run(arguments.run.resolve(), settings, _words(arguments.format), arguments.checkpoint)
     except ValueError as error:
         return _end(error, status=1)
     _print_json(report)
     for sentence in report["failures"]:
-        print(f"The exported files may not be used: {sentence}.", file=sys.stderr)
+        print(f"Files that may not be used: {sentence}.", file=sys.stderr)
     return 0 if report["passed"] else 1
+
+
+def bench(arguments: Namespace) -> int:
+    """Measure every engine with a run's exported models, and choose the one that serves."""
+    settings = _settings_of_run(arguments)
+    from pillsnap.bench.infer import bench_run, table
+
+    print(table(bench_run(arguments.run.resolve(), settings, arguments.out.resolve(), _words(arguments.engines))))
+    return 0
+
+
+def _words(text: str) -> list[str]:
+    """The words of a list with commas."""
+    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def models(arguments: Namespace) -> int:
@@ -217,7 +234,7 @@ def identify(arguments: Namespace) -> int:
     folder = arguments.model or load_environment(_root_or_here(), settings.serve).model_path
     if folder is None:
         raise SettingsError("there is no model folder: name one with --model, with serve.model_path or with MODEL_PATH in .env")
-    identifier = load_identifier(Path(folder), threads=settings.serve.threads)
+    identifier = load_identifier(Path(folder), settings.serve.threads, settings.serve.engine)
     photo = decode_image(arguments.photo, max_pixels=settings.data.max_pixels)
     _print_json(identifier.identify(photo, pipeline=arguments.pipeline).to_json())
     return 0
@@ -254,7 +271,7 @@ def make_parser() -> ArgumentParser:
     shared.add_argument("--profile", help="which machine: auto, cpu, rtx5080, h200")
     shared.add_argument("--data-root", metavar="DIR", help="dataset folder; the embedded sample without it")
     added = {}
-    for action in (scan, cache, train, evaluate, runs, export, models, identify, sample, demo, show_config):
+    for action in (scan, cache, train, evaluate, runs, export, bench, models, identify, sample, demo, show_config):
         name = "config" if action is show_config else action.__name__
         parents = [] if action is demo else [shared]
         added[name] = commands.add_parser(name, help=action.__doc__, description=action.__doc__, parents=parents, epilog=EXAMPLE,
@@ -266,8 +283,12 @@ def make_parser() -> ArgumentParser:
     added["cache"].add_argument("what", choices=("build", "show", "check", "clear"), help="build fills it for a run with these settings")
     added["train"].add_argument("--run-dir", type=Path, metavar="DIR", help="run folder to make or to continue (default: a new one)")
     added["runs"].add_argument("names", nargs="*", metavar="RUN", help="run folders to compare, by path or by name below paths.run_root (default: list all)")
-    for name in ("evaluate", "export"):
-        added[name].add_argument("--run", type=Path, metavar="DIR", required=True, help="folder of a finished run")
+    for name in ("evaluate", "export", "bench"):
+        added[name].add_argument("--run", type=Path, metavar="DIR", required=name != "export", help="folder of a finished run")
+    added["export"].add_argument("--checkpoint", type=Path, metavar="FILE", help="weights to export (default: best.pt of --run)")
+    added["export"].add_argument("--format", default="", metavar="NAMES", help="formats besides ONNX, with commas: torchscript, torchscript-script, pt2, safetensors, openvino, executorch, onnx-int8, onnx-int8-dynamic, onnx-fp16")
+    added["bench"].add_argument("--out", type=Path, default=Path("runs/bench"), metavar="DIR", help="gets infer.json (default: %(default)s)")
+    added["bench"].add_argument("--engines", default="", metavar="NAMES", help="that are measured, with commas (default: all that this machine has)")
     added["models"].add_argument("what", choices=("list", "show", "push", "pull", "promote", "rollback", "info"), help="push takes --run, pull puts the promoted files into --out, info takes a file")
     added["models"].add_argument("words", nargs="*", metavar="TASK VERSION", help="classifier or detector, and a number; a file for info")
     added["models"].add_argument("--run", type=Path, metavar="DIR", help="folder of an exported run to push")

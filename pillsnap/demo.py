@@ -136,7 +136,7 @@ def latencies(
     settings: Settings       # latency is read
 ) -> dict[str, dict[str, float]]:  # per pipeline p50, p95 in milliseconds
     """Latency of the exported files, decoding included."""
-    identifier = load_identifier(model, settings.serve.threads)
+    identifier = load_identifier(model, settings.serve.threads, settings.serve.engine)
     photos = {"single": singles, "combo": several}
     return {pipeline: measure_latency(identifier, [Path(photo.image).read_bytes() for photo in chosen[:50]], pipeline, settings) for pipeline, chosen in photos.items()}
 
@@ -153,7 +153,7 @@ def make_report(
     decisions = json.loads((run / "decisions.json").read_text(encoding="utf-8"))
     return {
         "single": evaluation["single"], "combo": evaluation["combo"], "split": evaluation["split"],
-        "export": {name: exported[name] for name in ("classifier", "detector", "passed", "opset")},
+        "export": {"passed": exported["passed"], "opset": exported["opset"], **{task: exported["formats"]["onnx"][task] for task in ("classifier", "detector")}},
         "latency_ms": latency, "seconds": seconds, "goals": {"top1": settings.goals.top1, "map50": settings.goals.map50, "latency_ms_p95": settings.goals.latency_ms_p95},
         "models": {"classifier": settings.model.classifier.name, "classifier_size": settings.model.classifier.image_size,
                    "detector": settings.model.detector.name, "detector_size": settings.model.detector.image_size},

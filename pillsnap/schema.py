@@ -253,10 +253,16 @@ class Export(Section):
     """How far an exported model may differ from the trained one."""
 
     opset: Count = 17
+    formats: Annotated[tuple[str, ...], Strict(False)] = ()
+    compare: Literal["smoke", "coverage", "full"] = "coverage"
     images: Count = 64
     classifier_mse: Annotated[float, Field(ge=0)] = 1.0e-6
     detector_map_difference: Annotated[float, Field(ge=0)] = 0.01
     detector_min_iou: Share = 0.95
+    quantised_images: Count = 1000
+    quantised_top1_drop: Share = 0.005
+    quantised_map_drop: Share = 0.01
+    calibration_images: CountOrZero = 128
 
 
 class Store(Section):
@@ -272,6 +278,7 @@ class Serve(Section):
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] | None = None
     cors_allow_origins: Annotated[tuple[str, ...], Strict(False)] | None = None
     max_image_mb: Positive = 20.0
+    engine: str = "auto"
     threads: CountOrZero = 0
 
 

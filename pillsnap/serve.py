@@ -92,7 +92,7 @@ class Health(BaseModel):
 
     status: str                # "ok" or "no model"
     model: ModelAnswer | None
-    providers: list[str]       # of ONNX Runtime
+    providers: list[str]       # what runs the models
     version: str
     advice: str | None         # what to do when there is no model
 
@@ -107,10 +107,12 @@ class ModelSlot:
     def __init__(
         self,
         folder: Path | None,  # has classifier.onnx and perhaps detector.onnx; None = not set
-        threads: int,         # ONNX Runtime threads per model; 0 = one per core
+        threads: int,         # threads per model; 0 = one per core
+        engine: str = "auto", # what runs the models
     ) -> None:
         self._folder = folder
         self._threads = threads
+        self._engine = engine
         self._lock = Lock()
         self._identifier: Identifier | None = None
         self._complaint = ""
@@ -126,7 +128,7 @@ class ModelSlot:
         try:
             if self._folder is None:
                 raise ModelMissing("No model folder is set: run `make demo`, then set MODEL_PATH in .env to the folder it names.")
-            identifier = load_identifier(self._folder, self._threads)
+            identifier = load_identifier(self._folder, self._threads, self._engine)
             identifier.identify(np.full((64, 64, 3), 114, np.uint8), "single")
         except ModelError as error:
             if str(error) != self._complaint:
@@ -260,7 +262,7 @@ def create_app(
         settings = Settings() if root is None else load_settings(root / "config.yaml")
     environment = environment or load_environment(root or Path.cwd(), settings.serve)
     folder = settings.serve.model_path or environment.model_path
-    service = Service(ModelSlot(folder, settings.serve.threads), environment.api_key, int(settings.serve.max_image_mb * 1e6),
+    service = Service(ModelSlot(folder, settings.serve.threads, settings.serve.engine), environment.api_key, int(settings.serve.max_image_mb * 1e6),
                       settings.data.max_pixels, CapacityLimiter(os.cpu_count() or 1))
 
     @asynccontextmanager

@@ -23,6 +23,7 @@ import psutil
 from .labels import made_up_labels, measure_scan, memory_folder
 from ..files import write_json
 from ..runlog import setup_logging
+from ..runtime.engines import this_machine
 
 if TYPE_CHECKING:
     from pillsnap.bench.paths import Course
@@ -57,12 +58,8 @@ def machine() -> dict[str, Any]:
     """Processor, memory and GPU."""
     import torch
 
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {"processor": names[0] if names else platform.processor(), "cores": len(os.sched_getaffinity(0)), "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+    here = this_machine()
+    return {"processor": here["processor"], "cores": here["cores"], "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "system": platform.platform()}
 
 

@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import onnx
 import torch
 from torch import nn
@@ -16,33 +20,60 @@ from torch import nn
 from ..files import replacing
 
 # %% auto #0
-__all__ = ['ExportError', 'export_onnx', 'model_opset']
+__all__ = ['ExportError', 'Source', 'export_onnx', 'model_opset']
+
+# %% ../../nbs/export/00_onnx.ipynb #2a75a575
+class ExportError(ValueError):
+    """A file that can't be made or does not hold what it should, with the reason."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A trained network and all that its files have to carry."""
+
+    task: str                 # classifier or detector
+    network: nn.Module        # one tensor in, one tensor out; on the CPU, in evaluation mode
+    size: int                 # side of the pictures, pixels
+    metadata: dict[str, Any]  # rules, name of the network, revisions
+    opset: int = 17           # ONNX operator set
+    calibration: Callable[[], Iterator[np.ndarray]] = field(default=lambda: iter(()))  # batches of training pictures, float32 (n, 3, size, size)
+    judge: Callable[[Path], list[str]] = field(default=lambda path: [])               # what is wrong with an ONNX file of this network
+
+    @property
+    def output(self) -> str:
+        """What the answer is called."""
+        return "logits" if self.task == "classifier" else "detections"
+
+    def example(
+        self,
+        batch: int = 2  # pictures
+    ) -> torch.Tensor:  # float32 (batch, 3, size, size)
+        """Pictures to trace the network with."""
+        return torch.zeros(batch, 3, self.size, self.size)
+
+    def told(
+        self,
+        **more: Any  # that holds for one file alone
+    ) -> str:        # JSON, one line
+        """What a file carries."""
+        return json.dumps({**self.metadata, **more}, ensure_ascii=False)
 
 # %% ../../nbs/export/00_onnx.ipynb #2a46092f
-class ExportError(ValueError):
-    """A file that does not hold what it should, with the reason."""
-
-
 def export_onnx(
-    network: nn.Module,  # one tensor in, one tensor out
-    size: int,           # side of the pictures, pixels
-    path: Path,          # file to write
-    output: str,         # name of the output: logits or detections
-    opset: int,          # ONNX operator set
-    metadata: dict       # written under the key `pillsnap`
+    source: Source,
+    path: Path      # file to write
 ) -> None:
     """Export with a dynamic batch, check and annotate; raises `ExportError` when the file carries another operator set."""
-    example = torch.zeros(2, 3, size, size)
     with replacing(path) as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter says on every call that it is the older one, and why it is used stands above
-        torch.onnx.export(network.cpu().eval(), (example,), str(temporary), input_names=["images"], output_names=[output], opset_version=opset,
-                          dynamic_axes={"images": {0: "batch"}, output: {0: "batch"}}, dynamo=False)
+        torch.onnx.export(source.network, (source.example(),), str(temporary), input_names=["images"], output_names=[source.output], opset_version=source.opset,
+                          dynamic_axes={"images": {0: "batch"}, source.output: {0: "batch"}}, dynamo=False)
         model = onnx.load(temporary)
         carried = model_opset(model)
-        if carried != opset:
-            raise ExportError(f"{path.name} carries operator set {carried} instead of {opset}: set export.opset to {carried}, or use another version of torch.")
+        if carried != source.opset:
+            raise ExportError(f"{path.name} carries operator set {carried} instead of {source.opset}: set export.opset to {carried}, or use another version of torch.")
         onnx.checker.check_model(model, full_check=True)
-        onnx.helper.set_model_props(model, {"pillsnap": json.dumps(metadata, ensure_ascii=False)})
+        onnx.helper.set_model_props(model, {"pillsnap": source.told()})
         onnx.save(model, temporary)
 
 

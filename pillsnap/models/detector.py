@@ -5,6 +5,7 @@
 # %% ../../nbs/models/01_detector.ipynb #fdb4d783
 from __future__ import annotations
 
+import copy
 import os
 import tempfile
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from ..config import SettingsError
 from ..runlog import decide
 
 # %% auto #0
-__all__ = ['detector_network', 'build_detector', 'detection_loss', 'RawDetections']
+__all__ = ['detector_network', 'build_detector', 'detection_loss', 'RawDetections', 'for_one_size']
 
 # %% ../../nbs/models/01_detector.ipynb #3e4e7f63
 _REPLACED = ((Image, ("open",)), (torch, ("save",)), (cv2, ("imread", "imwrite", "imshow")))
@@ -91,3 +92,25 @@ class RawDetections(nn.Module):
     ) -> torch.Tensor:        # float (n, 5, anchors): centre x, centre y, width, height in pixels, score 0 to 1
         answer = self.network(images)
         return answer[0] if isinstance(answer, tuple) else answer
+
+# %% ../../nbs/models/01_detector.ipynb #6124e2e7
+class _AnyShape:
+    """Equal to every shape."""
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    def __ne__(self, other: object) -> bool:
+        return False
+
+
+def for_one_size(
+    detector: RawDetections,  # on the CPU, in evaluation mode
+    size: int                 # side of the pictures, pixels
+) -> RawDetections:           # a copy; any batch of pictures of this size
+    """A copy for exporters, whose anchors belong to one size."""
+    fixed = copy.deepcopy(detector)
+    with torch.no_grad():  # not inference_mode: its tensors can't be traced
+        fixed(torch.zeros(1, 3, size, size))
+    fixed.network.model[-1].shape = _AnyShape()
+    return fixed

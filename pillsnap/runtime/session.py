@@ -18,8 +18,8 @@ from onnxruntime.capi import onnxruntime_pybind11_state as onnx_errors
 from ..runlog import Decision, decide
 
 # %% auto #0
-__all__ = ['CUDA', 'CPU', 'METADATA_KEY', 'ModelError', 'ModelMissing', 'cuda_devices', 'choose_providers', 'OnnxModel',
-           'open_model']
+__all__ = ['TENSORRT', 'CUDA', 'CPU', 'METADATA_KEY', 'ModelError', 'ModelMissing', 'cuda_devices', 'providers_there',
+           'choose_providers', 'OnnxModel', 'read_metadata', 'open_model']
 
 # %% ../../nbs/runtime/03_session.ipynb #d7c1bf28
 class ModelError(ValueError):
@@ -35,7 +35,7 @@ _RUNTIME_ERRORS = tuple(
 )
 
 # %% ../../nbs/runtime/03_session.ipynb #83894d54
-CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
+TENSORRT, CUDA, CPU = "TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"
 
 
 @lru_cache(maxsize=1)
@@ -50,21 +50,29 @@ def cuda_devices() -> int:  # 0 = no NVIDIA driver or no GPU
         return 0
     return count.value
 
+
+def providers_there() -> list[str]:  # names of execution providers, fastest first
+    """What this build of ONNX Runtime has and this machine offers."""
+    return [name for name in onnxruntime.get_available_providers() if name == CPU or cuda_devices()]
+
 # %% ../../nbs/runtime/03_session.ipynb #562efa3d
 def choose_providers(
-    device: Literal["auto", "cuda", "cpu"],  # what was asked for
+    device: Literal["auto", "tensorrt", "cuda", "cpu"],  # what was asked for
 ) -> tuple[list[Any], str, bool]:            # providers for ONNX Runtime, the reason, is it a fallback
     """Which execution providers to ask ONNX Runtime for; raises `ValueError` for an unknown device."""
-    if device not in ("auto", "cuda", "cpu"):
-        raise ValueError(f"The device {device!r} is unknown: use auto, cuda or cpu.")
+    if device not in ("auto", "tensorrt", "cuda", "cpu"):
+        raise ValueError(f"The device {device!r} is unknown: use auto, tensorrt, cuda or cpu.")
     if device == "cpu":
         return [CPU], "the CPU was asked for", False
     if cuda_devices() == 0:
-        return [CPU], "the NVIDIA driver offers no GPU", device == "cuda"
+        return [CPU], "the NVIDIA driver offers no GPU", device != "auto"
     if CUDA not in onnxruntime.get_available_providers():
         return [CPU], "there is a GPU, but the installed onnxruntime has no CUDA provider: install onnxruntime-gpu", True
     options = {"cudnn_conv_algo_search": "HEURISTIC"}  # an exhaustive search would repeat for every number of pills
-    return [(CUDA, options), CPU], f"{cuda_devices()} GPU(s) found", False
+    accelerated: list[Any] = [(CUDA, options), CPU]
+    if device == "tensorrt":
+        return [TENSORRT, *accelerated], "TensorRT was asked for", False
+    return accelerated, f"{cuda_devices()} GPU(s) found", False
 
 
 def _options(
@@ -121,7 +129,14 @@ def _metadata(
     session: onnxruntime.InferenceSession,  # open model
     path: Path,                             # its file, for messages
 ) -> dict[str, Any]:
-    text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
+    return read_metadata(session.get_modelmeta().custom_metadata_map.get(METADATA_KEY), path)
+
+
+def read_metadata(
+    text: str | None,  # what stands under the key; None = nothing
+    path: Path,        # the file, for messages
+) -> dict[str, Any]:   # what was decided at training time
+    """Read the metadata of a model file; raises `ModelError` when it is missing or no JSON object."""
     if text is None:
         raise ModelError(f"{path} has no '{METADATA_KEY}' metadata: use a model that was exported by pillsnap.")
     try:
@@ -140,7 +155,7 @@ def _first_line(error: Exception) -> str:
 def open_model(
     path: Path,        # ONNX file
     threads: int = 0,  # ONNX Runtime threads; 0 = one per core
-    device: Literal["auto", "cuda", "cpu"] = "auto",  # where to run it
+    device: Literal["auto", "tensorrt", "cuda", "cpu"] = "auto",  # where to run it
 ) -> OnnxModel:        # call it with a batch
     """Open a model; raises `ModelMissing` without a file and `ModelError` for a damaged or foreign one."""
     path = Path(path)
@@ -153,9 +168,15 @@ def open_model(
     try:
         session = onnxruntime.InferenceSession(str(path), _options(threads), providers=providers)
     except _RUNTIME_ERRORS as error:
-        raise ModelError(f"{path} cannot be opened, it is damaged or no ONNX model ({_first_line(error)}): "
-                         "copy or export it again.") from error
-    used = session.get_providers()[0]
-    if providers != [CPU] and used != CUDA:
-        reason, fallback = "the CUDA provider could not be loaded: install the CUDA and cuDNN libraries of onnxruntime-gpu", True
+        raise ModelError(_why_not_opened(path, error)) from error
+    used, wanted = session.get_providers()[0], providers[0] if isinstance(providers[0], str) else providers[0][0]
+    if used != wanted:
+        reason, fallback = f"{wanted} could not be loaded: install its libraries (CUDA, cuDNN, TensorRT) for onnxruntime-gpu", True
     return OnnxModel(path, session, decide(f"provider of {path.name}", used, reason, fallback))
+
+
+def _why_not_opened(path: Path, error: Exception) -> str:
+    text = _first_line(error)
+    if "opset" in text.lower() or "ir version" in text.lower():
+        return f"{path} needs a newer ONNX Runtime than {onnxruntime.__version__} ({text}): install one, or export the model with export.opset=17."
+    return f"{path} cannot be opened, it is damaged or no ONNX model ({text}): copy or export it again."
