@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -81,7 +82,7 @@ def write_int8(
         made, ranked = folder / "int8.onnx", []
         layers = [node.name for node in onnx.load(prepared).graph.node if node.op_type in INTEGER_OPERATORS]
         for share in FLOAT_SHARES:
-            kept = ranked[:round(share * len(layers))]
+            kept = ranked[:math.ceil(share * len(layers))]
             _quantise(prepared, made, batches, kept)
             _tell(source, made, to="int8", float_layers=kept, calibration_images=sum(len(batch) for batch in batches))
             reasons = source.judge(made)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
+import zipfile
 from collections.abc import Callable
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -99,6 +100,8 @@ def open_program(
 ) -> tuple[Callable[[np.ndarray], np.ndarray], dict]:  # call it with a batch; its metadata
     """Open a program of `torch.export`; raises `ExportError` for a damaged file."""
     extra = {_METADATA: ""}
+    if not zipfile.is_zipfile(path):  # torch would log a traceback
+        raise ExportError(f"{path} is damaged or no program of torch.export: copy or export it again.")
     try:
         module = torch.export.load(str(path), extra_files=extra).module()
     except Exception as error:  # a damaged file fails in the unzipper, the unpickler or torch, each with its own exception

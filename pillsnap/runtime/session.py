@@ -178,5 +178,5 @@ def open_model(
 def _why_not_opened(path: Path, error: Exception) -> str:
     text = _first_line(error)
     if "opset" in text.lower() or "ir version" in text.lower():
-        return f"{path} needs a newer ONNX Runtime than {onnxruntime.__version__} ({text}): install one, or export the model with export.opset=17."
+        return f"{path} needs a newer ONNX Runtime than {onnxruntime.__version__}, which does not know its operator set: install one, or export the model with export.opset=17."
     return f"{path} cannot be opened, it is damaged or no ONNX model ({text}): copy or export it again."
