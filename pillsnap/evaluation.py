@@ -27,6 +27,7 @@ from .runs import read_run
 from .runtime.identify import Identifier
 from .runtime.images import ImageError, decode_image
 from .training.checkpoint import Trained, load_trained
+from .training.hardware import choose_device, device_name
 
 logger = logging.getLogger("pillsnap")
 
@@ -51,10 +52,10 @@ def torch_forward(
 
 def identifier_of(
     trained: Trained,                    # from `load_trained`
-    device: torch.device | None = None   # None: the GPU if there is one
+    device: torch.device | None = None   # None: as `choose_device` says
 ) -> Identifier:
     """The checkpoint, ready to identify pills."""
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or choose_device()
     return Identifier(torch_forward(trained.classifier, device), torch_forward(trained.detector, device), trained.rules)
 
 # %% ../nbs/07_evaluation.ipynb #49dea6df
@@ -163,7 +164,8 @@ _TIMED_RUNS, _WARMUP_RUNS, _TIMED_PHOTOS = 50, 5, 16  # at most: the whole proto
 def torch_latency(
     identifier: Identifier,       # of the checkpoint
     photos: Sequence[TruePhoto],  # photos of one pill
-    settings: Settings            # latency and data.max_pixels are read
+    settings: Settings,           # latency and data.max_pixels are read
+    device: torch.device          # where the identifier computes
 ) -> dict | None:                 # p50, p95 in milliseconds; runs; how: what was timed. None: no photo can be read
     """A short measurement of single requests, with the networks as they were trained."""
     files = []
@@ -177,8 +179,7 @@ def torch_latency(
     if not files:
         return None
     chosen = settings.latency.model_copy(update={"warmup_runs": min(settings.latency.warmup_runs, _WARMUP_RUNS), "runs": min(settings.latency.runs, _TIMED_RUNS)})
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} processor threads"
-    return {**measure_latency(identifier, files, "single", settings.model_copy(update={"latency": chosen})), "how": f"torch, this machine: {device}"}
+    return {**measure_latency(identifier, files, "single", settings.model_copy(update={"latency": chosen})), "how": f"torch, this machine: {device_name(device)}"}
 
 
 def evaluate_run(
@@ -186,7 +187,8 @@ def evaluate_run(
     settings: Settings  # goals, latency and data.max_pixels are read
 ) -> dict:              # single, combo, all_photos, split, confusions, coverage, latency, steps, goals
     """Evaluate the best weights on the held-out photos and write evaluation.json."""
-    dataset, identifier = load_dataset(folder), identifier_of(load_trained(folder))
+    dataset, device = load_dataset(folder), choose_device()
+    identifier = identifier_of(load_trained(folder), device)
     split, photos = held_out(dataset)
     singles = [photo for photo in photos if photo.kind == "single" and photo.classes[0] >= 0]
     combinations = [photo for photo in photos if photo.kind == "combination"]
@@ -195,7 +197,7 @@ def evaluate_run(
         report["single"], pairs = evaluate_single(identifier, singles)
         report["confusions"] = confusion_pairs(pairs, dataset.class_map.codes)
         report["coverage"] = class_coverage(pairs, len(dataset.class_map))
-        report["latency"] = torch_latency(identifier, singles, settings)
+        report["latency"] = torch_latency(identifier, singles, settings, device)
     if combinations:
         report["combo"] = evaluate_combo(identifier, combinations)
     if dataset.report["format"] != "aihub":

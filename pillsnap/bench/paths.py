@@ -23,6 +23,7 @@ from ..data.augment import augment_crops
 from ..data.cache import build_cache, open_store
 from ..data.cuts import Cuts, Store
 from ..data.loaders import Batches, Samples, make_loader
+from ..training.hardware import choose_device
 
 # %% auto #0
 __all__ = ['Stream', 'Way', 'Course', 'make_course', 'deliver', 'close', 'stream_store', 'open_cache', 'stream_first_pass',
@@ -75,18 +76,17 @@ def make_course(
     rows = wanted.join(pl.read_parquet(manifest, columns=["image", "code", "x1", "y1", "x2", "y2"]), on="image", how="inner", maintain_order="left")
     if len(rows) != len(images):
         raise BenchError(f"Our scan found {len(rows)} of the {len(images)} photos made for the benchmark: see the quarantine table beside {manifest}.")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     classes = rows["code"].rank("dense").cast(pl.Int64).to_numpy() - 1
     return Course(tuple(rows["image"]), rows.select("x1", "y1", "x2", "y2").cast(pl.Float64).to_numpy(), classes, size or settings.model.classifier.image_size,
-                  batch or settings.train.classifier.batch_size, workers, settings, device)
+                  batch or settings.train.classifier.batch_size, workers, settings, choose_device())
 
 # %% ../../nbs/bench/03_paths.ipynb #ea19b0ce
 Stream = Iterator[torch.Tensor]  # uint8 (batch, 3, size, size), without end
 
 
 def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def deliver(

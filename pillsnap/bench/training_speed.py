@@ -57,8 +57,8 @@ def synchronise(
     device: torch.device,  # where work may still go on
 ) -> None:
     """Wait for a GPU to finish."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def timed(

@@ -45,7 +45,7 @@ def trainer_arguments(
     """Arguments of a run like ours."""
     train, cuda = settings.train, hardware.device.type == "cuda"
     return {
-        "data": str(data), "project": str(folder), "name": "run", "exist_ok": True, "device": str(hardware.device.index or 0) if cuda else "cpu",
+        "data": str(data), "project": str(folder), "name": "run", "exist_ok": True, "device": str(hardware.device.index or 0) if cuda else hardware.device.type,
         "epochs": epochs, "batch": batch, "nbs": batch, "imgsz": settings.model.detector.image_size, "workers": workers, "seed": settings.seed,
         "optimizer": "AdamW", "lr0": train.detector.lr, "lrf": 0.01, "cos_lr": True, "momentum": 0.9, "weight_decay": train.weight_decay,
         "warmup_epochs": train.warmup_share * epochs, "warmup_bias_lr": 0.0, "patience": 0, "amp": number_format(hardware), "compile": False,

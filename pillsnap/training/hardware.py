@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import random
 import time
 from collections.abc import Callable
@@ -21,8 +22,8 @@ from ..config import Settings
 from ..runlog import decide
 
 # %% auto #0
-__all__ = ['cpu_bf16_speedup', 'Hardware', 'keep_memory', 'choose_hardware', 'compile_forward', 'graph_forward',
-           'seed_everything', 'make_optimizer', 'Clock']
+__all__ = ['cpu_bf16_speedup', 'Hardware', 'keep_memory', 'device_name', 'choose_device', 'choose_hardware', 'compile_forward',
+           'graph_forward', 'seed_everything', 'make_optimizer', 'Clock']
 
 # %% ../../nbs/training/00_hardware.ipynb #dd3a7901
 def cpu_bf16_speedup(
@@ -98,6 +99,30 @@ def keep_memory() -> bool:  # whether it does
         decide("freed memory", "kept for the next step", "on a processor, taking memory anew in every step costs up to a fifth of its time")
     return not refused
 
+# %% ../../nbs/training/00_hardware.ipynb #ea14aad7
+def device_name(
+    device: torch.device,  # of this machine
+) -> str:
+    """What computes, for people."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return "Apple GPU" if device.type == "mps" else f"{torch.get_num_threads()} processor threads"
+
+
+def choose_device() -> torch.device:
+    """CUDA, MPS or CPU, the first that is there; one decision in the log."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and visible.strip() in ("", "-1"):
+        device, reason = torch.device("cpu"), "CUDA_VISIBLE_DEVICES names no GPU, "
+    elif torch.cuda.is_available():
+        device, reason = torch.device("cuda", torch.cuda.current_device()), ""
+    elif torch.backends.mps.is_available():
+        device, reason = torch.device("mps"), "no CUDA device found, "
+    else:
+        device, reason = torch.device("cpu"), "no CUDA device found and no Apple GPU, "
+    decide("device", device.type, reason + device_name(device))
+    return device
+
 # %% ../../nbs/training/00_hardware.ipynb #6cde0ce4
 def _choose_amp(wanted: str, device: torch.device) -> torch.dtype | None:
     if wanted == "off":
@@ -105,6 +130,9 @@ def _choose_amp(wanted: str, device: torch.device) -> torch.dtype | None:
         return None
     if device.type == "cpu":
         return _choose_cpu_amp(wanted)
+    if device.type == "mps":
+        decide("amp", "float32", "half precision is not used on Apple GPUs", fallback=wanted != "auto")
+        return None
     supported = torch.cuda.is_bf16_supported(including_emulation=False)
     if wanted == "fp16" or not supported:
         reason = "asked for by train.amp or by the run that goes on" if wanted == "fp16" else "this GPU has no bfloat16 units"
@@ -134,16 +162,14 @@ def choose_hardware(
     amp: str             # auto, bf16, fp16 or off: train.amp, or the format of the run that goes on
 ) -> Hardware:           # how this machine trains
     """Choose device and number format; each choice is one decision in the log."""
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-    name = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} threads"
-    decide("device", device.type, name if cuda else f"no CUDA device found, {name}")
+    device = choose_device()
+    cuda = device.type == "cuda"
     if cuda:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = settings.train.tf32
         torch.set_float32_matmul_precision("high" if settings.train.tf32 else "highest")
         decide("float32 products", "TensorFloat-32" if settings.train.tf32 else "float32", f"train.tf32 is {str(settings.train.tf32).lower()}")
     decide("memory format", "channels_last" if settings.train.channels_last else "contiguous", f"train.channels_last is {str(settings.train.channels_last).lower()}")
-    if not cuda:
+    if device.type == "cpu":
         keep_memory()
     memory_format = torch.channels_last if settings.train.channels_last else torch.contiguous_format
     return Hardware(device, _choose_amp(amp, device), memory_format, settings.train.compile, settings.train.cuda_graphs)
@@ -250,20 +276,20 @@ class Clock:
     """Marks moments on a device and reads the seconds between them later."""
 
     def __init__(self, device: torch.device):
-        self.cuda = device.type == "cuda"
+        self.event = {"cuda": torch.cuda.Event, "mps": torch.mps.Event}.get(device.type)
         self.marks: list = []
 
     def mark(self) -> None:
         """Remember this moment of the device's work."""
-        if self.cuda:
-            self.marks.append(torch.cuda.Event(enable_timing=True))
+        if self.event:
+            self.marks.append(self.event(enable_timing=True))
             self.marks[-1].record()
         else:
             self.marks.append(time.perf_counter())
 
     def seconds(self) -> list[float]:
         """Time from each mark to the next; waits for the device to reach the last one."""
-        if self.cuda:
+        if self.event:
             self.marks[-1].synchronize()
             return [before.elapsed_time(after) / 1000 for before, after in zip(self.marks, self.marks[1:])]
         return [after - before for before, after in zip(self.marks, self.marks[1:])]

@@ -48,6 +48,8 @@ def free_memory(
     gc.collect()
     if device.type == "cuda" and torch.cuda.is_available():
         torch.cuda.empty_cache()
+    if device.type == "mps" and torch.backends.mps.is_available():
+        torch.mps.empty_cache()
 
 # %% ../../nbs/training/02_oom.ipynb #5e5cb10a
 Kind = Literal["empty_cache", "half precision", "grad_accum", "batch_size", "give up"]
