@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     import polars as pl
 
 # %% auto #0
-__all__ = ['EXAMPLE', 'show_config', 'sample', 'scan', 'cache', 'train', 'evaluate', 'runs', 'export', 'bench', 'models', 'demo',
-           'identify', 'make_parser', 'parse', 'main']
+__all__ = ['EXAMPLE', 'show_config', 'sample', 'scan', 'cache', 'train', 'evaluate', 'runs', 'export', 'bench', 'models', 'ship',
+           'demo', 'identify', 'make_parser', 'parse', 'main']
 
 # %% ../nbs/21_cli.ipynb #da0dc68e
 def _settings(
@@ -217,6 +217,24 @@ def models(arguments: Namespace) -> int:
     return 0
 
 
+def ship(arguments: Namespace) -> int:
+    """Package an exported run: a folder for the Hugging Face Hub, uploaded only with --repo, or an archive for SageMaker."""
+    if arguments.what == "sagemaker":
+        from pillsnap.export.sagemaker import build_archive
+
+        if arguments.repo or arguments.public:
+            raise SettingsError("--repo and --public are for the hub: SageMaker takes its archive from a bucket in S3")
+        print(f"{len(build_archive(arguments.run, arguments.out))} files are in {arguments.out}")
+        return 0
+    from pillsnap.export.hub import build_package, upload_package
+
+    names = build_package(arguments.run, arguments.out, arguments.repo)
+    print(f"{', '.join(names)} are in {arguments.out}")
+    if arguments.repo:
+        print(upload_package(arguments.out, arguments.repo, names, arguments.public))
+    return 0
+
+
 def demo(arguments: Namespace) -> int:
     """Run the whole way once, from the sample to an answer."""
     from pillsnap.demo import main as run_demo
@@ -271,9 +289,9 @@ def make_parser() -> ArgumentParser:
     shared.add_argument("--profile", help="which machine: auto, cpu, rtx5080, h200")
     shared.add_argument("--data-root", metavar="DIR", help="dataset folder; the embedded sample without it")
     added = {}
-    for action in (scan, cache, train, evaluate, runs, export, bench, models, identify, sample, demo, show_config):
+    for action in (scan, cache, train, evaluate, runs, export, bench, models, ship, identify, sample, demo, show_config):
         name = "config" if action is show_config else action.__name__
-        parents = [] if action is demo else [shared]
+        parents = [] if action in (demo, ship) else [shared]
         added[name] = commands.add_parser(name, help=action.__doc__, description=action.__doc__, parents=parents, epilog=EXAMPLE,
                                           formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
         added[name].set_defaults(action=action)
@@ -295,6 +313,11 @@ def make_parser() -> ArgumentParser:
     added["models"].add_argument("--note", default="", help="kept with what is pushed")
     added["models"].add_argument("--resumable", action="store_true", help="push last.pt too, which training goes on from")
     added["models"].add_argument("--out", type=Path, metavar="DIR", help="folder to pull classifier.onnx and detector.onnx into")
+    added["ship"].add_argument("what", choices=("hub", "sagemaker"), help="hub needs a run exported with --format safetensors too")
+    added["ship"].add_argument("--run", type=Path, metavar="DIR", required=True, help="folder of an exported run")
+    added["ship"].add_argument("--out", type=Path, metavar="PATH", required=True, help="folder that gets the package, or the model.tar.gz to write")
+    added["ship"].add_argument("--repo", default="", metavar="USER/NAME", help="upload the package to this repository of the hub, which is made where it is missing")
+    added["ship"].add_argument("--public", action="store_true", help="a repository that is made may be read by everyone")
     added["identify"].add_argument("photo", type=Path, metavar="PHOTO", help="JPEG, PNG, WebP or BMP")
     added["identify"].add_argument("--model", type=Path, metavar="DIR", help="folder with classifier.onnx and detector.onnx")
     added["identify"].add_argument("--pipeline", choices=("single", "combo"), default="single", help="one pill (default), or several")
@@ -307,7 +330,7 @@ def parse(
     """Parse a command line; ends the process with status 2 when it cannot be understood."""
     parser = make_parser()
     arguments, rest = parser.parse_known_args(argv)
-    unknown = [word for word in rest if word.startswith("-") or arguments.action is demo]
+    unknown = [word for word in rest if word.startswith("-") or arguments.action in (demo, ship)]
     if unknown:
         parser.error(f"{arguments.command} does not know {' '.join(unknown)}")
     arguments.overrides = rest
