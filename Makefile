@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || echo python3)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 .DEFAULT_GOAL := help
-.PHONY: help demo test lab serve bench-data bench-train clean
+.PHONY: help demo test lab serve bench-data bench-train bench-infer clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /|/' | awk -F'|' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -41,6 +41,14 @@ bench-data: .venv/ready  ## measure scan, cache and loaders against other librar
 
 bench-train: .venv/ready  ## measure training against timm, ultralytics and the limit, write runs/bench/train.json (OPTIONS="--classifier-data DIR ...")
 	@$(BIN)/python -m pillsnap.bench.train --out runs/bench $(OPTIONS)
+
+# Networks of production size, trained just long enough to know some pills, so that it shows when an engine is wrong.
+runs/bench/production/best.pt: | .venv/ready
+	@$(BIN)/python -m pillsnap train --profile cpu --run-dir runs/bench/production train.resume=last $(PRODUCTION)
+
+bench-infer: .venv/ready runs/bench/production/best.pt  ## measure all engines with networks of production size, write runs/bench/infer.json (RUN=runs/NAME: with that run)
+	@$(BIN)/python -m pillsnap export --run $(or $(RUN),runs/bench/production) --format onnx-int8 > /dev/null
+	@$(BIN)/python -m pillsnap bench --run $(or $(RUN),runs/bench/production)
 
 clean:  ## remove caches and build leftovers; runs, models and data stay
 	@rm -rf data/cache build *.egg-info .pytest_cache

@@ -56,14 +56,14 @@ def compare_way(
     identifier: Identifier,              # opened with it
     compared: dict[str, Comparison],     # from `comparisons`
     settings: Settings                   # export is read
-) -> dict[str, Any]:                     # passes_comparison, failures, classifier, detector: figures
+) -> dict[str, Any]:                     # passes_comparison, failures, comparison: figures by network
     """Compare what an engine answers with what was trained."""
     found: dict[str, Any] = {}
     for task, call in (("classifier", identifier.classify), ("detector", identifier.detect)):
         figures = compared[task].figures((call, compared[task].source.metadata))
         found[task] = {key: value for key, value in figures.items() if key != "worst"}
     reasons = [reason for task in TASKS for reason in failures(task, found[task], settings.export, name in FEWER_BITS)]
-    return {"passes_comparison": not reasons, "failures": reasons, **found}
+    return {"passes_comparison": not reasons, "failures": reasons, "comparison": found}
 
 # %% ../../nbs/bench/14_infer.ipynb #fdfa324f
 BATCHES = (1, 2, 4, 8, 16, 32)

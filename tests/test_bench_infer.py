@@ -1,0 +1,86 @@
+"""Engines are measured with a run's own files, the choice is written beside them, and serving follows it."""
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from pillsnap import cli
+from pillsnap.bench.infer import bench_run, table
+from pillsnap.config import load_settings
+from pillsnap.export.report import export_run
+from pillsnap.runtime.engines import CHOICE, ENGINES, this_machine, why_not
+from pillsnap.runtime.identify import load_identifier
+
+MEASURED = ("torch-eager", "onnxruntime", "openvino")
+
+
+@pytest.fixture(scope="module")
+def run(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of its own, since a measurement writes into the run."""
+    copy = tmp_path_factory.mktemp("bench") / "run"
+    shutil.copytree(trained_run, copy)
+    assert export_run(copy, load_settings(copy / "config.yaml"))["passed"]
+    return copy
+
+
+@pytest.fixture(scope="module")
+def report(run: Path) -> dict:
+    settings = load_settings(run / "config.yaml", ["latency.runs=6", "latency.warmup_runs=1"])
+    return bench_run(run, settings, run.parent / "out", [*MEASURED, "onnxruntime-int8", "onnxruntime-cuda"])
+
+
+def test_the_report_has_every_figure(report: dict, run: Path):
+    assert json.loads((run.parent / "out" / "infer.json").read_text()) == json.loads(json.dumps(report))
+    assert set(report["engines"]) >= set(MEASURED)
+    for name in MEASURED:
+        found = report["engines"][name]
+        assert 0 < found["p50_ms"] <= found["p95_ms"] <= found["p99_ms"] and found["passes_comparison"], (name, found)
+        assert set(found["images_per_second"]) == {"1", "2", "4", "8", "16", "32"} and min(found["images_per_second"].values()) > 0
+        assert found["start_seconds"] > 0.1 and found["memory_mb"] > 50
+        assert sum(found["steps_ms"].values()) <= found["p95_ms"] * 1.5 and all(value > 0 for value in found["steps_ms"].values())
+    assert report["engines"]["torch-eager"]["memory_mb"] > report["engines"]["onnxruntime"]["memory_mb"], "serving does not load torch"
+    assert set(report["ratios"]) >= {"identify_over_engine_and_decode", "default_over_torch_eager"} and report["ratios"]["identify_over_engine_and_decode"] > 0.5
+    assert "classifier.int8.onnx" in report["not_measured"]["onnxruntime-int8"]
+    assert report["default_engine"] in ("onnxruntime", "openvino") and report["default_engine"] in table(report)
+
+
+def test_serving_follows_the_measurement(report: dict, run: Path):
+    choice = json.loads((run / "export" / CHOICE).read_text())
+    assert choice["engine"] == report["default_engine"] and choice["machine"] == this_machine()
+    (run / "export" / CHOICE).write_text(json.dumps({**choice, "engine": "openvino"}))
+    assert load_identifier(run / "export").classify.providers == ["OpenVINO CPU"]
+    assert load_identifier(run / "export", engine="onnxruntime").classify.providers == ["CPUExecutionProvider"]
+
+
+def test_an_engine_that_fails_falls_back_and_says_so(report: dict, run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    from dataclasses import replace
+
+    from pillsnap.runtime.session import ModelError
+
+    def fail(path: Path, threads: int):
+        raise ModelError("no such instruction")
+
+    (run / "export" / CHOICE).write_text(json.dumps({"engine": "openvino", "machine": this_machine()}))
+    monkeypatch.setitem(ENGINES, "openvino", replace(ENGINES["openvino"], open=fail))
+    with caplog.at_level("WARNING", logger="pillsnap"):
+        assert load_identifier(run / "export").classify.providers == ["CPUExecutionProvider"]
+    assert "no such instruction" in caplog.text
+    with pytest.raises(ModelError, match="no such instruction"):
+        load_identifier(run / "export", engine="openvino")
+
+
+def test_what_can_not_be_measured_is_said_in_one_sentence(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    shutil.copytree(run, tmp_path / "bare", ignore=shutil.ignore_patterns("export"))
+    for words, said in {
+        ("--run", str(tmp_path / "bare")): "has no export that has passed",
+        ("--run", str(run), "--engines", "onnxruntime,telepathy"): "There is no engine 'telepathy'",
+        ("--run", str(tmp_path / "nothing")): "there is no run in",
+    }.items():
+        assert cli.main(["bench", *words, "--out", str(tmp_path / "out")]) == 2
+        errors = capsys.readouterr().err
+        assert said in errors and "Traceback" not in errors
+    assert not (tmp_path / "out").exists()
+    assert "does not offer" in why_not("onnxruntime-tensorrt", run / "export") or "TensorrtExecutionProvider" in why_not("onnxruntime-tensorrt", run / "export") or why_not("onnxruntime-tensorrt", run / "export") == ""
