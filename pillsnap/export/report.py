@@ -26,6 +26,7 @@ from .compare import Samples, answers, compare_classifier, compare_detector, fai
 from .formats import FORMATS, Opened, check_formats
 from .onnx import ExportError, Source
 from .samples import calibration_batches, crop_samples, frame_samples
+from .versions import sha256
 from ..files import write_json
 from ..runtime.identify import Rules
 from ..runtime.images import normalise
@@ -101,7 +102,7 @@ def export_format(
     name: str,              # format
     comparison: Comparison, # of one network
     folder: Path            # gets the file
-) -> dict[str, Any]:        # file, bytes, load_seconds, latency_ms, figures, failures
+) -> dict[str, Any]:        # file, bytes, sha256: file -> hash, load_seconds, latency_ms, figures, failures
     """Write, open, compare and time one file; what is wrong with it is in `failures`."""
     chosen, source = FORMATS[name], replace(comparison.source, judge=comparison.judge)
     files = chosen.files(source.task)
@@ -115,6 +116,7 @@ def export_format(
     except ExportError as error:
         return {**remarks, "failures": [str(error)]}
     remarks["bytes"] = sum((folder / file).stat().st_size for file in files)
+    remarks["sha256"] = {file: sha256(folder / file) for file in files}
     return {**remarks, "latency_ms": _latency(opened, comparison), **figures, "failures": comparison.failures(name, figures)}
 
 
@@ -138,6 +140,7 @@ def export_run(
     """Export both networks, compare every file and write export_report.json beside them; raises `ExportError` or `CheckpointError` for what can't be exported at all."""
     names, dataset = check_formats(["onnx", *(formats or settings.export.formats)]), load_dataset(folder)
     trained = load_trained(folder) if checkpoint is None else _trained_of(checkpoint, dataset)
+    weights = sha256(checkpoint or Path(folder) / "best.pt")
     work, target = Path(folder) / "export-rejected", Path(folder) / "export"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
@@ -146,7 +149,7 @@ def export_run(
     except OSError as error:
         shutil.rmtree(work, ignore_errors=True)
         raise ExportError(f"The export of {folder} can't be written ({error.strerror or error}): see that there is room on its disk. What was exported before is as it was.") from error
-    report["checkpoint"] = str(checkpoint or Path(folder) / "best.pt")
+    report |= {"checkpoint": str(checkpoint or Path(folder) / "best.pt"), "checkpoint_sha256": weights}
     return _release(report, work, target)
 
 
