@@ -249,12 +249,15 @@ def _any_tensor(answer: object) -> torch.Tensor:
 
 
 def seed_everything(
-    seed: int  # any integer
+    seed: int,                  # any integer
+    deterministic: bool = False # on a GPU, only convolution kernels that give the same bits each time; they may be slower
 ) -> None:
-    """Seed Python, NumPy and torch."""
+    """Seed Python, NumPy and torch with all its GPUs."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+    if deterministic:
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
 
 # %% ../../nbs/training/00_hardware.ipynb #65998c00
 def make_optimizer(
