@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     import polars as pl
 
 # %% auto #0
-__all__ = ['EXAMPLE', 'show_config', 'sample', 'scan', 'cache', 'train', 'evaluate', 'runs', 'export', 'bench', 'models', 'ship',
-           'demo', 'identify', 'make_parser', 'parse', 'main']
+__all__ = ['EXAMPLE', 'show_config', 'sample', 'scan', 'cache', 'train', 'evaluate', 'runs', 'export', 'bench', 'gate', 'models',
+           'ship', 'demo', 'identify', 'make_parser', 'parse', 'main']
 
 # %% ../nbs/21_cli.ipynb #da0dc68e
 def _settings(
@@ -201,6 +201,18 @@ def bench(arguments: Namespace) -> int:
     return 0
 
 
+def gate(arguments: Namespace) -> int:
+    """Check an exported and evaluated run against the limits of its deployment; status 1 when one is missed."""
+    settings = _settings_of_run(arguments)
+    from pillsnap.bench.gate import gate_run, gate_table
+
+    report, file = gate_run(arguments.run.resolve(), settings, arguments.out.resolve())
+    print(gate_table(report), file, sep="\n")
+    for sentence in report["failures"]:
+        print(f"Not to be deployed: {sentence}", file=sys.stderr)
+    return 0 if report["passed"] else 1
+
+
 def _words(text: str) -> list[str]:
     """The words of a list with commas."""
     return [word.strip() for word in text.split(",") if word.strip()]
@@ -289,7 +301,7 @@ def make_parser() -> ArgumentParser:
     shared.add_argument("--profile", help="which machine: auto, cpu, rtx5080, h200")
     shared.add_argument("--data-root", metavar="DIR", help="dataset folder; the embedded sample without it")
     added = {}
-    for action in (scan, cache, train, evaluate, runs, export, bench, models, ship, identify, sample, demo, show_config):
+    for action in (scan, cache, train, evaluate, runs, export, bench, gate, models, ship, identify, sample, demo, show_config):
         name = "config" if action is show_config else action.__name__
         parents = [] if action in (demo, ship) else [shared]
         added[name] = commands.add_parser(name, help=action.__doc__, description=action.__doc__, parents=parents, epilog=EXAMPLE,
@@ -301,12 +313,13 @@ def make_parser() -> ArgumentParser:
     added["cache"].add_argument("what", choices=("build", "show", "check", "clear"), help="build fills it for a run with these settings")
     added["train"].add_argument("--run-dir", type=Path, metavar="DIR", help="run folder to make or to continue (default: a new one)")
     added["runs"].add_argument("names", nargs="*", metavar="RUN", help="run folders to compare, by path or by name below paths.run_root (default: list all)")
-    for name in ("evaluate", "export", "bench"):
+    for name in ("evaluate", "export", "bench", "gate"):
         added[name].add_argument("--run", type=Path, metavar="DIR", required=name != "export", help="folder of a finished run")
     added["export"].add_argument("--checkpoint", type=Path, metavar="FILE", help="weights to export (default: best.pt of --run)")
     added["export"].add_argument("--format", default="", metavar="NAMES", help="formats besides ONNX, with commas: torchscript, torchscript-script, pt2, safetensors, openvino, executorch, onnx-int8, onnx-int8-dynamic, onnx-fp16")
     added["bench"].add_argument("--out", type=Path, default=Path("runs/bench"), metavar="DIR", help="gets infer.json (default: %(default)s)")
     added["bench"].add_argument("--engines", default="", metavar="NAMES", help="that are measured, with commas (default: all that this machine has)")
+    added["gate"].add_argument("--out", type=Path, default=Path("reports"), metavar="DIR", help="gets benchmark_YYYYMMDD_HHMMSS.json (default: %(default)s)")
     added["models"].add_argument("what", choices=("list", "show", "push", "pull", "promote", "rollback", "info"), help="push takes --run, pull puts the promoted files into --out, info takes a file")
     added["models"].add_argument("words", nargs="*", metavar="TASK VERSION", help="classifier or detector, and a number; a file for info")
     added["models"].add_argument("--run", type=Path, metavar="DIR", help="folder of an exported run to push")

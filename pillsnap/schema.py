@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 # %% auto #0
 __all__ = ['Share', 'Positive', 'Count', 'CountOrZero', 'PosixPath', 'BatchSize', 'LEAF_KEYS', 'PATH_KEYS', 'SettingsError',
            'likely_meant', 'check_path', 'Section', 'Paths', 'Data', 'Dataloader', 'ClassifierModel', 'DetectorModel',
-           'Model', 'ClassifierTraining', 'DetectorTraining', 'Train', 'Identify', 'Goals', 'Latency', 'Export',
+           'Model', 'ClassifierTraining', 'DetectorTraining', 'Train', 'Identify', 'Goals', 'Latency', 'Gate', 'Export',
            'Store', 'Serve', 'Settings', 'leaf_fields']
 
 # %% ../nbs/03_schema.ipynb #6c5bc25c
@@ -249,6 +249,16 @@ class Latency(Section):
     runs: Count = 200
 
 
+class Gate(Section):
+    """What an exported run must keep to before it is deployed, besides its goals."""
+
+    classifier_mb: Positive = 120.0
+    detector_mb: Positive = 120.0
+    memory_mb: Positive = 1500.0
+    reproducibility: bool = True
+    reproducibility_images: Count = 100
+
+
 class Export(Section):
     """How far an exported model may differ from the trained one."""
 
@@ -296,6 +306,7 @@ class Settings(Section):
     identify: Identify = Identify()
     goals: Goals = Goals()
     latency: Latency = Latency()
+    gate: Gate = Gate()
     export: Export = Export()
     store: Store = Store()
     serve: Serve = Serve()

@@ -51,7 +51,7 @@ def save_run(
 
 # %% ../../nbs/training/04_saving.ipynb #6c16d2bb
 _MAY_CHANGE = ("profile", "paths.sample_root", "paths.run_root", "paths.cache_root", "data.cache", "data.cache_memory_share", "data.cache_lmdb_gb", "dataloader", "train.resume", "train.save_minutes", "train.log_every",
-               "train.patience", "train.compile", "train.cuda_graphs", "train.max_grad_accum", "train.tf32", "train.amp", "identify", "goals", "latency", "export", "store", "serve")
+               "train.patience", "train.compile", "train.cuda_graphs", "train.max_grad_accum", "train.tf32", "train.amp", "identify", "goals", "latency", "gate", "export", "store", "serve")
 
 
 def check_same_settings(
