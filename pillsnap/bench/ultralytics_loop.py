@@ -17,10 +17,11 @@ import torch
 
 from .photos import BenchError
 from ..config import Settings
+from ..data.augment import quarter_turns, random_light
 from ..training.hardware import Hardware
 
 # %% auto #0
-__all__ = ['number_format', 'trainer_arguments', 'Enough', 'Pacer', 'main', 'OtherTrainer']
+__all__ = ['number_format', 'trainer_arguments', 'Enough', 'Pacer', 'turned_and_lit', 'main', 'OtherTrainer']
 
 # %% ../../nbs/bench/09_ultralytics_loop.ipynb #ec433533
 def number_format(
@@ -98,11 +99,32 @@ class Pacer:
             self.order(trainer)
 
 # %% ../../nbs/bench/09_ultralytics_loop.ipynb #1997c50f
+def turned_and_lit(
+    batch: dict[str, Any],      # of the trainer: img 0 to 1; bboxes centre x, centre y, width, height, share of the side; batch_idx
+    generator: torch.Generator  # source of randomness
+) -> dict[str, Any]:            # the same keys
+    """Turn photos and change their light as our own training does."""
+    images, size = batch["img"], batch["img"].shape[-1]
+    centres, sides = batch["bboxes"].split(2, dim=1)
+    corners = torch.cat([centres - sides / 2, centres + sides / 2], dim=1) * size
+    images, boxes = quarter_turns(images, [corners[batch["batch_idx"] == number] for number in range(len(images))], generator)
+    index = torch.repeat_interleave(torch.arange(len(boxes)), torch.tensor([len(rows) for rows in boxes]))
+    corners = torch.cat(boxes) / size
+    return batch | {"img": random_light(images * 255, generator), "bboxes": torch.cat([(corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]], dim=1), "batch_idx": index.to(batch["batch_idx"])}
+
+
 def _train(wanted: dict[str, Any], channel) -> None:
     """Run the trainer as a file describes."""
     from pillsnap.models import detector  # noqa: F401  puts right what the import below changes
 
     from ultralytics import YOLO
+    from ultralytics.models.yolo.detect import DetectionTrainer
+
+    generator = torch.Generator().manual_seed(wanted["arguments"]["seed"])
+
+    class Alike(DetectionTrainer):
+        def preprocess_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
+            return turned_and_lit(super().preprocess_batch(batch), generator)
 
     def begin(trainer) -> None:
         torch.set_num_threads(wanted["threads"])  # it has set one less than there are cores
@@ -122,8 +144,9 @@ def _train(wanted: dict[str, Any], channel) -> None:
     if not wanted["result"]:
         for event, action in (("on_train_start", pacer.order), ("on_train_epoch_start", pacer.start_pass), ("on_train_batch_end", pacer.count)):
             model.add_callback(event, action)
+    alike = {"trainer": Alike, "hsv_s": 0.0, "hsv_v": 0.0} if wanted["result"] else {}
     try:
-        model.train(**wanted["arguments"])
+        model.train(**wanted["arguments"] | alike)
     except Enough:
         return
 
