@@ -63,10 +63,12 @@ def machine() -> dict[str, Any]:
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "system": platform.platform()}
 
 
-def versions() -> dict[str, str | None]:
+def versions(
+    names: Sequence[str] = _PACKAGES,  # of installed packages
+) -> dict[str, str | None]:
     """Versions of what takes part; None for what is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in _PACKAGES:
+    for name in names:
         try:
             found[name] = version(name)
         except PackageNotFoundError:

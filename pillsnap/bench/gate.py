@@ -18,7 +18,8 @@ import numpy as np
 import psutil
 
 from .checks import Check, GateError, accuracy, check_comparison, judge, served_file
-from .infer import photos_of, versions
+from .data import versions
+from .infer import PACKAGES, photos_of
 from .requests import cold_start
 from ..config import Settings
 from ..data.manifest import load_dataset
@@ -159,7 +160,7 @@ def gate_run(
     report = {"passed": all(check.passed for check in checks), "failures": [check.sentence for check in checks if not check.passed],
               "run": run.name, "stage": settings.stage, "engine": engine.choice, "engine_reason": engine.reason, "evaluated_on": read_run(run).evaluation.get("split"), "checks": [_plain(check) for check in checks],
               "setup": {"warmup_runs": settings.latency.warmup_runs, "runs": settings.latency.runs, "threads": settings.serve.threads or "one per core", "reproducibility": settings.gate.reproducibility, "reproducibility_images": settings.gate.reproducibility_images},
-              "machine": {**this_machine(), "memory_gb": round(psutil.virtual_memory().total / 1e9, 1)}, "versions": versions(), "seconds": round(time.perf_counter() - began, 1)}
+              "machine": {**this_machine(), "memory_gb": round(psutil.virtual_memory().total / 1e9, 1)}, "versions": versions(PACKAGES), "seconds": round(time.perf_counter() - began, 1)}
     return report, write_new(out, report)
 
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 
+from .data import versions
 from .requests import TORCH_WAYS, WAYS, Timings, cold_start, open_way, percentiles, take_turn, throughput
 from ..config import Settings
 from ..data.manifest import load_dataset
@@ -34,8 +34,8 @@ from ..training.checkpoint import load_trained
 logger = logging.getLogger("pillsnap")
 
 # %% auto #0
-__all__ = ['logger', 'FEWER_BITS', 'BATCHES', 'WORTH', 'comparisons', 'compare_way', 'photos_of', 'open_ways', 'measure',
-           'fastest', 'versions', 'bench_run', 'ratios', 'table']
+__all__ = ['logger', 'FEWER_BITS', 'BATCHES', 'WORTH', 'PACKAGES', 'comparisons', 'compare_way', 'photos_of', 'open_ways',
+           'measure', 'fastest', 'bench_run', 'ratios', 'table']
 
 # %% ../../nbs/bench/14_infer.ipynb #70165954
 FEWER_BITS = tuple(name for name in ENGINES if name.endswith(("-int8", "-bf16", "-fp16")))
@@ -140,18 +140,7 @@ def fastest(
     return best, f"measured here: half of the single-pill requests take at most {passing[best]:.1f} ms ({others or 'no other engine passes'})"
 
 # %% ../../nbs/bench/14_infer.ipynb #fc5f7d85
-_PACKAGES = ("pillsnap", "torch", "timm", "ultralytics-opencv-headless", "onnxruntime-gpu", "openvino", "numpy", "opencv-python-headless", "kornia_rs")
-
-
-def versions() -> dict[str, str | None]:
-    """Versions of what takes part; None for what is not installed."""
-    found: dict[str, str | None] = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
+PACKAGES = ("pillsnap", "torch", "timm", "ultralytics-opencv-headless", "onnxruntime-gpu", "openvino", "numpy", "opencv-python-headless", "kornia_rs")
 
 
 def bench_run(
@@ -178,7 +167,7 @@ def bench_run(
         engines[name] |= cold_start(name, run, on_disk, threads)
     chosen, reason = fastest(engines)
     report = {"engines": engines, "default_engine": chosen, "reason": reason, "ratios": ratios(engines, chosen), "not_measured": missing, "goal_ms_p95": settings.goals.latency_ms_p95,
-              "setup": _setup(run, settings, opened, photos, several), "machine": {**this_machine(), "memory_gb": round(psutil.virtual_memory().total / 1e9, 1)}, "versions": versions(),
+              "setup": _setup(run, settings, opened, photos, several), "machine": {**this_machine(), "memory_gb": round(psutil.virtual_memory().total / 1e9, 1)}, "versions": versions(PACKAGES),
               "seconds": round(time.perf_counter() - began, 1)}
     write_json(out / "infer.json", report)
     write_json(run / "export" / CHOICE, {"engine": chosen, "reason": reason, "machine": this_machine()})
