@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .onnx import ExportError, Source, export_onnx
+from .onnx import ExportError, Source, export_onnx, still
 from .quantize import write_fp16, write_int8, write_int8_dynamic
-from .torch_formats import open_program, open_script, open_weights, still, write_program, write_scripted, write_traced, write_weights
+from .torch_formats import open_program, open_script, open_weights, write_program, write_scripted, write_traced, write_weights
 from ..files import replacing
 from ..runtime.session import open_model
 

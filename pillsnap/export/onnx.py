@@ -18,9 +18,10 @@ import torch
 from torch import nn
 
 from ..files import replacing
+from ..models.detector import RawDetections, for_one_size
 
 # %% auto #0
-__all__ = ['ExportError', 'Source', 'export_onnx', 'model_opset']
+__all__ = ['ExportError', 'Source', 'still', 'export_onnx', 'model_opset']
 
 # %% ../../nbs/export/00_onnx.ipynb #2a75a575
 class ExportError(ValueError):
@@ -59,6 +60,11 @@ class Source:
         return json.dumps({**self.metadata, **more}, ensure_ascii=False)
 
 # %% ../../nbs/export/00_onnx.ipynb #2a46092f
+def still(source: Source) -> nn.Module:
+    """The network as exporters can follow it."""
+    return for_one_size(source.network, source.size) if isinstance(source.network, RawDetections) else source.network
+
+
 def export_onnx(
     source: Source,
     path: Path      # file to write
@@ -66,7 +72,7 @@ def export_onnx(
     """Export with a dynamic batch, check and annotate; raises `ExportError` when the file carries another operator set."""
     with replacing(path) as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter says on every call that it is the older one, and why it is used stands above
-        torch.onnx.export(source.network, (source.example(),), str(temporary), input_names=["images"], output_names=[source.output], opset_version=source.opset,
+        torch.onnx.export(still(source), (source.example(),), str(temporary), input_names=["images"], output_names=[source.output], opset_version=source.opset,
                           dynamic_axes={"images": {0: "batch"}, source.output: {0: "batch"}}, dynamo=False)
         model = onnx.load(temporary)
         carried = model_opset(model)

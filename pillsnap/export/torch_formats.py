@@ -22,13 +22,12 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 
 from ..evaluation import torch_forward
-from .onnx import ExportError, Source
+from .onnx import ExportError, Source, still
 from ..files import replacing, write_json
-from ..models.detector import RawDetections, detector_network, for_one_size
+from ..models.detector import RawDetections, detector_network
 
 # %% auto #0
-__all__ = ['write_traced', 'write_scripted', 'still', 'open_script', 'write_program', 'open_program', 'write_weights',
-           'open_weights']
+__all__ = ['write_traced', 'write_scripted', 'open_script', 'write_program', 'open_program', 'write_weights', 'open_weights']
 
 # %% ../../nbs/export/01_torch_formats.ipynb #0f92956b
 _FOR_CPU = torch.device("cpu")
@@ -58,11 +57,6 @@ def write_scripted(
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(":. ")[:200]
             raise ExportError(f"the code of {source.metadata.get('model', source.task)} can't be translated to TorchScript ({reason}): use the traced file, or pt2") from error
         _save_script(script, source, path)
-
-
-def still(source: Source) -> nn.Module:
-    """The network as exporters can follow it."""
-    return for_one_size(source.network, source.size) if isinstance(source.network, RawDetections) else source.network
 
 
 def _save_script(script: torch.jit.ScriptModule, source: Source, path: Path) -> None:

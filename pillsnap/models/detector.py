@@ -110,6 +110,7 @@ def for_one_size(
 ) -> RawDetections:           # a copy; any batch of pictures of this size
     """A copy for exporters, whose anchors belong to one size."""
     fixed = copy.deepcopy(detector)
+    fixed.network.model[-1].shape = None  # anchors of an earlier answer may be tensors of the inference mode
     with torch.no_grad():  # not inference_mode: its tensors can't be traced
         fixed(torch.zeros(1, 3, size, size))
     fixed.network.model[-1].shape = _AnyShape()
