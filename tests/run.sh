@@ -21,6 +21,6 @@ echo "== notebooks run"
 OMP_NUM_THREADS=1 nbdev_test --n_workers 2  # one thread each, or two notebooks at a time would wait for each other
 
 echo "== tests"
-# Training that is compared bit for bit runs apart: runtimes of other formats change how a process computes that has loaded them.
+# Training that is compared bit for bit runs in a process that no other test has run in.
 python -m pytest -q tests --ignore tests/test_training_engine.py
 python -m pytest -q tests/test_training_engine.py

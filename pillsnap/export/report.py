@@ -182,7 +182,7 @@ def export_formats(
     for parts in found.values():
         parts["passed"] = not any(parts[task]["failures"] for task in TASKS)
     reasons = [f"{name}: {sentence}" for name, parts in found.items() for task in TASKS for sentence in parts[task]["failures"]]
-    return {"passed": not reasons, "failures": reasons, "formats": found, "opset": settings.export.opset, "compare": "full" if wide else settings.export.compare,
+    return {"passed": not reasons, "failures": reasons, "formats": found, "opset": settings.export.opset, "compare": "quantised_images" if wide else settings.export.compare,
             "samples": {task: [cut.image for cut in chosen.cuts] for task, chosen in samples.items()}}
 
 

@@ -23,7 +23,7 @@ from torch.nn import functional
 from ..models.detector import DetectionModel, RawDetections, detection_loss
 from .autotune import Trial, timed_attempt
 from .checkpoint import random_states, restore_random_states
-from .hardware import Hardware, make_optimizer, seed_everything
+from .hardware import Hardware, choose_device, make_optimizer, seed_everything
 
 # %% auto #0
 __all__ = ['STEPS', 'HOW_MEMORY', 'PerformanceError', 'plain_hardware', 'asking_step', 'made_up_loss', 'training_step',
@@ -36,10 +36,10 @@ class PerformanceError(ValueError):
 
 
 def plain_hardware(
-    device: str | None = None  # cpu or cuda; None: the GPU if there is one
+    device: str | None = None  # cpu or cuda; None: as `choose_device` says
 ) -> Hardware:                 # `choose_hardware` gives the one that a run trains with
     """A machine that computes in float32."""
-    return Hardware(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")), None, torch.contiguous_format, "none")
+    return Hardware(torch.device(device) if device else choose_device(), None, torch.contiguous_format, "none")
 
 
 def _check_count(count: int) -> None:
