@@ -125,7 +125,7 @@ def measure_inference_time(
 
 # %% ../../nbs/training/08_performance.ipynb #7d7ea591
 STEPS = {"asking": asking_step, "training": training_step}
-HOW_MEMORY = {"cuda": "most that torch has reserved on the GPU, in a process of its own", "cpu": "growth of the resident memory of a process of its own"}
+HOW_MEMORY = {"cuda": "most that torch has reserved on the GPU, in a process of its own", "cpu": "growth of the resident memory of a process of its own", "mps": "growth of the resident memory of a process of its own"}
 
 
 def measure_in_process(
