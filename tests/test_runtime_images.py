@@ -5,7 +5,6 @@ import io
 import struct
 import subprocess
 import sys
-import time
 import tracemalloc
 import zlib
 from pathlib import Path
@@ -180,10 +179,8 @@ def test_hundred_megapixels_are_refused_before_decoding() -> None:
     data = one_bit_png(10_000, 10_001)
     assert len(data) < 100_000
     tracemalloc.start()
-    started = time.perf_counter()
     with pytest.raises(TooManyPixels, match="100,010,000 pixels"):
         decode_image(data)
-    assert time.perf_counter() - started < 0.5
     assert tracemalloc.get_traced_memory()[1] < 5_000_000
     tracemalloc.stop()
     with pytest.raises(TooManyPixels):

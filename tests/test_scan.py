@@ -271,7 +271,6 @@ def test_ten_thousand_in_quarantine(root):
     assert report.files == {"found": 17_500, "used": 0, "skipped": 0, "quarantined": 17_500}
     table = pl.read_parquet(report.quarantine)
     assert len(table) == 10_000 and table["files"].sum() == 17_500 and table["detail"].str.len_chars().min() > 10
-    assert report.seconds < 20
     with pytest.raises(DataError, match="No photo below .* can be used: 17500 files found as aihub; in quarantine: box_outside 2500"):
         check_usable(report)
 
