@@ -83,7 +83,7 @@ def _unusable(found: Found) -> Quarantined | None:
     if found.problem:
         reason = Reason.FILE_UNREADABLE if found.checksum is None else Reason.ARCHIVE_DAMAGED
         return Quarantined(found.reference, reason, f"{found.name} {found.problem}")
-    if not _readable(found.reference):
+    if not found.reference.isascii() and not _readable(found.reference):
         shown = found.reference.encode("utf-8", "backslashreplace").decode()
         return Quarantined(shown, Reason.NAME_UNREADABLE, "the path is not text in UTF-8: unpack the archive again with its code page (cp949), or rename the file")
     return None
@@ -159,7 +159,7 @@ def _read_labels(labels: list[Found], stem: str) -> tuple[list[PillLabel], int]:
                 raise LabelError(Reason.CODE_MISSING, f"neither drug_N nor dl_mapping_code nor the folder of {found.reference} names one K-code")
             pills.setdefault((code, pill.box), pill if code == pill.code else pill._replace(code=code))
         repeated += len(pills) == before
-    return [pill for _, pill in sorted(pills.items())], repeated
+    return [pills[key] for key in sorted(pills)], repeated
 
 
 def _check_codes(found: list[str], expected: tuple[str, ...]) -> None:

@@ -121,9 +121,9 @@ class _Facts(msgspec.Struct, gc=False):
 
 
 class _Annotation(msgspec.Struct, gc=False):
-    """The needed field of an annotation, of any type."""
+    """The needed field of an annotation, as nearly all labels have it."""
 
-    bbox: Any = None
+    bbox: tuple[float, float, float, float]
 
 
 class _Label(msgspec.Struct, gc=False):
@@ -179,7 +179,7 @@ class PillLabel(NamedTuple):
 
 def _box(bbox: Any) -> tuple[float, float, float, float]:
     """`[x, y, width, height]` as corners; raises `LabelError` for anything that is no box."""
-    numbers = [as_number(value) for value in bbox] if isinstance(bbox, list) else []
+    numbers = bbox if isinstance(bbox, tuple) else [as_number(value) for value in bbox] if isinstance(bbox, list) else []
     if len(numbers) != 4 or None in numbers or numbers[2] <= 0 or numbers[3] <= 0:
         raise LabelError(Reason.BOX_MISSING, f"bbox is {json.dumps(bbox, ensure_ascii=False)}, not [x, y, width, height]")
     x, y, width, height = numbers

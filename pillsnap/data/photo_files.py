@@ -123,15 +123,18 @@ def _unpack(descriptor: int, archive: str, offset: int, member: str, reference: 
     return data
 
 # %% ../../nbs/data/00_photo_files.ipynb #c34e072b
+_PIECE = 1 << 14  # bytes; all of a label, whose size nobody needs to ask for
+
+
 def _read_file(descriptor: int) -> bytes:
     """All bytes of an open file."""
-    size = os.fstat(descriptor).st_size
-    data = os.read(descriptor, size + 1)
-    if len(data) == size:
-        return data
-    pieces = [data]
-    while piece := os.read(descriptor, 1 << 20):
+    data = os.pread(descriptor, _PIECE, 0)
+    if len(data) == _PIECE:
+        data = os.pread(descriptor, os.fstat(descriptor).st_size, 0)  # a photo, in one piece
+    pieces, place = [data], len(data)
+    while piece := os.pread(descriptor, _PIECE, place):
         pieces.append(piece)
+        place += len(piece)
     return b"".join(pieces)
 
 
