@@ -15,7 +15,7 @@ from typing import NamedTuple
 from .aihub_labels import PillLabel, as_code, parse_label
 from .aihub_layout import is_archive, members_of
 from .aihub_names import Session, codes_in, parse_photo_name, single_group
-from .archives import ArchiveError
+from .archives import ArchiveError, Member
 from .photo_files import is_member, member_reference, read_photo
 from pillsnap.data.records import (
     Bucket, LabelError, OfficialSplit, PhotoKind, PillRecord, Quarantined, Reason, ScanResult, check_box, entries_of, header_size,
@@ -40,7 +40,7 @@ class Found(NamedTuple):
 def _readable(path: str) -> bool:
     """Whether a path is text."""
     try:
-        return bool(path.encode())
+        return path.isascii() or bool(path.encode())
     except UnicodeEncodeError:
         return False
 
@@ -53,26 +53,31 @@ def _file(file: os.DirEntry[str] | Path, path: str, folder: str, sized: bool) ->
         return Found(path, file.name, folder, 0, None, f"cannot be read ({error.strerror})")
 
 
-def _on_disk(folder: str, sized: bool) -> Iterator[Found]:
+def _on_disk(folder: str, sized: bool) -> list[Found]:
     """All files below a folder, in a fixed order; raises `ScanError` for a folder that cannot be read."""
     name = os.path.basename(folder)
+    files: list[Found] = []
     for entry in entries_of(folder):
         if entry.is_dir():
-            yield from _on_disk(entry.path, sized)
+            files += _on_disk(entry.path, sized)
         else:
-            yield _file(entry, entry.path, name, sized)
+            files.append(_file(entry, entry.path, name, sized))
+    return files
 
 
-def _files_at(path: str, number: int, sized: bool) -> Iterator[Found]:
+def _packed(archive: str, member: Member) -> Found:
+    """A file in an archive."""
+    parent, _, name = member.name.rpartition("/")
+    return Found(member_reference(archive, member.offset, member.name), name, parent.rpartition("/")[2], member.size, member.checksum, member.problem)
+
+
+def _files_at(path: str, number: int, sized: bool) -> list[Found]:
     """The files of a share below a folder, in an archive, or the one file at a path; raises `ArchiveError` and `ScanError`."""
     if is_archive(path):
-        for member in members_of(path, number):
-            parent, _, name = member.name.rpartition("/")
-            yield Found(member_reference(path, member.offset, member.name), name, parent.rpartition("/")[2], member.size, member.checksum, member.problem)
-    elif os.path.isdir(path):
-        yield from _on_disk(path, sized)
-    else:
-        yield _file(Path(path), path, os.path.basename(os.path.dirname(path)), sized)
+        return [_packed(path, member) for member in members_of(path, number)]
+    if os.path.isdir(path):
+        return _on_disk(path, sized)
+    return [_file(Path(path), path, os.path.basename(os.path.dirname(path)), sized)]
 
 # %% ../../nbs/data/02_aihub.ipynb #b9440380
 _PHOTOS = ("png", "jpg", "jpeg")
@@ -83,7 +88,7 @@ def _unusable(found: Found) -> Quarantined | None:
     if found.problem:
         reason = Reason.FILE_UNREADABLE if found.checksum is None else Reason.ARCHIVE_DAMAGED
         return Quarantined(found.reference, reason, f"{found.name} {found.problem}")
-    if not found.reference.isascii() and not _readable(found.reference):
+    if not _readable(found.reference):
         shown = found.reference.encode("utf-8", "backslashreplace").decode()
         return Quarantined(shown, Reason.NAME_UNREADABLE, "the path is not text in UTF-8: unpack the archive again with its code page (cp949), or rename the file")
     return None
@@ -102,7 +107,7 @@ def _usable(bucket: Bucket, paths: tuple[str, ...], wanted: tuple[str, ...], res
     """Stem and file of everything in `paths` that has a wanted suffix; all other files are counted into `result`."""
     for path in sorted(paths, key=is_archive):
         try:
-            listed = list(_files_at(path, bucket.facts["number"], sized=wanted is _PHOTOS))
+            listed = _files_at(path, bucket.facts["number"], sized=wanted is _PHOTOS)
         except ArchiveError as error:
             result.files_found += 1
             result.quarantined.append(Quarantined(path, Reason.ARCHIVE_DAMAGED, str(error)))
@@ -217,7 +222,7 @@ def photo_records(
 # %% ../../nbs/data/02_aihub.ipynb #c800f73a
 def _skip_unlabelled(bucket: Bucket) -> ScanResult:
     """The account of folders of test pictures."""
-    count = sum(1 for path in bucket.paths for _ in _on_disk(path, sized=False))
+    count = sum(len(_on_disk(path, sized=False)) for path in bucket.paths)
     return ScanResult(files_found=count, skipped=Counter(test_image_without_label=count))
 
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from enum import Enum
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from typing import Any, Literal, NamedTuple
 
 import polars as pl
@@ -214,7 +214,7 @@ def entries_of(
         return remembered[folder]
     try:
         with os.scandir(folder) as entries:
-            listed = sorted((entry for entry in entries if not (entry.is_symlink() and _leads_nowhere(entry))), key=lambda entry: entry.name)
+            listed = sorted((entry for entry in entries if not (entry.is_symlink() and _leads_nowhere(entry))), key=attrgetter("name"))
     except OSError as error:
         raise ScanError(f"Cannot read the folder {folder} ({error.strerror}): check that it exists and that you may read it.") from error
     if remembered is not None:
