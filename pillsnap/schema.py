@@ -232,6 +232,7 @@ class Identify(Section):
     box_confidence: Share = 0.25
     nms_iou: Share = 0.5
     sure_confidence: Share = 0.5
+    single_scale: Annotated[float, Field(ge=0.1, le=1)] = 0.5
 
 
 class Goals(Section):

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..export.report import TASKS
 from ..export.versions import sha256
 from ..runs import read_run
-from ..runtime.engines import ENGINES
+from ..runtime.engines import ENGINES, TASKS
 
 # %% auto #0
 __all__ = ['GateError', 'Check', 'judge', 'served_file', 'differences', 'check_comparison', 'accuracy']

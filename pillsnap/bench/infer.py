@@ -22,11 +22,11 @@ from ..data.photo_files import read_photo
 from ..evaluation import held_out
 from ..export.compare import Samples, failures
 from ..export.onnx import ExportError
-from ..export.report import TASKS, Comparison, sources_of
+from ..export.report import Comparison, sources_of
 from ..export.samples import crop_samples, frame_samples
 from ..files import write_json
 from ..runlog import decide
-from ..runtime.engines import CHOICE, ENGINES, PLAIN, this_machine, why_not
+from ..runtime.engines import CHOICE, ENGINES, PLAIN, TASKS, this_machine, why_not
 from ..runtime.identify import Identifier
 from ..runtime.session import ModelError
 from ..training.checkpoint import load_trained
@@ -196,7 +196,7 @@ def ratios(
 
 def _setup(run: Path, settings: Settings, opened: dict[str, Identifier], photos: list[bytes], several: list[bytes]) -> dict[str, Any]:
     rules = next(iter(opened.values())).rules
-    return {"run": run.name, "classifier": f"{settings.model.classifier.name} {rules.classifier_size} px", "detector": f"{settings.model.detector.name} {rules.detector_size} px", "classes": len(rules.class_map),
+    return {"run": run.name, "classifier": f"{settings.model.classifier.name} {rules.classifier_size} px", "detector": f"{settings.model.detector.name} {rules.detector_size} px, {rules.single_size} px for one pill", "classes": len(rules.class_map),
             "warmup_runs": settings.latency.warmup_runs, "runs": settings.latency.runs, "threads": settings.serve.threads or "one per core", "batches": list(BATCHES),
             "photos": {"single": len(photos), "several": len(several)}}
 

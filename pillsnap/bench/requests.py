@@ -101,7 +101,7 @@ def take_turn(
 ) -> None:
     """Time a few requests."""
     rules, ready = identifier.rules, decode_image(photos[0])
-    frame = normalise(letterbox(ready, rules.detector_size or 32)[0][None], (0, 0, 0), (1, 1, 1))
+    frame = normalise(letterbox(ready, rules.single_size or 32)[0][None], (0, 0, 0), (1, 1, 1))
     crop = normalise(letterbox(ready, rules.classifier_size)[0][None], rules.mean, rules.std)
     for number in range(-rest, runs):
         counts = number >= 0

@@ -14,8 +14,9 @@ from typing import Any
 from huggingface_hub import HfApi, ModelCardData, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 
-from .shipped import TASKS, ShipError, export_report, exported_files
+from .shipped import ShipError, export_report, exported_files
 from ..files import replacing, write_json, write_text
+from ..runtime.engines import TASKS
 
 # %% auto #0
 __all__ = ['evaluation_text', 'comparison_text', 'model_card', 'build_package', 'upload_package']

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ..files import replacing
-from ..models.detector import RawDetections, for_one_size
+from ..models.detector import RawDetections, for_any_size, for_one_size
 
 # %% auto #0
 __all__ = ['ExportError', 'Source', 'still', 'export_onnx', 'model_opset']
@@ -61,7 +61,7 @@ class Source:
 
 # %% ../../nbs/export/00_onnx.ipynb #2a46092f
 def still(source: Source) -> nn.Module:
-    """The network as exporters can follow it."""
+    """The network as exporters can follow it, for pictures of one size."""
     return for_one_size(source.network, source.size) if isinstance(source.network, RawDetections) else source.network
 
 
@@ -69,15 +69,20 @@ def export_onnx(
     source: Source,
     path: Path      # file to write
 ) -> None:
-    """Export with a dynamic batch, check and annotate; raises `ExportError` when the file carries another operator set."""
+    """Export for any batch, a detector for any size too, check and annotate; raises `ExportError` when the file carries another operator set."""
+    free = isinstance(source.network, RawDetections)
+    network = for_any_size(source.network) if free else source.network
+    axes = {"images": {0: "batch", **({2: "height", 3: "width"} if free else {})}, source.output: {0: "batch", **({2: "anchors"} if free else {})}}
     with replacing(path) as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter says on every call that it is the older one, and why it is used stands above
-        torch.onnx.export(still(source), (source.example(),), str(temporary), input_names=["images"], output_names=[source.output], opset_version=source.opset,
-                          dynamic_axes={"images": {0: "batch"}, source.output: {0: "batch"}}, dynamo=False)
+        torch.onnx.export(network, (source.example(),), str(temporary), input_names=["images"], output_names=[source.output], opset_version=source.opset,
+                          dynamic_axes=axes, dynamo=False)
         model = onnx.load(temporary)
         carried = model_opset(model)
         if carried != source.opset:
             raise ExportError(f"{path.name} carries operator set {carried} instead of {source.opset}: set export.opset to {carried}, or use another version of torch.")
+        if free:
+            model.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 5  # the exporter loses it
         onnx.checker.check_model(model, full_check=True)
         onnx.helper.set_model_props(model, {"pillsnap": source.told()})
         onnx.save(model, temporary)

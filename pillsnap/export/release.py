@@ -14,17 +14,14 @@ from pathlib import Path
 from .store import ModelStore, ModelVersion, StoreError, existing_version, open_store, tasks, versions
 from .versions import promote, promoted, pull, push, rollback
 from ..files import replacing
+from ..runtime.engines import TASKS
 from ..runtime.identify import load_identifier
 from ..schema import Settings
 
 # %% auto #0
-__all__ = ['TASKS', 'run_files', 'push_run', 'pull_models', 'describe_store', 'describe_version', 'store_of',
-           'run_models_command']
+__all__ = ['run_files', 'push_run', 'pull_models', 'describe_store', 'describe_version', 'store_of', 'run_models_command']
 
 # %% ../../nbs/export/10_release.ipynb #21a5f99d
-TASKS = ("classifier", "detector")
-
-
 def run_files(
     run: Path,             # run folder
     task: str,             # classifier or detector

@@ -28,17 +28,16 @@ from .onnx import ExportError, Source
 from .samples import calibration_batches, crop_samples, frame_samples
 from .versions import sha256
 from ..files import write_json
+from ..runlog import decide
+from ..runtime.engines import TASKS
 from ..runtime.identify import Rules
 from ..runtime.images import normalise
 from ..training.checkpoint import CheckpointError, Trained, load_checkpoint, load_trained
 
 # %% auto #0
-__all__ = ['TASKS', 'sources_of', 'Comparison', 'export_format', 'export_run', 'export_formats']
+__all__ = ['sources_of', 'Comparison', 'export_format', 'export_run', 'export_formats']
 
 # %% ../../nbs/export/06_report.ipynb #4ddd067c
-TASKS = ("classifier", "detector")
-
-
 def sources_of(
     trained: Trained,   # from `load_trained`
     dataset: Dataset,   # manifest of the run, to calibrate with
@@ -173,6 +172,8 @@ def export_formats(
 ) -> dict:                 # passed, failures, formats, samples, compare, opset
     """Write and compare all files."""
     wide = any(FORMATS[name].fewer_bits for name in names)
+    if wide and settings.export.compare != "full":
+        decide("comparison", f"{settings.export.quantised_images} photos at most", f"export.compare is {settings.export.compare}, but formats with fewer bits are judged by how often they are right")
     samples = {"classifier": crop_samples(dataset, trained.rules, settings, wide), "detector": frame_samples(dataset, trained.rules, settings, wide)}
     found: dict[str, dict] = {name: {} for name in names}
     for task, source in sources_of(trained, dataset, settings).items():

@@ -10,11 +10,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ..runtime.engines import TASKS
+
 # %% auto #0
-__all__ = ['TASKS', 'ShipError', 'export_report', 'exported_files']
+__all__ = ['ShipError', 'export_report', 'exported_files']
 
 # %% ../../nbs/export/10_shipped.ipynb #19cc0812
-TASKS = ("classifier", "detector")
 _ENDINGS = {"onnx": ("onnx",), "safetensors": ("safetensors", "json")}  # of the formats that are shipped
 
 

@@ -20,7 +20,7 @@ from ..config import SettingsError
 from ..runlog import decide
 
 # %% auto #0
-__all__ = ['detector_network', 'build_detector', 'detection_loss', 'RawDetections', 'for_one_size']
+__all__ = ['detector_network', 'build_detector', 'detection_loss', 'RawDetections', 'for_one_size', 'for_any_size']
 
 # %% ../../nbs/models/01_detector.ipynb #3e4e7f63
 _REPLACED = ((Image, ("open",)), (torch, ("save",)), (cv2, ("imread", "imwrite", "imshow")))
@@ -115,3 +115,12 @@ def for_one_size(
         fixed(torch.zeros(1, 3, size, size))
     fixed.network.model[-1].shape = _AnyShape()
     return fixed
+
+
+def for_any_size(
+    detector: RawDetections  # on the CPU, in evaluation mode
+) -> RawDetections:          # a copy; any batch of pictures of any size
+    """A copy for exporters, whose anchors are computed from each picture's size."""
+    free = copy.deepcopy(detector)
+    free.network.model[-1].dynamic = True
+    return free

@@ -19,9 +19,10 @@ from .openvino_model import OpenVinoModel, open_openvino
 from .session import CPU, CUDA, TENSORRT, ModelError, OnnxModel, cuda_devices, open_model, providers_there
 
 # %% auto #0
-__all__ = ['Model', 'ENGINES', 'CHOICE', 'PLAIN', 'Engine', 'why_not', 'this_machine', 'choose_engine']
+__all__ = ['TASKS', 'Model', 'ENGINES', 'CHOICE', 'PLAIN', 'Engine', 'why_not', 'this_machine', 'choose_engine']
 
 # %% ../../nbs/runtime/05_engines.ipynb #86a98313
+TASKS = ("classifier", "detector")  # the networks
 Model = OnnxModel | OpenVinoModel
 
 

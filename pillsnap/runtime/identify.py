@@ -46,6 +46,14 @@ class Rules:
     box_confidence: float             # a detection below it is no pill, 0 to 1
     nms_iou: float                    # overlap above which the weaker of two boxes is dropped, 0 to 1
     sure_confidence: float            # an answer below it is marked as not sure, 0 to 1
+    single_scale: float = 1.0         # share of detector_size at which `single` looks first; its one pill is large
+
+    @property
+    def single_size(self) -> int | None:  # pixels; a multiple of 32, as detectors want it
+        """Side of the letterboxed photo in which `single` looks first."""
+        if self.detector_size is None or self.single_scale == 1:
+            return self.detector_size
+        return max(32, int(self.detector_size * self.single_scale) // 32 * 32)
 
     def to_json(self) -> dict[str, Any]:
         """As plain values for a checkpoint or the metadata of a model."""
@@ -144,7 +152,7 @@ class Identifier:
         if pipeline == "combo" and self.detect is None:
             raise IdentifyError("The pipeline combo needs a detector, and this model has none: use single, or add detector.onnx.")
         started = perf_counter()
-        boxes, scores = self.find(image)
+        boxes, scores = self._look(image, pipeline)
         found = perf_counter()
         boxes, scores, notes = _select(boxes, scores, pipeline, self.detect is not None)
         crops = self._crops(image, boxes, whole=pipeline == "single")
@@ -161,16 +169,28 @@ class Identifier:
         self,
         image: np.ndarray,  # RGB, uint8, (height, width, 3)
         confidence: float | None = None,  # a detection below it is left out, 0 to 1; None = the rules' box_confidence
+        size: int | None = None,          # side of the letterboxed photo, pixels; None = the rules' detector_size
     ) -> tuple[np.ndarray, np.ndarray]:  # boxes x1 y1 x2 y2 in photo pixels (n, 4) and scores (n,), best first
         """Find the pills of a photo; without a detector none are found."""
         if self.detect is None:
             return np.empty((0, 4), np.float32), np.empty(0, np.float32)
-        square, placement = letterbox(image, self.rules.detector_size)
+        square, placement = letterbox(image, size or self.rules.detector_size)
         raw = np.asarray(self.detect(normalise(square[None], (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))))
         boxes, scores = detections_from_output(raw[0], self.rules.box_confidence if confidence is None else confidence, self.rules.nms_iou)
         boxes = to_photo(boxes, placement, width=image.shape[1], height=image.shape[0])
         inside = (boxes[:, 2] - boxes[:, 0] >= 1) & (boxes[:, 3] - boxes[:, 1] >= 1)
         return boxes[inside], scores[inside]
+
+    def _look(
+        self,
+        image: np.ndarray,  # RGB, uint8, (height, width, 3)
+        pipeline: str,      # "single" or "combo"
+    ) -> tuple[np.ndarray, np.ndarray]:  # as `find`
+        if pipeline == "single" and self.rules.single_size != self.rules.detector_size:
+            boxes, scores = self.find(image, size=self.rules.single_size)
+            if len(boxes):
+                return boxes, scores
+        return self.find(image)
 
     def _crops(
         self,
@@ -271,7 +291,8 @@ def _open(
         return Identifier(classifier, None, rules)
     detector = engine.open(folder / f"detector.{engine.ending}", threads)
     of_detector = _rules_of(detector, "detector")
-    _check(detector, "input", detector.input_shape[-1], of_detector.detector_size)
+    for size in (of_detector.detector_size, of_detector.single_size):
+        _check(detector, "input", detector.input_shape[-1], size)
     _check(detector, "rows of the output", detector.output_shape[1], 5)
     return Identifier(classifier, detector, _common(rules, of_detector, folder))
 

@@ -167,7 +167,7 @@ def build_tasks(
         tasks[name] = make(name, network, batch_size, pieces, group.size)
     names = settings.model
     rules = Rules(class_map=dataset.class_map, classifier_size=names.classifier.image_size, detector_size=names.detector.image_size, margin=settings.data.margin,
-                  mean=normal[0], std=normal[1], box_confidence=settings.identify.box_confidence, nms_iou=settings.identify.nms_iou, sure_confidence=settings.identify.sure_confidence)
+                  mean=normal[0], std=normal[1], box_confidence=settings.identify.box_confidence, nms_iou=settings.identify.nms_iou, sure_confidence=settings.identify.sure_confidence, single_scale=settings.identify.single_scale)
     if earlier := earlier_weights(settings):
         check_taken_over(earlier, rules, settings)
     return tasks, rules
