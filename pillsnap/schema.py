@@ -289,6 +289,7 @@ class Serve(Section):
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] | None = None
     cors_allow_origins: Annotated[tuple[str, ...], Strict(False)] | None = None
     max_image_mb: Positive = 20.0
+    requests_per_minute: CountOrZero = 60
     engine: str = "auto"
     threads: CountOrZero = 0
 

@@ -5,7 +5,6 @@
 # %% ../nbs/20_serve.ipynb #85f29fdb
 from __future__ import annotations
 
-import hmac
 import logging
 import os
 from collections.abc import AsyncIterator
@@ -18,25 +17,27 @@ from typing import Any
 
 import numpy as np
 from anyio import CapacityLimiter, to_thread
-from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Security
-from fastapi.exceptions import RequestValidationError
+from asgi_correlation_id import CorrelationIdMiddleware
+from fastapi import APIRouter, Depends, FastAPI, Request, Security
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse
 from fastapi.security import APIKeyHeader
 from pydantic import BaseModel
-from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from . import __version__
 from .config import Environment, Settings, SettingsError, find_root, load_environment, load_settings
 from .runlog import setup_logging
 from .runtime.identify import PIPELINES, Identifier, IdentifyError, load_identifier
-from .runtime.images import ImageError, NotAnImage, decode_image
+from .runtime.images import ImageError, NotAnImage, TooManyPixels, decode_image
 from .runtime.session import ModelError, ModelMissing
-from .runtime.uploads import read_upload
+from .service.keys import Keys, Pace, weakness
+from .service.problems import Problem, ProblemAnswer, answer_problems
+from .service.uploads import read_upload
 
 # %% auto #0
-__all__ = ['LOGGER', 'router', 'app', 'BoxAnswer', 'CandidateAnswer', 'PillAnswer', 'ModelAnswer', 'Prediction', 'Health',
-           'ModelSlot', 'describe', 'Service', 'require_key', 'health', 'predict', 'create_app']
+__all__ = ['LOGGER', 'router', 'app', 'BoxAnswer', 'CandidateAnswer', 'PillAnswer', 'ModelAnswer', 'Prediction', 'Ready',
+           'Version', 'DrugAnswer', 'Health', 'ModelSlot', 'describe', 'Service', 'require_key', 'count_request',
+           'health', 'ready', 'version', 'classes', 'predict', 'create_app']
 
 # %% ../nbs/20_serve.ipynb #92025948
 class BoxAnswer(BaseModel):
@@ -85,6 +86,29 @@ class Prediction(BaseModel):
     timings_ms: dict[str, float]  # decode, detect, crop, classify, total
     notes: list[str]
     model: ModelAnswer
+
+
+class Ready(BaseModel):
+    """Photos can be answered."""
+
+    ready: bool
+
+
+class Version(BaseModel):
+    """Which code and which training answers come from."""
+
+    version: str
+    model: ModelAnswer
+    git_revision: str  # of the code that exported the models
+    created: str       # when they were exported
+
+
+class DrugAnswer(BaseModel):
+    """One drug that can be named."""
+
+    code: str             # K-code
+    name: str
+    edi_codes: list[str]  # none to several
 
 
 class Health(BaseModel):
@@ -159,7 +183,8 @@ class Service:
     """What the routes need; one per app."""
 
     slot: ModelSlot
-    api_key: str | None       # None = nobody may ask
+    keys: Keys
+    pace: Pace                # photos a minute
     max_bytes: int            # of an upload
     max_pixels: int           # of a photo
     limiter: CapacityLimiter  # photos worked on at the same time
@@ -171,21 +196,31 @@ _KEY_HEADER = APIKeyHeader(name="X-API-Key", auto_error=False)
 def require_key(
     request: Request,                          # the request
     key: str | None = Security(_KEY_HEADER),   # what the header X-API-Key says
+) -> str:                                      # how the log calls the key
+    """Let a request with a right key pass; raises `Problem`."""
+    return request.app.state.service.keys.name_of(key)
+
+
+def count_request(
+    request: Request,                    # the request
+    name: str = Depends(require_key),    # of its key
 ) -> None:
-    """Let a request with the right key pass; otherwise 401 without a key, 403 with a wrong one, 503 when none is set."""
-    wanted = request.app.state.service.api_key
-    if not wanted:
-        raise HTTPException(503, "This server has no API key: set API_KEY in .env or in the environment and start it again.")
-    if not key:
-        raise HTTPException(401, "The API key is missing: send it in the header X-API-Key.", {"WWW-Authenticate": "ApiKey"})
-    if not hmac.compare_digest(key.encode(), wanted.encode()):
-        raise HTTPException(403, "The API key is wrong: check the header X-API-Key.")
+    """Let a request with a right key pass that does not ask too often; raises `Problem`."""
+    request.app.state.service.pace.check(name)
 
 # %% ../nbs/20_serve.ipynb #45aae8d9
-router = APIRouter()
+router = APIRouter(responses={"4XX": {"model": ProblemAnswer}, "5XX": {"model": ProblemAnswer}})
 _FORM = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": {
     "type": "object", "required": ["image"],
     "properties": {"image": {"type": "string", "format": "binary", "description": "JPEG, PNG, WebP or BMP"}}}}}}}
+
+
+def _identifier(request: Request) -> Identifier:
+    """The models; raises `Problem` 503 while there are none."""
+    try:
+        return request.app.state.service.slot.get()
+    except ModelError as error:
+        raise Problem(503, "no_model", str(error)) from error
 
 
 @router.get("/health", response_model=Health)
@@ -201,7 +236,41 @@ def health(
     return Health(status="ok", model=describe(identifier), providers=providers, version=__version__, advice=None)
 
 
-@router.post("/predict", response_model=Prediction, dependencies=[Depends(require_key)], openapi_extra=_FORM)
+@router.get("/ready", response_model=Ready)
+def ready(
+    request: Request,  # the request
+) -> Ready:
+    """Whether photos can be answered."""
+    try:
+        request.app.state.service.slot.get()
+    except ModelError as error:
+        raise Problem(503, "no_model", _ADVICE) from error
+    return Ready(ready=True)
+
+
+@router.get("/version", response_model=Version, dependencies=[Depends(require_key)])
+def version(
+    request: Request,  # the request
+) -> Version:
+    """Which code answers, and which training its models come from."""
+    identifier = _identifier(request)
+    told = identifier.classify.metadata
+    return Version(version=__version__, model=describe(identifier), git_revision=str(told.get("git_revision", "")), created=str(told.get("created", "")))
+
+
+@router.get("/classes", response_model=list[DrugAnswer], dependencies=[Depends(require_key)])
+def classes(
+    request: Request,  # the request
+) -> list[DrugAnswer]:
+    """All drugs that the models know, in the order of the class map."""
+    return [DrugAnswer(code=drug.code, name=drug.name, edi_codes=list(drug.edi_codes)) for drug in _identifier(request).rules.class_map]
+
+
+_PROBLEMS = ((ModelError, 503, "no_model"), (NotAnImage, 415, "not_an_image"), (TooManyPixels, 422, "too_many_pixels"),
+             (ImageError, 422, "damaged_image"), (IdentifyError, 422, "pipeline_unavailable"))
+
+
+@router.post("/predict", response_model=Prediction, dependencies=[Depends(count_request)], openapi_extra=_FORM)
 async def predict(
     request: Request,          # multipart form with the file field `image`
     pipeline: str = "single",  # "single" = one pill, "combo" = several; never switched by the server
@@ -209,17 +278,14 @@ async def predict(
     """Name the pills of a photo."""
     service: Service = request.app.state.service
     if pipeline not in PIPELINES:
-        raise HTTPException(422, f"The pipeline {pipeline!r} is unknown: use single (one pill) or combo (several pills).")
+        raise Problem(422, "unknown_pipeline", f"The pipeline {pipeline!r} is unknown: use single (one pill) or combo (several pills).")
     try:
         identifier = await to_thread.run_sync(service.slot.get)
         data = await read_upload(request, service.max_bytes)
         return await to_thread.run_sync(_answer, identifier, data, pipeline, service.max_pixels, limiter=service.limiter)
-    except ModelError as error:
-        raise HTTPException(503, str(error)) from error
-    except NotAnImage as error:
-        raise HTTPException(415, str(error)) from error
-    except (ImageError, IdentifyError) as error:
-        raise HTTPException(422, str(error)) from error
+    except tuple(kind for kind, _, _ in _PROBLEMS) as error:
+        status, code = next((status, code) for kind, status, code in _PROBLEMS if isinstance(error, kind))
+        raise Problem(status, code, str(error)) from error
 
 
 def _answer(
@@ -237,19 +303,18 @@ def _answer(
     return answer | {"model": describe(identifier)}
 
 # %% ../nbs/20_serve.ipynb #a69ace3b
-async def _on_invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
-    return JSONResponse({"detail": f"The request cannot be used, {where}: {first['msg']}."}, 422)
+class _Doorkeeper:
+    """Refuses to start, in the words of the ASGI protocol: an exception would come with its whole trace."""
 
+    def __init__(self, app: ASGIApp, reason: str) -> None:
+        self.app, self.reason = app, reason
 
-async def _on_disconnect(request: Request, error: ClientDisconnect) -> JSONResponse:
-    return JSONResponse({"detail": "The upload ended early: send the photo again."}, 400)
-
-
-async def _on_error(request: Request, error: Exception) -> JSONResponse:
-    LOGGER.error("unexpected error in %s %s", request.method, request.url.path, exc_info=error)
-    return JSONResponse({"detail": "Something unexpected went wrong with this request: the server's log has the details."}, 500)
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "lifespan" or not self.reason:
+            await self.app(scope, receive, send)
+            return
+        await receive()
+        await send({"type": "lifespan.startup.failed", "message": self.reason})
 
 
 def create_app(
@@ -262,8 +327,9 @@ def create_app(
         settings = Settings() if root is None else load_settings(root / "config.yaml")
     environment = environment or load_environment(root or Path.cwd(), settings.serve)
     folder = settings.serve.model_path or environment.model_path
-    service = Service(ModelSlot(folder, settings.serve.threads, settings.serve.engine), environment.api_key, int(settings.serve.max_image_mb * 1e6),
-                      settings.data.max_pixels, CapacityLimiter(os.cpu_count() or 1))
+    keys, weak = environment.api_keys, environment.allow_weak_keys
+    service = Service(ModelSlot(folder, settings.serve.threads, settings.serve.engine), Keys(keys, anyone=weak), Pace(settings.serve.requests_per_minute),
+                      int(settings.serve.max_image_mb * 1e6), settings.data.max_pixels, CapacityLimiter(os.cpu_count() or 1))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -275,10 +341,10 @@ def create_app(
     app.state.service = service
     app.include_router(router)
     app.add_middleware(CORSMiddleware, allow_origins=list(environment.cors_allow_origins), allow_methods=["GET", "POST"],
-                       allow_headers=["X-API-Key", "Content-Type"])
-    app.add_exception_handler(RequestValidationError, _on_invalid)
-    app.add_exception_handler(ClientDisconnect, _on_disconnect)
-    app.add_exception_handler(Exception, _on_error)
+                       allow_headers=["X-API-Key", "X-Request-ID", "Content-Type"], expose_headers=["X-Request-ID", "Retry-After"])
+    app.add_middleware(CorrelationIdMiddleware)
+    app.add_middleware(_Doorkeeper, reason="" if weak else weakness(keys))
+    answer_problems(app)
     return app
 
 

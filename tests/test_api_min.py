@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -21,12 +22,14 @@ from httpx import Response
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from pillsnap.config import Environment, Settings
+from pillsnap.config import Environment, load_settings
 from pillsnap.runtime.classes import ClassMap, Drug
 from pillsnap.runtime.identify import Identifier, Rules
 from pillsnap.serve import create_app
 
-KEY = {"X-API-Key": "right-key"}
+CONFIG = Path(__file__).parents[1] / "config.yaml"
+RIGHT, ANOTHER = "jC2-9wqXr_LmT4vYd0Ks", "q7Wm2-Lk0vR_t8Yc5n"
+KEY = {"X-API-Key": RIGHT}
 DRUGS = ClassMap([
     Drug("K-000007", "Red capsule", ("641600010", "641600011")),
     Drug("K-000030", "White round tablet", ("649900030",)),
@@ -70,9 +73,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def client_for(folder: Path | None, api_key: str | None = "right-key") -> TestClient:
-    environment = Environment(api_key=api_key, model_path=folder, cors_allow_origins=["https://pillsnap.co.kr"])
-    return TestClient(create_app(Settings(), environment), raise_server_exceptions=False)
+def client_for(folder: Path | None, keys: tuple[str, ...] = (RIGHT, ANOTHER), *settings: str, **more: object) -> TestClient:
+    environment = Environment(api_keys=keys, model_path=folder, cors_allow_origins=["https://pillsnap.co.kr"], **more)
+    return TestClient(create_app(load_settings(CONFIG, settings or ["serve.requests_per_minute=0"]), environment), raise_server_exceptions=False)
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +109,10 @@ def ask(client: TestClient, photo: bytes, query: str = "", headers: dict[str, st
 
 
 def refused(response: Response, status: int, word: str = "") -> None:
-    """The status, one sentence as detail, and nothing of the server's inside."""
+    """The status, one sentence as detail, a code, the number of the request, and nothing of the server's inside."""
     assert response.status_code == status, response.text
+    assert set(response.json()) == {"detail", "code", "request_id"} and response.headers.get_list("x-request-id") == [response.json()["request_id"]]
+    assert response.json()["code"].replace("_", "").isalpha() and len(response.json()["request_id"]) == 32
     detail = response.json()["detail"]
     assert isinstance(detail, str) and word in detail and "Traceback" not in detail and len(detail.split()) > 1
 
@@ -181,10 +186,50 @@ def test_predict_schema(client: TestClient, jpeg: bytes, query: str, pipeline: s
 def test_key_is_wanted(client: TestClient, models: Path, jpeg: bytes) -> None:
     refused(ask(client, jpeg, headers={}), 401, "X-API-Key")
     refused(ask(client, jpeg, headers={"X-API-Key": ""}), 401)
-    for wrong in ("wrong", "right-ke", "right-key2", "schl\u00fcssel".encode("latin-1")):
+    for wrong in ("wrong", RIGHT[:-1], f"{RIGHT}2", f"{RIGHT},{ANOTHER}", "schl\u00fcssel".encode("latin-1")):
         refused(ask(client, jpeg, headers={"X-API-Key": wrong}), 403)
-    refused(ask(client_for(models, api_key=None), jpeg), 503, "API_KEY")
-    refused(ask(client_for(models, api_key=""), jpeg), 503, "API_KEY")
+    assert ask(client, jpeg, headers={"X-API-Key": ANOTHER}).status_code == 200
+    for path in ("/version", "/classes"):
+        refused(client.get(path), 401, "X-API-Key")
+        assert client.get(path, headers=KEY).status_code == 200
+    refused(ask(client_for(models, ()), jpeg), 503, "API_KEY")
+    assert ask(client_for(models, (), allow_weak_keys=True), jpeg, headers={}).status_code == 200
+
+
+def test_a_key_that_asks_too_often_is_told_when_to_come_again(models: Path, jpeg: bytes) -> None:
+    client = client_for(models, (RIGHT, ANOTHER), "serve.requests_per_minute=3")
+    assert [ask(client, jpeg).status_code for _ in range(3)] == [200] * 3
+    late = ask(client, jpeg)
+    refused(late, 429, "3 requests")
+    assert 1 <= int(late.headers["retry-after"]) <= 60
+    assert ask(client, jpeg, headers={"X-API-Key": ANOTHER}).status_code == 200, "another key notices nothing"
+    assert client.get("/version", headers=KEY).status_code == client.get("/health").status_code == 200
+
+
+@pytest.mark.parametrize("key, words", [("", "No API key is set"), ("short", "5 characters"), ("change-me-change-me", "example"), (f"{RIGHT},pillsnap-test-key", "key 2 of 2")])
+def test_a_server_with_keys_that_protect_nothing_does_not_start(models: Path, tmp_path: Path, key: str, words: str) -> None:
+    command = [sys.executable, "-m", "uvicorn", "pillsnap.serve:app", "--port", "0"]
+    environment = {**os.environ, "API_KEY": key, "MODEL_PATH": str(models), "PYTHONPATH": str(CONFIG.parent)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 3 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert not key or key.split(",")[-1] not in done.stderr
+
+
+def test_ready_version_and_classes(client: TestClient, tmp_path: Path) -> None:
+    assert client.get("/ready").json() == {"ready": True}
+    refused(client_for(tmp_path).get("/ready"), 503, "MODEL_PATH")
+    refused(client_for(tmp_path).get("/classes", headers=KEY), 503, "classifier.onnx")
+    version = client.get("/version", headers=KEY).json()
+    assert set(version) == {"version", "model", "git_revision", "created"} and version["model"]["class_map_hash"] == DRUGS.hash
+    drugs = client.get("/classes", headers=KEY).json()
+    assert [drug["code"] for drug in drugs] == list(DRUGS.codes) and drugs[0] == {"code": "K-000007", "name": "Red capsule", "edi_codes": ["641600010", "641600011"]}
+
+
+def test_a_request_keeps_the_number_that_it_came_with(client: TestClient) -> None:
+    number = "0123456789abcdef0123456789abcdef"
+    assert client.get("/health", headers={"X-Request-ID": number}).headers["x-request-id"] == number
+    for bad in ("1", "x" * 5000, "<script>"):
+        assert len(client.get("/health", headers={"X-Request-ID": bad}).headers["x-request-id"]) == 32
 
 
 def test_nothing_that_is_sent_brings_it_down(client: TestClient, jpeg: bytes) -> None:

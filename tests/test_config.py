@@ -66,7 +66,7 @@ def test_environment_has_the_lowest_rank(tmp_path, monkeypatch):
     (tmp_path / ".env").write_text("LOG_LEVEL=ERROR\nMODEL_PATH=models\nAPI_KEY=from-file\n", encoding="utf-8")
     monkeypatch.setenv("API_KEY", "from-process")
     environment = load_environment(tmp_path, load_settings(CONFIG, ["serve.log_level=DEBUG"]).serve)
-    assert (environment.log_level, environment.model_path, environment.api_key) == ("DEBUG", tmp_path / "models", "from-process")
+    assert (environment.log_level, environment.model_path, environment.api_keys) == ("DEBUG", tmp_path / "models", ("from-process",))
     assert load_environment(tmp_path).log_level == "ERROR"
     assert "from-process" not in repr(environment)
 

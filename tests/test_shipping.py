@@ -164,7 +164,7 @@ def test_the_serving_image_answers_with_what_it_has_installed(run: Path, photo: 
     check = [sys.executable, *json.loads(check)[1:]]
     assert command[:2] == ["uvicorn", "pillsnap.serve:app"] and str(port) in command and "/health" in check[-1]
     program = ONLY.format(allowed=[*allowed, "pillsnap"]) + f"import runpy\nsys.argv = {command!r}\nrunpy.run_module('uvicorn', run_name='__main__')\n"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MODEL_PATH": str(run / "export"), "API_KEY": "an-example"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MODEL_PATH": str(run / "export"), "API_KEY": "jC2-9wqXr_LmT4vYd0Ks"}
     assert subprocess.run(check, capture_output=True).returncode != 0, "nothing listens yet"
     server = subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
     try:
