@@ -193,7 +193,7 @@ class Service:
 _KEY_HEADER = APIKeyHeader(name="X-API-Key", auto_error=False)
 
 
-def require_key(
+async def require_key(
     request: Request,                          # the request
     key: str | None = Security(_KEY_HEADER),   # what the header X-API-Key says
 ) -> str:                                      # how the log calls the key
@@ -201,7 +201,7 @@ def require_key(
     return request.app.state.service.keys.name_of(key)
 
 
-def count_request(
+async def count_request(
     request: Request,                    # the request
     name: str = Depends(require_key),    # of its key
 ) -> None:
