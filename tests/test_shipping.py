@@ -175,7 +175,7 @@ def test_the_serving_image_answers_with_what_it_has_installed(run: Path, photo: 
         address = f"http://127.0.0.1:{port}"
         with urllib.request.urlopen(f"{address}/health", timeout=10) as answer:
             assert json.load(answer)["status"] == "ok"
-        answer = httpx.post(f"{address}/predict", headers={"X-API-Key": "an-example"}, files={"image": photo.read_bytes()}, timeout=30)
+        answer = httpx.post(f"{address}/predict", headers={"X-API-Key": environment["API_KEY"]}, files={"image": photo.read_bytes()}, timeout=30)
         assert answer.status_code == 200 and len(answer.json()["pills"]) == 1
     finally:
         server.terminate()
