@@ -133,9 +133,9 @@ def _train(settings: Settings, group: Group, run: RunLog, folder: Path, found: t
     tasks, rules = build_tasks(dataset, settings, hardware, group, {name: state["batch_at_start"] for name, state in before.items()})
     if found:
         resume_run(tasks, rules, *found[:2])
-        run.forget_after({name: task.step for name, task in tasks.items()})
     elif settings.train.resume == "last":
         decide("resume", "a new start", f"there is no checkpoint in {folder}", fallback=True)
+    run.forget_after({name: task.step for name, task in tasks.items()})  # also of a run that was killed before its first checkpoint
 
     def looked_at(task: Task, best: bool) -> None:
         if group.rank:
