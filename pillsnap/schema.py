@@ -290,6 +290,12 @@ class Serve(Section):
     cors_allow_origins: Annotated[tuple[str, ...], Strict(False)] | None = None
     max_image_mb: Positive = 20.0
     requests_per_minute: CountOrZero = 60
+    features: Literal["mvp", "advanced", "production"] = "production"
+    workers: CountOrZero = 0
+    queue: Count = 32
+    request_seconds: Positive = 30.0
+    upload_seconds: Positive = 20.0
+    model_root: PosixPath | None = None
     engine: str = "auto"
     threads: CountOrZero = 0
 

@@ -31,7 +31,7 @@ CONFIG = Path(__file__).parents[1] / "config.yaml"
 RIGHT, ANOTHER = "jC2-9wqXr_LmT4vYd0Ks", "q7Wm2-Lk0vR_t8Yc5n"
 KEY = {"X-API-Key": RIGHT}
 DRUGS = ClassMap([
-    Drug("K-000007", "Red capsule", ("641600010", "641600011")),
+    Drug("K-000007", "Red capsule", ("641600010", "641600011"), {"shape": "oblong", "company": "Example Pharma"}),
     Drug("K-000030", "White round tablet", ("649900030",)),
     Drug("K-000101", "Blue tablet"),
 ])
@@ -122,7 +122,9 @@ def test_health_with_a_model(client: TestClient) -> None:
     assert answer.status_code == 200
     health = answer.json()
     assert health["status"] == "ok" and health["advice"] is None and health["version"]
-    assert "CPUExecutionProvider" in health["providers"]
+    assert health["engines"] == {"classifier": "CPUExecutionProvider", "detector": "CPUExecutionProvider"}
+    assert health["features"] == "production" and health["uptime_seconds"] >= 0
+    assert len(health["model"].pop("version")) == 12
     assert health["model"] == {"classifier": "tiny classifier", "detector": "tiny detector", "classes": 3,
                                "class_map_hash": DRUGS.hash, "classifier_size": 64, "detector_size": 320}
 
@@ -155,11 +157,12 @@ def test_damaged_model_is_no_model(models: Path, tmp_path: Path, jpeg: bytes) ->
 
 
 def check_pill(pill: dict) -> None:
-    assert set(pill) == {"box", "box_confidence", "code", "edi_codes", "name", "confidence", "sure", "top5"}
+    drug = {"code", "edi_codes", "name", "maker", "details", "confidence"}
+    assert set(pill) == drug | {"box", "box_confidence", "sure", "candidates"}
     assert set(pill["box"]) == {"x1", "y1", "x2", "y2"}
     assert pill["code"].startswith("K-") and isinstance(pill["edi_codes"], list) and 0 <= pill["confidence"] <= 1
-    assert pill["top5"][0] == {name: pill[name] for name in ("code", "name", "edi_codes", "confidence")}
-    ranked = [candidate["confidence"] for candidate in pill["top5"]]
+    assert pill["candidates"][0] == {name: pill[name] for name in drug}
+    ranked = [candidate["confidence"] for candidate in pill["candidates"]]
     assert ranked == sorted(ranked, reverse=True) and sum(ranked) == pytest.approx(1, abs=1e-4)
 
 
@@ -170,7 +173,8 @@ def test_predict_schema(client: TestClient, jpeg: bytes, query: str, pipeline: s
     response = ask(client, jpeg, query)
     assert response.status_code == 200, response.text
     answer = response.json()
-    assert set(answer) == {"pipeline", "pills", "timings_ms", "notes", "model"}
+    assert set(answer) == {"pipeline", "photo", "pills", "timings_ms", "notes", "hint", "annotated", "notice", "model"}
+    assert answer["photo"] == {"width": 640, "height": 480} and "medical advice" in answer["notice"] and answer["annotated"] is None
     assert answer["pipeline"] == pipeline and [pill["code"] for pill in answer["pills"]] == codes
     for pill in answer["pills"]:
         check_pill(pill)
@@ -179,7 +183,7 @@ def test_predict_schema(client: TestClient, jpeg: bytes, query: str, pipeline: s
         assert answer["pills"][1]["edi_codes"] == ["641600010", "641600011"]
     assert list(answer["timings_ms"]) == ["decode", "detect", "crop", "classify", "total"]
     assert all(value >= 0 for value in answer["timings_ms"].values())
-    assert any("combo" in note for note in answer["notes"]) == (pipeline == "single")
+    assert (answer["hint"] or {}).get("pipeline") == ("combo" if pipeline == "single" else None), "recommended, never switched"
     assert answer["model"]["class_map_hash"] == DRUGS.hash
 
 
@@ -200,13 +204,13 @@ def test_a_key_that_asks_too_often_is_told_when_to_come_again(models: Path, jpeg
     client = client_for(models, (RIGHT, ANOTHER), "serve.requests_per_minute=3")
     assert [ask(client, jpeg).status_code for _ in range(3)] == [200] * 3
     late = ask(client, jpeg)
-    refused(late, 429, "3 requests")
+    refused(late, 429, "3 photos")
     assert 1 <= int(late.headers["retry-after"]) <= 60
     assert ask(client, jpeg, headers={"X-API-Key": ANOTHER}).status_code == 200, "another key notices nothing"
     assert client.get("/version", headers=KEY).status_code == client.get("/health").status_code == 200
 
 
-@pytest.mark.parametrize("key, words", [("", "No API key is set"), ("short", "5 characters"), ("change-me-change-me", "example"), (f"{RIGHT},pillsnap-test-key", "key 2 of 2")])
+@pytest.mark.parametrize("key, words", [("", "No API key is set"), ("short", "5 characters"), ("change-me-change-me", "example"), (f"{RIGHT},pillsnap-test-key", "Key 2 of 2")])
 def test_a_server_with_keys_that_protect_nothing_does_not_start(models: Path, tmp_path: Path, key: str, words: str) -> None:
     command = [sys.executable, "-m", "uvicorn", "pillsnap.serve:app", "--port", "0"]
     environment = {**os.environ, "API_KEY": key, "MODEL_PATH": str(models), "PYTHONPATH": str(CONFIG.parent)}
@@ -220,9 +224,9 @@ def test_ready_version_and_classes(client: TestClient, tmp_path: Path) -> None:
     refused(client_for(tmp_path).get("/ready"), 503, "MODEL_PATH")
     refused(client_for(tmp_path).get("/classes", headers=KEY), 503, "classifier.onnx")
     version = client.get("/version", headers=KEY).json()
-    assert set(version) == {"version", "model", "git_revision", "created"} and version["model"]["class_map_hash"] == DRUGS.hash
+    assert set(version) == {"version", "model", "git_revision", "created", "opened"} and version["model"]["class_map_hash"] == DRUGS.hash
     drugs = client.get("/classes", headers=KEY).json()
-    assert [drug["code"] for drug in drugs] == list(DRUGS.codes) and drugs[0] == {"code": "K-000007", "name": "Red capsule", "edi_codes": ["641600010", "641600011"]}
+    assert [drug["code"] for drug in drugs] == list(DRUGS.codes) and drugs[0] == {"code": "K-000007", "name": "Red capsule", "edi_codes": ["641600010", "641600011"], "maker": "Example Pharma", "details": {"shape": "oblong"}}
 
 
 def test_a_request_keeps_the_number_that_it_came_with(client: TestClient) -> None:
