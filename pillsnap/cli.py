@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['EXAMPLE', 'show_config', 'sample', 'scan', 'cache', 'train', 'evaluate', 'runs', 'export', 'bench', 'gate', 'models',
-           'ship', 'demo', 'predict', 'make_parser', 'parse', 'main']
+           'ship', 'archive', 'watch', 'demo', 'predict', 'make_parser', 'parse', 'main']
 
 # %% ../nbs/21_cli.ipynb #da0dc68e
 def _settings(
@@ -250,6 +250,39 @@ def ship(arguments: Namespace) -> int:
     return 0
 
 
+def archive(arguments: Namespace) -> int:
+    """Pack a release into one file, check it, serve it from a folder, or go back to the release before."""
+    if (arguments.what == "rollback") != (arguments.file is None):
+        raise SettingsError("archive make, check and restore take the archive's file, rollback takes none")
+    if (arguments.into is not None) != (arguments.what in ("restore", "rollback")):
+        raise SettingsError("archive restore and rollback take --into with the folder of the releases; make and check don't")
+    from pillsnap.export.archive import check_archive, describe, make_archive, restore_archive, roll_back
+
+    if arguments.what == "check":
+        print(describe(check_archive(arguments.file)))
+    elif arguments.what == "restore":
+        print(restore_archive(arguments.file, arguments.into))
+    elif arguments.what == "rollback":
+        print(roll_back(arguments.into))
+    else:
+        settings = _settings_or_defaults(arguments)
+        models = arguments.model or load_environment(_root_or_here(), settings.serve).model_path
+        if models is None:
+            raise SettingsError("there is no model folder to pack: name one with --model, with serve.model_path or with MODEL_PATH in .env")
+        config = arguments.cfg or _root_or_here() / "config.yaml"
+        print(describe(make_archive(models, arguments.file, config if config.is_file() else None, arguments.note)))
+    return 0
+
+
+def watch(arguments: Namespace) -> int:
+    """Ask a server again and again whether it is ready, and say when that changes; with --once status 1 when it is not."""
+    if not 1 <= arguments.every <= 86_400:
+        raise SettingsError(f"--every is {arguments.every}, but must be 1 to 86400 seconds")
+    from pillsnap.service.watch import watch as watch_server
+
+    return watch_server(arguments.url, 0 if arguments.once else arguments.every, partial(print, flush=True))
+
+
 def demo(arguments: Namespace) -> int:
     """Run the whole way once, from the sample to an answer."""
     from pillsnap.demo import main as run_demo
@@ -324,9 +357,9 @@ def make_parser() -> ArgumentParser:
     shared.add_argument("--profile", help="which machine: auto, cpu, rtx5080, h200")
     shared.add_argument("--data-root", metavar="DIR", help="dataset folder; the embedded sample without it")
     added = {}
-    for action in (scan, cache, train, evaluate, runs, export, bench, gate, models, ship, predict, sample, demo, show_config):
+    for action in (scan, cache, train, evaluate, runs, export, bench, gate, models, ship, archive, predict, watch, sample, demo, show_config):
         name = "config" if action is show_config else action.__name__
-        parents = [] if action in (demo, ship) else [shared]
+        parents = [] if action in (demo, ship, watch) else [shared]
         added[name] = commands.add_parser(name, help=action.__doc__, description=action.__doc__, parents=parents, epilog=EXAMPLE,
                                           formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
         added[name].set_defaults(action=action)
@@ -354,6 +387,14 @@ def make_parser() -> ArgumentParser:
     added["ship"].add_argument("--out", type=Path, metavar="PATH", required=True, help="folder that gets the package, or the model.tar.gz to write")
     added["ship"].add_argument("--repo", default="", metavar="USER/NAME", help="upload the package to this repository of the hub, which is made where it is missing")
     added["ship"].add_argument("--public", action="store_true", help="a repository that is made may be read by everyone")
+    added["archive"].add_argument("what", choices=("make", "check", "restore", "rollback"), help="make packs models and settings, restore serves them from --into")
+    added["archive"].add_argument("file", nargs="?", type=Path, metavar="FILE", help="the archive, such as release.tar; none for rollback")
+    added["archive"].add_argument("--model", type=Path, metavar="DIR", help="folder with classifier.onnx and detector.onnx to pack (default: the web service's)")
+    added["archive"].add_argument("--note", default="", help="kept in the archive that is made")
+    added["archive"].add_argument("--into", type=Path, metavar="DIR", help="folder of the releases; MODEL_PATH is current/models in it")
+    added["watch"].add_argument("--url", default="http://localhost:8000", metavar="URL", help="server (default: %(default)s)")
+    added["watch"].add_argument("--every", type=float, default=30.0, metavar="SECONDS", help="between two questions (default: 30)")
+    added["watch"].add_argument("--once", action="store_true", help="ask once, for cron or a timer")
     added["predict"].add_argument("photos", nargs="+", metavar="PHOTO", help="JPEG, PNG, WebP or BMP, or a folder with such files")
     added["predict"].add_argument("--model", type=Path, metavar="DIR", help="folder with classifier.onnx and detector.onnx (default: the web service's)")
     added["predict"].add_argument("--url", metavar="URL", help="ask this server, such as http://localhost:8000, with the key in API_KEY of .env or the environment")
@@ -370,7 +411,7 @@ def parse(
     """Parse a command line; ends the process with status 2 when it cannot be understood."""
     parser = make_parser()
     arguments, rest = parser.parse_known_args(argv)
-    unknown = [word for word in rest if word.startswith("-") or arguments.action in (demo, ship)]
+    unknown = [word for word in rest if word.startswith("-") or arguments.action in (demo, ship, watch)]
     if unknown:
         parser.error(f"{arguments.command} does not know {' '.join(unknown)}")
     arguments.overrides = rest
