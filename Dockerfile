@@ -13,6 +13,9 @@ COPY pillsnap pillsnap
 RUN /opt/pillsnap/bin/pip install --no-cache-dir --no-deps --force-reinstall .
 
 FROM python:3.11-slim
+# Hangul for the names in annotated pictures.
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install -y --no-install-recommends fonts-nanum && rm -rf /var/lib/apt/lists/*
 COPY --from=build /opt/pillsnap /opt/pillsnap
 RUN useradd --system --uid 10001 --no-create-home pillsnap
 ENV PATH=/opt/pillsnap/bin:$PATH MODEL_PATH=/models PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1

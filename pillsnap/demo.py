@@ -26,9 +26,9 @@ import papermill
 from .config import Settings, find_root, load_settings
 from .data.manifest import load_dataset
 from .data.sample import write_sample
-from .draw import draw_answer
+from .service.picture import draw_answer
 from .evaluation import TruePhoto, held_out, measure_latency
-from .files import replacing, write_json
+from .files import write_bytes, write_json
 from .runlog import setup_logging
 from .runtime.identify import load_identifier
 from .runtime.images import decode_image
@@ -206,7 +206,7 @@ def main() -> int:  # exit status
     with timed("serve", seconds):
         photos = held_out(load_dataset(run))[1]
         singles, several = ([photo for photo in photos if photo.kind == kind] for kind in ("single", "combination"))
-        _predict(run / "export", root, demo, singles[0], several)
+        _predict(run / "export", root, demo, singles[0], several, settings.serve.font)
     with timed("latency", seconds):
         latency = latencies(run / "export", singles, several, settings)
     seconds["total"] = round(time.perf_counter() - start + (seconds["install"] or 0), 1)
@@ -221,7 +221,7 @@ def _forget(run: Path) -> None:
     shutil.rmtree(run, ignore_errors=True)
 
 
-def _predict(model: Path, root: Path, demo: Path, single: TruePhoto, several: list[TruePhoto]) -> None:
+def _predict(model: Path, root: Path, demo: Path, single: TruePhoto, several: list[TruePhoto], font: Path | None) -> None:
     fullest = max(several, key=lambda photo: len(photo.boxes))
     with served(model, root, demo / "server.log") as client:
         answers = {"single": ask(client, single, "single"), "combo": ask(client, fullest, "combo")}
@@ -230,5 +230,4 @@ def _predict(model: Path, root: Path, demo: Path, single: TruePhoto, several: li
         named = ", ".join(f"{pill['name']} {pill['confidence']:.0%}" for pill in answer["pills"])
         print(f"POST /predict?pipeline={pipeline}: {named} in {answer['timings_ms']['total']:.0f} ms")
     image = decode_image(Path(fullest.image))
-    with replacing(demo / "combo.jpg") as temporary:
-        draw_answer(image, load_identifier(model).identify(image, "combo")).save(temporary, "JPEG", quality=85)
+    write_bytes(demo / "combo.jpg", draw_answer(image, load_identifier(model).identify(image, "combo").pills, font, longest=800))

@@ -16,11 +16,12 @@ from dotenv import dotenv_values
 from .schema import Serve, SettingsError, check_path, likely_meant
 
 # %% auto #0
-__all__ = ['ORIGINS', 'LOG_LEVELS', 'NOTEBOOK_NAMES', 'Environment', 'load_environment', 'check_parameters']
+__all__ = ['ORIGINS', 'LOG_LEVELS', 'LOG_FORMATS', 'NOTEBOOK_NAMES', 'Environment', 'load_environment', 'check_parameters']
 
 # %% ../nbs/05_environment.ipynb #2bc4c2ae
 ORIGINS = ("http://localhost:3000", "https://pillsnap.co.kr", "https://api.pillsnap.co.kr")
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+LOG_FORMATS = ("text", "json")
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Environment:
     log_level: str = "INFO"                                               # one of LOG_LEVELS
     cors_allow_origins: list[str] = field(default_factory=lambda: list(ORIGINS))  # web pages that may call
     model_path: Path | None = None                                        # folder with the ONNX files
+    log_file: Path | None = None                                          # gets every line of the service too
+    log_format: str | None = None                                         # one of LOG_FORMATS; None = text on a terminal, else json
 
 
 def load_environment(
@@ -42,15 +45,17 @@ def load_environment(
     """Read .env below the process environment below `serve`; raises `SettingsError` for a value that cannot be used."""
     file = Path(root) / ".env"
     values = dict(dotenv_values(file, encoding="utf-8-sig", interpolate=False)) if file.is_file() else {}
-    values.update({name: os.environ[name] for name in ("API_KEY", "ADMIN_KEY", "ALLOW_WEAK_KEYS", "LOG_LEVEL", "CORS_ALLOW_ORIGINS", "MODEL_PATH") if name in os.environ})
+    values.update({name: os.environ[name] for name in ("API_KEY", "ADMIN_KEY", "ALLOW_WEAK_KEYS", "LOG_LEVEL", "LOG_FILE", "LOG_FORMAT", "CORS_ALLOW_ORIGINS", "MODEL_PATH") if name in os.environ})
     values = {name: value.strip() for name, value in values.items() if value and value.strip()}
     serve = serve or Serve()
     level = serve.log_level or values.get("LOG_LEVEL", "INFO").upper()
     if level not in LOG_LEVELS:
         raise SettingsError(f"LOG_LEVEL is {level!r} in {file} or the environment, but must be one of {', '.join(LOG_LEVELS)}")
-    model_path = serve.model_path
-    if model_path is None and "MODEL_PATH" in values:
-        model_path = Path(root) / check_path(values["MODEL_PATH"], "MODEL_PATH", f"{file} or the environment")
+    style = values["LOG_FORMAT"].lower() if "LOG_FORMAT" in values else None
+    if style not in (None, *LOG_FORMATS):
+        raise SettingsError(f"LOG_FORMAT is {style!r} in {file} or the environment, but must be one of {', '.join(LOG_FORMATS)}")
+    paths = {name: Path(root) / check_path(values[name], name, f"{file} or the environment") for name in ("MODEL_PATH", "LOG_FILE") if name in values}
+    model_path = paths.get("MODEL_PATH") if serve.model_path is None else serve.model_path
     origins = serve.cors_allow_origins
     if origins is None:
         origins = _origins(values.get("CORS_ALLOW_ORIGINS"), file)
@@ -58,7 +63,7 @@ def load_environment(
     weak = values.get("ALLOW_WEAK_KEYS", "0")
     if weak not in ("0", "1"):
         raise SettingsError(f"ALLOW_WEAK_KEYS is {weak!r} in {file} or the environment, but must be 1 or 0")
-    return Environment(keys, admin_keys, weak == "1", level, list(origins), model_path)
+    return Environment(keys, admin_keys, weak == "1", level, list(origins), model_path, paths.get("LOG_FILE"), style)
 
 
 def _origins(text: str | None, file: Path) -> list[str]:

@@ -288,6 +288,7 @@ class Serve(Section):
     model_path: PosixPath | None = None
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] | None = None
     cors_allow_origins: Annotated[tuple[str, ...], Strict(False)] | None = None
+    font: PosixPath | None = None
     max_image_mb: Positive = 20.0
     requests_per_minute: CountOrZero = 60
     features: Literal["mvp", "advanced", "production"] = "production"

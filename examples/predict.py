@@ -1,0 +1,16 @@
+"""Ask a pillsnap server which pills are in a photo: API_KEY=... python examples/predict.py photo.jpg http://localhost:8000"""
+import os
+import sys
+from pathlib import Path
+
+from pillsnap.service.client import ClientError, predict_remote
+
+photo, url = Path(sys.argv[1]), sys.argv[2]
+try:
+    answer = predict_remote(url, os.environ.get("API_KEY", ""), photo, pipeline="combo")
+except ClientError as error:
+    sys.exit(f"{photo}: {error}")
+for pill in answer["pills"]:
+    print(f"{pill['code']} {pill['name']} {pill['confidence']:.0%}{'' if pill['sure'] else ' (not sure)'}")
+for note in answer["notes"]:
+    print(note)

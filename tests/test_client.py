@@ -1,0 +1,261 @@
+"""`pillsnap predict` and its Python function: against a real server with tiny real models, and against one that is busy, wrong or gone."""
+from __future__ import annotations
+
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import cv2
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from pillsnap import cli
+from pillsnap.service.client import ClientError, ServerUnusable, as_table, predict_remote
+
+try:
+    from tiny_models import save_classifier, save_detector
+except ImportError:
+    from test_api_min import save_classifier, save_detector
+
+ROOT = Path(__file__).parents[1]
+KEY = "jC2-9wqXr_LmT4vYd0Ks"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    save_classifier(folder)
+    save_detector(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two photos of two pills, one of them below it, and what is no photo."""
+    folder = tmp_path_factory.mktemp("photos")
+    (folder / "더 깊은").mkdir()
+    picture = np.full((480, 640, 3), (128, 122, 112), np.uint8)
+    cv2.ellipse(picture, (220, 200), (84, 84), 0, 0, 360, (238, 234, 224), -1, cv2.LINE_AA)
+    cv2.ellipse(picture, (456, 328), (110, 46), 25, 0, 360, (196, 74, 66), -1, cv2.LINE_AA)
+    Image.fromarray(picture).save(folder / "one.jpg", quality=90)
+    Image.fromarray(picture).save(folder / "더 깊은" / "둘.PNG")
+    (folder / "list.txt").write_text("no photo")
+    (folder / ".one.jpg").write_bytes(b"")
+    return folder
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def server(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real uvicorn; its address."""
+    port, log = free_port(), (tmp_path_factory.mktemp("server") / "log").open("w+")
+    environment = {**os.environ, "API_KEY": f"{KEY},q7Wm2-Lk0vR_t8Yc5n", "MODEL_PATH": str(models), "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-m", "uvicorn", "pillsnap.serve:app", "--port", str(port)], env=environment, stderr=log, stdout=log)
+    try:
+        ends = time.monotonic() + 60
+        while True:
+            try:
+                assert httpx.get(f"http://127.0.0.1:{port}/ready", timeout=5).status_code == 200
+                break
+            except httpx.HTTPError:
+                assert process.poll() is None and time.monotonic() < ends, Path(log.name).read_text()
+                time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(30)
+        log.close()
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A place without a project, and a key as a user has it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("API_KEY", KEY)
+    monkeypatch.setenv("NO_PROXY", "*")
+    monkeypatch.delenv("MODEL_PATH", raising=False)
+
+
+def run(capfd: pytest.CaptureFixture, *words: object) -> tuple[int, str, str]:
+    """Status, output and error stream of `pillsnap predict`."""
+    status = cli.main(["predict", *map(str, words)])
+    out, err = capfd.readouterr()
+    assert "Traceback" not in err and KEY not in out + err
+    return status, out, err
+
+
+def test_a_local_model_and_a_server_say_the_same(photos: Path, models: Path, server: str, capfd: pytest.CaptureFixture) -> None:
+    codes = {}
+    for way in (("--model", models), ("--url", server)):
+        status, out, _ = run(capfd, photos / "one.jpg", *way, "--pipeline", "combo", "--json")
+        answer = json.loads(out)
+        assert status == 0 and answer["file"] == str(photos / "one.jpg") and answer["pipeline"] == "combo"
+        codes[way[0]] = [(pill["code"], pill["name"], round(pill["confidence"], 3), pill["sure"]) for pill in answer["pills"]]
+    assert codes["--model"] == codes["--url"] and [code for code, *_ in codes["--url"]] == ["K-000030", "K-000007"]
+
+
+@pytest.mark.parametrize("way", ["local", "remote"])
+def test_folders_and_photos_become_a_table_and_a_bar_on_the_error_stream(way: str, photos: Path, models: Path, server: str, capfd: pytest.CaptureFixture) -> None:
+    status, out, err = run(capfd, photos, photos / "one.jpg", *(("--model", models) if way == "local" else ("--url", server)))
+    rows = out.splitlines()
+    assert status == 0 and rows[0].split() == ["photo", "pill", "K-code", "name", "confidence", "sure"] and "3/3" in err and "3/3" not in out
+    assert [row for row in rows if row.startswith(str(photos / "one.jpg")) and "K-000030" in row and "White round tablet" in row and row.endswith("yes")]
+    assert any(str(photos / "더 깊은" / "둘.PNG") in row for row in rows) and "list.txt" not in out and ".one.jpg" not in out.replace("/one.jpg", "")
+    assert sum("combo names them all" in row for row in rows) == 3
+
+
+def test_candidates_are_as_many_as_asked(photos: Path, models: Path, capfd: pytest.CaptureFixture) -> None:
+    _, out, _ = run(capfd, photos / "one.jpg", "--model", models, "--json", "--top-k", 2)
+    assert [candidate["code"] for candidate in json.loads(out)["pills"][0]["candidates"]][0] == "K-000030" and len(json.loads(out)["pills"][0]["candidates"]) == 2
+    for wrong in ("0", "21"):
+        status, _, err = run(capfd, photos / "one.jpg", "--model", models, "--top-k", wrong)
+        assert status == 2 and "1 to 20" in err
+
+
+def test_out_gets_it_whole(photos: Path, models: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    assert run(capfd, photos, "--model", models, "--json", "--out", tmp_path / "deep" / "answers.jsonl")[:2] == (0, "")
+    lines = (tmp_path / "deep" / "answers.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [Path(json.loads(line)["file"]).name for line in lines] == ["one.jpg", "둘.PNG"]
+    assert run(capfd, photos, "--model", models, "--out", tmp_path / "table.txt")[:2] == (0, "") and "K-000030" in (tmp_path / "table.txt").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("way", ["local", "remote"])
+def test_a_photo_that_fails_leaves_the_others(way: str, photos: Path, models: Path, server: str, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    whole = (photos / "one.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    (tmp_path / "letter.txt").write_text("Dear pharmacist")
+    bad = [tmp_path / name for name in ("cut.jpg", "empty.jpg", "letter.txt", "missing.jpg")]
+    status, out, err = run(capfd, *bad, photos / "one.jpg", *(("--model", models) if way == "local" else ("--url", server)), "--json")
+    assert status == 1 and [Path(json.loads(line)["file"]).name for line in out.splitlines()] == ["one.jpg"]
+    for path, word in zip(bad, ("damaged", "empty", "JPEG", "no such file"), strict=True):
+        assert sum(line.startswith(f"{path}: ") and word in line for line in err.replace("\r", "\n").splitlines()) == 1, err
+
+
+def test_wrong_calls_get_one_sentence(photos: Path, models: Path, server: str, tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "empty").mkdir()
+    photo = photos / "one.jpg"
+    calls = [((photo,), "--model"), ((photo, "--model", tmp_path / "nowhere"), "model folder"), ((tmp_path / "empty", "--model", models), "no photo in"),
+             ((photo, "--url", server, "--model", models), "leave one out"), ((photo, "--url", f"http://127.0.0.1:{free_port()}"), "can't be reached"),
+             ((photo, "--url", "localhost:8000"), "is no address"), ((photo, "--url", "http://"), "is no address"), ((photo, "--url", f"{server}/elsewhere"), "404"),
+             ((photo, "--url", server.replace("http:", "https:")), "can't be reached")]
+    for words, expected in calls:
+        status, out, err = run(capfd, *words)
+        assert (status, out) == (2, "") and expected in err and len([line for line in err.splitlines() if " INFO " not in line]) == 1, err
+    for key, expected in (("a-wrong-key-of-some-length", "key is wrong"), ("", "key is missing"), ("schlüssel", "characters that no key has")):
+        monkeypatch.setenv("API_KEY", key)
+        status, out, err = run(capfd, photo, photo, "--url", server)
+        assert (status, out) == (2, "") and err.count(expected) == 1 and (not key or key not in err), err
+
+
+class Busy(BaseHTTPRequestHandler):
+    """Answers with what its server's list says next."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        status, headers, body = self.server.answers.pop(0)
+        self.server.seen.append(self.path)
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *words: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def busy() -> Iterator[ThreadingHTTPServer]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Busy)
+    server.answers, server.seen = [], []
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+GOOD = json.dumps({"pipeline": "single", "pills": [], "notes": ["No pill was found in the photo."]}).encode()
+LATER = (429, {"Retry-After": "1"}, json.dumps({"detail": "This key has made 60 requests within a minute: ask again in 1 seconds.", "code": "too_many_requests", "request_id": "a" * 32}).encode())
+FULL = (503, {"Retry-After": "1"}, json.dumps({"detail": "Too many photos are waiting.", "code": "busy", "request_id": "b" * 32}).encode())
+
+
+def test_a_busy_server_is_asked_again_and_not_for_ever(busy: ThreadingHTTPServer) -> None:
+    url = f"http://127.0.0.1:{busy.server_port}"
+    busy.answers = [LATER, FULL, (200, {}, GOOD)]
+    assert predict_remote(url, KEY, b"photo", "combo", top_k=3) == json.loads(GOOD)
+    assert len(busy.seen) == 3 and set(busy.seen) == {"/predict?pipeline=combo&top_k=3"}
+    busy.answers, busy.seen = [LATER] * 9, []
+    with pytest.raises(ServerUnusable, match="60 requests .*status 429, request a{32}"):
+        predict_remote(url, KEY, b"photo", patience=2)
+    assert len(busy.seen) == 3
+    busy.answers, busy.seen = [(503, {"Retry-After": "Fri, 31 Dec 2100 23:59:59 GMT"}, FULL[2])], []
+    with pytest.raises(ServerUnusable, match="waiting"):
+        predict_remote(url, KEY, b"photo")
+    busy.answers = [(503, {}, json.dumps({"detail": "There is no usable model.", "code": "no_model", "request_id": "c" * 32}).encode())]
+    with pytest.raises(ServerUnusable, match="no usable model"):
+        predict_remote(url, KEY, b"photo")
+
+
+@pytest.mark.parametrize("answer", [(502, {}, b"<html>Bad gateway</html>"), (200, {}, b"hello"), (200, {}, b"[]"), (200, {}, b"\xff\xfe{"), (422, {}, b'{"detail": [{"loc": []}]}'), (301, {"Location": "https://elsewhere.example/"}, b"")])
+def test_what_is_no_pillsnap_server_is_called_so(answer: tuple, busy: ThreadingHTTPServer) -> None:
+    busy.answers = [answer]
+    with pytest.raises(ServerUnusable, match="is it the address of a pillsnap server|has moved to https://elsewhere.example/"):
+        predict_remote(f"http://127.0.0.1:{busy.server_port}", KEY, b"photo")
+
+
+def test_a_server_that_hangs_up_or_stays_silent_costs_one_photo(photos: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        def hang_up() -> None:
+            connection, _ = listener.accept()
+            connection.close()
+
+        thread = threading.Thread(target=hang_up)
+        thread.start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        with pytest.raises(ClientError, match="ended the connection") as error:
+            predict_remote(url, KEY, photos / "one.jpg")
+        thread.join()
+        assert not isinstance(error.value, ServerUnusable)
+        with httpx.Client(timeout=0.3) as impatient, pytest.raises(ClientError, match="did not answer in time"):
+            predict_remote(url, KEY, photos / "one.jpg", client=impatient)
+
+
+def test_a_table_keeps_its_columns_under_hangul() -> None:
+    pill = {"code": "K-000030", "name": "예시정 10밀리그램", "confidence": 0.97, "sure": True}
+    table = as_table([(Path("a.jpg"), {"pills": [pill, {**pill, "name": "Example"}]}), (Path("empty.jpg"), {"pills": [], "notes": ["No pill was found."]})])
+    rows = table.splitlines()
+    width = lambda text: sum(2 if ord(letter) > 0x1100 else 1 for letter in text)  # noqa: E731
+    assert len({width(row[:row.index("97%")]) for row in rows if "97%" in row}) == 1
+    assert rows[-1] == "empty.jpg: No pill was found." and "no pill was found" in rows[-2]
+
+
+def test_the_example_works(photos: Path, server: str) -> None:
+    command = [sys.executable, str(ROOT / "examples" / "predict.py"), str(photos / "one.jpg"), server]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.splitlines() == ["K-000030 White round tablet 100%", "K-000007 Red capsule 100%"], done.stderr
+    refused = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT), "API_KEY": "wrong"}, capture_output=True, text=True)
+    assert refused.returncode == 1 and "key is wrong" in refused.stderr and "Traceback" not in refused.stderr
+
+
+def test_a_server_is_asked_without_models_and_without_training_software(photos: Path, server: str) -> None:
+    check = f"import sys\nfrom pathlib import Path\nfrom pillsnap.service.client import predict_remote\npredict_remote({server!r}, {KEY!r}, Path({str(photos / 'one.jpg')!r}))\nprint(sorted({{'torch', 'polars', 'matplotlib'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", check], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr

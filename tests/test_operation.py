@@ -1,0 +1,359 @@
+"""What operates the service: units, rotation, the tunnel, archives of releases, the health watch, several processes."""
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import httpx
+import onnx
+import psutil
+import pytest
+import yaml
+
+from pillsnap import cli
+from pillsnap.environment import load_environment
+from pillsnap.export.archive import ArchiveError, check_archive, make_archive, restore_archive
+from pillsnap.runtime.identify import load_identifier
+from pillsnap.service.keys import weakness
+
+try:
+    from tiny_models import save_classifier, save_detector
+except ImportError:
+    from test_api_min import save_classifier, save_detector
+
+ROOT = Path(__file__).parents[1]
+OPERATION = ROOT / "operation"
+PAGE = (ROOT / "docs" / "operation.md").read_text(encoding="utf-8")
+KEY = "jC2-9wqXr_LmT4vYd0Ks"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    save_classifier(folder)
+    save_detector(folder)
+    (folder / "classifier.pt2").write_bytes(b"not served")
+    (folder / "export_report.json").write_text('{"passed": true}')
+    return folder
+
+
+@pytest.fixture(scope="module")
+def other_models(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same networks under another name, as another training would have it."""
+    folder = tmp_path_factory.mktemp("other")
+    for task in ("classifier", "detector"):
+        model = onnx.load(models / f"{task}.onnx")
+        metadata = json.loads(model.metadata_props[0].value)
+        onnx.helper.set_model_props(model, {"pillsnap": json.dumps(metadata | {"model": f"other {task}"})})
+        onnx.save(model, folder / f"{task}.onnx")
+    return folder
+
+
+def test_the_example_of_the_environment_cannot_be_used_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copy(ROOT / ".env.example", tmp_path / ".env")
+    names = re.findall(r"^#?([A-Z_]+)=", (tmp_path / ".env").read_text(encoding="utf-8"), re.M)
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    environment = load_environment(tmp_path)
+    assert weakness(environment.api_keys) and not environment.allow_weak_keys and environment.model_path is None
+    assert {"API_KEY", "ADMIN_KEY", "LOG_LEVEL", "LOG_FILE", "LOG_FORMAT", "CORS_ALLOW_ORIGINS", "MODEL_PATH", "ALLOW_WEAK_KEYS"} == set(names)
+
+
+def unit(name: str, folder: Path) -> Path:
+    """A unit with programs that are there."""
+    text = (OPERATION / name).read_text(encoding="utf-8")
+    (folder / name).write_text(re.sub(r"^ExecStart=\S+", "ExecStart=/bin/true", text, flags=re.M))
+    return folder / name
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd")
+@pytest.mark.parametrize("name", ["pillsnap.service", "pillsnap-tunnel.service"])
+def test_units_are_sound_and_shut_in(name: str, tmp_path: Path) -> None:
+    done = subprocess.run(["systemd-analyze", "verify", unit(name, tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr.strip(), done.stderr
+    exposed = subprocess.run(["systemd-analyze", "security", "--offline=yes", f"--threshold={30 if name == 'pillsnap.service' else 60}", tmp_path / name], capture_output=True, text=True)
+    assert exposed.returncode == 0, exposed.stdout[-500:]
+
+
+def test_the_unit_starts_what_the_page_says(tmp_path: Path) -> None:
+    lines = [line.partition("=")[::2] for line in (OPERATION / "pillsnap.service").read_text(encoding="utf-8").splitlines() if "=" in line and not line.startswith("#")]
+    settings = dict(lines)
+    program, *words = shlex.split(settings["ExecStart"])
+    assert program == "/opt/pillsnap/bin/uvicorn" and words[0] == "pillsnap.serve:app" and words[words.index("--host") + 1] == "127.0.0.1"
+    known = subprocess.run([sys.executable, "-m", "uvicorn", "--help"], capture_output=True, text=True, check=True).stdout
+    assert all(word in known for word in words if word.startswith("--"))
+    given = dict(pair.split("=", 1) for pair in settings["Environment"].split())
+    assert given["MODEL_PATH"] == "/srv/pillsnap/current/models" and Path(given["LOG_FILE"]).parent == Path("/var/log") / settings["LogsDirectory"]
+    assert settings["RestartPreventExitStatus"] == "3" and int(words[words.index("--timeout-graceful-shutdown") + 1]) < int(settings["TimeoutStopSec"])
+
+
+def test_the_tunnel_hands_on_the_service_and_nothing_else() -> None:
+    config = yaml.safe_load((OPERATION / "cloudflared.yml").read_text(encoding="utf-8"))
+    *rules, last = config["ingress"]
+    assert [(rule["hostname"], rule["service"]) for rule in rules] == [("api.pillsnap.co.kr", "http://localhost:8000")]
+    assert last == {"service": "http_status:404"}, "cloudflared wants a last rule for everything"
+
+
+WRITER = """
+import logging, sys
+from pathlib import Path
+from pillsnap.environment import Environment
+from pillsnap.service.journal import setup_service_logging
+setup_service_logging(Environment(log_file=Path(sys.argv[1]), log_format="text"))
+for number, _ in enumerate(sys.stdin):
+    logging.getLogger("pillsnap").info("line %d.", number)
+    print(flush=True)
+"""
+
+
+@pytest.mark.skipif(shutil.which("logrotate") is None, reason="needs logrotate")
+def test_logrotate_loses_no_line_of_a_running_service(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir(mode=0o750)
+    who = " ".join((psutil.Process().username(), __import__("grp").getgrgid(os.getgid()).gr_name))
+    text = (OPERATION / "pillsnap.logrotate").read_text(encoding="utf-8").replace("pillsnap pillsnap", who).replace("/var/log/pillsnap", str(tmp_path / "logs"))
+    (tmp_path / "rules").write_text(text)
+    (tmp_path / "rules").chmod(0o644)
+    command = ["logrotate", "--state", str(tmp_path / "state"), str(tmp_path / "rules")]
+    checked = subprocess.run([command[0], "-d", *command[1:]], capture_output=True, text=True)
+    assert checked.returncode == 0 and "error" not in checked.stderr, checked.stderr
+    file = tmp_path / "logs" / "service.log"
+    writer = subprocess.Popen([sys.executable, "-c", WRITER, str(file)], env={**os.environ, "PYTHONPATH": str(ROOT)}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    for number in range(60):
+        writer.stdin.write("\n")
+        writer.stdin.flush()
+        writer.stdout.readline()
+        if number in (19, 39):
+            subprocess.run([command[0], "-f", *command[1:]], check=True)
+    writer.communicate(timeout=30)
+    assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == ["service.log", "service.log.1", "service.log.2.gz"]
+    unpacked = subprocess.run(["gzip", "-dc", tmp_path / "logs" / "service.log.2.gz"], capture_output=True, text=True, check=True).stdout
+    told = re.findall(r"line (\d+)\.", unpacked + (tmp_path / "logs" / "service.log.1").read_text() + file.read_text())
+    assert told == [str(number) for number in range(60)]
+
+
+def test_the_page_names_commands_and_files_that_exist() -> None:
+    blocks = "\n".join(re.findall(r"^```\n(.*?)^```", PAGE, re.M | re.S))
+    commands = re.findall(r"^(?:/\S+/)?pillsnap (.+?)(?:  #.*|   +#.*)?$", blocks, re.M) + re.findall(r"`pillsnap ([a-z][^`]*)`", PAGE)
+    assert len(commands) > 8
+    for command in commands:
+        words = shlex.split(command, comments=True)
+        words += {"predict --url": ["http://localhost:8000", "a.jpg"]}.get(command, [])
+        cli.parse(words)  # ends the test for a command that does not exist
+    for name in re.findall(r"operation/[\w.-]+\w", PAGE):
+        assert (ROOT / name).is_file(), name
+    assert {path.name for path in OPERATION.iterdir()} <= {Path(name).name for name in re.findall(r"operation/[\w.-]+\w", PAGE)}
+    assert set(re.findall(r"localhost:(\d+)|127\.0\.0\.1:(\d+)", PAGE)) <= {("8000", ""), ("", "8000")}
+
+
+def command(capfd: pytest.CaptureFixture, *words: object) -> tuple[int, str, str]:
+    status = cli.main([str(word) for word in words])
+    out, err = capfd.readouterr()
+    assert "Traceback" not in err
+    return status, out, err
+
+
+def test_a_release_is_packed_checked_served_and_taken_back(models: Path, other_models: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    server = tmp_path / "server"
+    for name, folder in (("one", models), ("two", other_models)):
+        status, out, _ = command(capfd, "archive", "make", tmp_path / f"{name}.tar", "--model", folder, "--cfg", ROOT / "config.yaml", "--note", name)
+        assert status == 0 and f": {name}" in out and "models/detector.onnx" in out and "config.yaml" in out and "pt2" not in out
+        assert command(capfd, "archive", "check", tmp_path / f"{name}.tar")[:2] == (0, out)
+    releases = []
+    for name in ("one", "two"):
+        status, out, _ = command(capfd, "archive", "restore", tmp_path / f"{name}.tar", "--into", server)
+        releases.append(Path(out.strip()))
+        assert status == 0 and (server / "current").resolve() == releases[-1].resolve()
+    assert (server / "current" / "config.yaml").read_bytes() == (ROOT / "config.yaml").read_bytes()
+    assert load_identifier(server / "current" / "models").classify.metadata["model"] == "other classifier"
+    assert (releases[1].stat().st_mode & 0o755) == 0o755, "another user may read it"
+    for expected in (0, 1, 0):
+        status, out, _ = command(capfd, "archive", "rollback", "--into", server)
+        assert status == 0 and Path(out.strip()).resolve() == (server / "current").resolve() == releases[expected].resolve()
+    again = command(capfd, "archive", "restore", tmp_path / "one.tar", "--into", server)
+    assert again[0] == 0 and len(list((server / "releases").iterdir())) == 2 and (server / "previous").resolve() == releases[1].resolve()
+
+
+def repacked(source: Path, target: Path, change: object) -> Path:
+    """An archive with its members changed by `change(name, data)`: a list of (TarInfo, data)."""
+    with tarfile.open(source) as archive, tarfile.open(target, "w") as changed:
+        for member in archive.getmembers():
+            for info, data in change(member, archive.extractfile(member).read()):
+                changed.addfile(info, io.BytesIO(data))
+    return target
+
+
+def entry(name: str, data: bytes = b"", **more: object) -> tuple[tarfile.TarInfo, bytes]:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    for key, value in more.items():
+        setattr(info, key, value)
+    return info, data
+
+
+def test_an_archive_that_was_changed_is_refused_and_nothing_is_touched(models: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    good, server = tmp_path / "good.tar", tmp_path / "server"
+    make_archive(models, good)
+    restore_archive(good, server)
+    before = sorted(str(path) for path in server.rglob("*"))
+
+    def manifest_with(**changes: object) -> object:
+        return lambda member, data: [entry(member.name, json.dumps(json.loads(data) | changes).encode() if member.name == "manifest.json" else data)]
+
+    files = check_archive(good)["files"]
+    last = "models/export_report.json"
+    changes = {
+        "another content": lambda member, data: [entry(member.name, data.replace(b"true", b"TRUE") if member.name == last else data)],
+        "one file less": lambda member, data: [] if member.name == last else [entry(member.name, data)],
+        "one file more": lambda member, data: [entry(member.name, data)] + ([entry("models/more", b"x")] if member.name == last else []),
+        "one file twice": lambda member, data: [entry(member.name, data)] * (2 if member.name == last else 1),
+        "a link": lambda member, data: [entry(member.name, b"", type=tarfile.SYMTYPE, linkname="/etc/passwd") if member.name == last else entry(member.name, data)],
+        "another order": lambda member, data: [] if member.name == "manifest.json" else [entry(member.name, data)],
+        "a way out": manifest_with(files={**files, "../../outside": {"sha256": "0" * 64, "bytes": 0}}),
+        "an absolute way out": manifest_with(files={**files, "/tmp/outside": {"sha256": "0" * 64, "bytes": 0}}),
+        "a name of a release": manifest_with(created="../../../outside"),
+        "a damaged manifest": manifest_with(files=None),
+        "a manifest without a version": manifest_with(pillsnap=None, classes=None, class_map_hash=None),
+    }
+    for name, change in changes.items():
+        with pytest.raises(ArchiveError):
+            restore_archive(repacked(good, tmp_path / "changed.tar", change), server)
+        status, out, err = command(capfd, "archive", "check", tmp_path / "changed.tar")
+        assert (status, out) == (2, "") and len([line for line in err.splitlines() if " INFO " not in line]) == 1, f"{name}: {err}"
+    data = good.read_bytes()
+    for size in (0, 100, 512, 1500, 3000, data.rindex(b'{"passed"')):
+        (tmp_path / "cut.tar").write_bytes(data[:size])
+        with pytest.raises(ArchiveError):
+            restore_archive(tmp_path / "cut.tar", server)
+    assert sorted(str(path) for path in server.rglob("*")) == before and not list(tmp_path.rglob("outside"))
+
+
+def test_what_cannot_be_packed_or_taken_back_is_said(models: Path, tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MODEL_PATH", raising=False)
+    broken = tmp_path / "broken"
+    shutil.copytree(models, broken)
+    (broken / "classifier.onnx").write_bytes((models / "classifier.onnx").read_bytes()[:200])
+    calls = [(("make", "a.tar"), "no model folder"), (("make", "a.tar", "--model", broken), "classifier.onnx"), (("make",), "take the archive's file"), (("rollback", "a.tar", "--into", "."), "rollback takes none"),
+             (("check", "missing.tar"), "No such file"), (("rollback", "--into", "nowhere"), "no release before"), (("restore", "a.tar"), "--into"), (("check", "a.tar", "--into", "x"), "--into")]
+    for words, expected in calls:
+        status, out, err = command(capfd, "archive", *words)
+        assert (status, out) == (2, "") and expected in err, err
+    assert not (tmp_path / "a.tar").exists()
+    make_archive(models, tmp_path / "a.tar")
+    restore_archive(tmp_path / "a.tar", tmp_path / "server")
+    assert command(capfd, "archive", "rollback", "--into", "server")[0] == 2 and (tmp_path / "server" / "current").is_dir()
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def test_the_watch_says_changes_and_ends_with_a_status(capfd: pytest.CaptureFixture) -> None:
+    class Ready(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = b'{"ready": true}' if self.server.status == 200 else b'{"detail": "There is no usable model."}'
+            self.send_response(self.server.status if self.path == "/ready" else 404)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *words: object) -> None:
+            """Say nothing."""
+
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    status, out, _ = command(capfd, "watch", "--url", url, "--once")
+    assert status == 1 and "NOT ready, no answer" in out
+    server = ThreadingHTTPServer(("127.0.0.1", port), Ready)
+    server.status = 200
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    watching = subprocess.Popen([sys.executable, "-m", "pillsnap", "watch", "--url", url, "--every", "1"], env={**os.environ, "PYTHONPATH": str(ROOT), "NO_PROXY": "*"}, stdout=subprocess.PIPE, text=True)
+    try:
+        assert command(capfd, "watch", "--url", url, "--once")[0] == 0
+        assert watching.stdout.readline().rstrip().endswith(f"{url} is ready")
+        server.status = 503
+        assert "NOT ready, status 503: There is no usable model." in watching.stdout.readline()
+        assert command(capfd, "watch", "--url", url, "--once")[0] == 1
+        server.status = 200
+        assert watching.stdout.readline().rstrip().endswith("is ready")
+        watching.send_signal(signal.SIGINT)
+        assert watching.wait(30) == 130 and watching.stdout.read() == ""
+    finally:
+        watching.kill()
+        watching.stdout.close()
+        server.shutdown()
+        thread.join()
+        server.server_close()
+    for words in (("--every", "0"), ("--every", "-1")):
+        assert command(capfd, "watch", *words)[0] == 2
+    assert command(capfd, "watch", "--url", "nowhere", "--once")[0] == 1
+
+
+def workers(process: subprocess.Popen) -> set[int]:
+    """Processes that answer; one that was killed and not yet buried is none."""
+    children = [child for child in psutil.Process(process.pid).children() if child.status() != psutil.STATUS_ZOMBIE]
+    return {child.pid for child in children if "resource_tracker" not in " ".join(child.cmdline())}
+
+
+def until(what: object, process: subprocess.Popen, log: Path) -> object:
+    """Wait until something is true."""
+    ends = time.monotonic() + 60
+    while not (found := what()):
+        assert process.poll() is None and time.monotonic() < ends, log.read_text()
+        time.sleep(0.1)
+    return found
+
+
+def test_several_processes_are_renewed_one_by_one_and_replaced(models: Path, other_models: Path, tmp_path: Path) -> None:
+    server, port, log = tmp_path / "server", free_port(), tmp_path / "log"
+    for name, folder in (("one", models), ("two", other_models)):
+        make_archive(folder, tmp_path / f"{name}.tar", ROOT / "config.yaml")
+    restore_archive(tmp_path / "one.tar", server)
+    environment = {**os.environ, "API_KEY": KEY, "MODEL_PATH": str(server / "current" / "models"), "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-m", "uvicorn", "pillsnap.serve:app", "--workers", "2", "--port", str(port)], cwd=server / "current", env=environment, stdout=log.open("w"), stderr=subprocess.STDOUT)
+    refused, stop = [], threading.Event()
+
+    def served() -> str | None:
+        try:
+            return httpx.get(f"http://127.0.0.1:{port}/version", headers={"X-API-Key": KEY}, timeout=30).json()["model"]["classifier"]
+        except httpx.HTTPError as error:
+            refused.append(repr(error))
+            return None
+
+    try:
+        assert until(served, process, log) == "tiny classifier"
+        first = until(lambda: workers(process) if len(workers(process)) == 2 else None, process, log)
+        refused.clear()
+        restore_archive(tmp_path / "two.tar", server)
+        asking = threading.Thread(target=lambda: [served() for _ in iter(lambda: stop.wait(0.05), True)])
+        asking.start()
+        process.send_signal(signal.SIGHUP)
+        second = until(lambda: workers(process) if len(workers(process)) == 2 and not workers(process) & first else None, process, log)
+        assert until(lambda: served() == "other classifier", process, log)
+        stop.set()
+        asking.join()
+        assert not [error for error in refused if "ConnectError" in error], "the address took requests all the time"
+        killed = max(second)
+        psutil.Process(killed).kill()
+        until(lambda: len(workers(process)) == 2 and killed not in workers(process), process, log)
+        assert until(served, process, log) == "other classifier"
+    finally:
+        stop.set()
+        process.terminate()
+        process.wait(60)
