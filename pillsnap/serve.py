@@ -30,8 +30,11 @@ from .runlog import setup_logging
 from .runtime.identify import PIPELINES, Identifier, IdentifyError, load_identifier
 from .runtime.images import ImageError, NotAnImage, TooManyPixels, decode_image
 from .runtime.session import ModelError, ModelMissing
+from .service.docs import docs_router
 from .service.keys import Keys, Pace, weakness
+from .service.page import page_router
 from .service.problems import Problem, ProblemAnswer, answer_problems
+from .service.shield import add_security_headers
 from .service.uploads import read_upload
 
 # %% auto #0
@@ -337,14 +340,16 @@ def create_app(
         await to_thread.run_sync(_try_model, service.slot)
         yield
 
-    app = FastAPI(title="pillsnap", version=__version__, lifespan=lifespan, description="Which drugs are in this photo?")
+    app = FastAPI(title="pillsnap", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, description="Which drugs are in this photo?")
     app.state.service = service
-    app.include_router(router)
+    for routes in (router, page_router, docs_router):
+        app.include_router(routes)
     app.add_middleware(CORSMiddleware, allow_origins=list(environment.cors_allow_origins), allow_methods=["GET", "POST"],
                        allow_headers=["X-API-Key", "X-Request-ID", "Content-Type"], expose_headers=["X-Request-ID", "Retry-After"])
     app.add_middleware(CorrelationIdMiddleware)
     app.add_middleware(_Doorkeeper, reason="" if weak else weakness(keys))
     answer_problems(app)
+    add_security_headers(app)
     return app
 
 
