@@ -9,10 +9,11 @@ import re
 from base64 import b64encode
 from hashlib import sha256
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Response
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.staticfiles import StaticFiles
 
+from .page import kept_file
 from .shield import POLICY, policy_text
 
 # %% auto #0
@@ -36,13 +37,5 @@ async def docs() -> Response:
     return page
 
 
-def _file(name: str):
-    async def send(request: Request) -> Response:
-        answer = await _INSTALLED.get_response(name, request.scope)
-        answer.headers["Cache-Control"] = "no-cache"
-        return answer
-    return send
-
-
 for _name in FILES:
-    docs_router.add_route(f"/docs/{_name}", _file(_name), include_in_schema=False)
+    docs_router.add_route(f"/docs/{_name}", kept_file(_INSTALLED, _name), include_in_schema=False)

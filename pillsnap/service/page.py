@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.staticfiles import StaticFiles
 
 # %% auto #0
-__all__ = ['FILES', 'page_router']
+__all__ = ['FILES', 'page_router', 'kept_file']
 
 # %% ../../nbs/service/10_page.ipynb #416de079
 FILES = {"/": "page.html", "/page.css": "page.css", "/page.js": "page.js"}
@@ -19,15 +19,17 @@ page_router = APIRouter()
 _FOLDER = StaticFiles(packages=[("pillsnap.service", "page_files")])
 
 
-def _file(
-    name: str,  # of a file of the page
-) -> Callable[[Request], Awaitable[Response]]:
+def kept_file(
+    folder: StaticFiles,  # where it lies
+    name: str,            # of the file
+) -> Callable[[Request], Awaitable[Response]]:  # what a route calls
+    """Hand out a file that a browser may keep, if it asks each time whether the file has changed."""
     async def send(request: Request) -> Response:
-        answer = await _FOLDER.get_response(name, request.scope)
-        answer.headers["Cache-Control"] = "no-cache"  # kept, but asked about
+        answer = await folder.get_response(name, request.scope)
+        answer.headers["Cache-Control"] = "no-cache"
         return answer
     return send
 
 
 for _path, _name in FILES.items():
-    page_router.add_route(_path, _file(_name), include_in_schema=False)
+    page_router.add_route(_path, kept_file(_FOLDER, _name), include_in_schema=False)

@@ -98,14 +98,13 @@ const draw = (tag, attributes = {}, ...children) => fill(document.createElementN
 
 function boxes({ photo, pills }) {
   const across = (x) => `${(100 * x) / photo.width}%`, down = (y) => `${(100 * y) / photo.height}%`;
-  return draw("svg", { "aria-hidden": "true" }, pills.map(({ box, name, sure }, index) => {
-    const right = box.x1 + box.x2 > photo.width, high = box.y1 < photo.height * 0.1;
+  const around = ({ box, sure }) => draw("rect", { class: sure ? "sure" : "unsure", rx: 4, x: across(box.x1), y: down(box.y1), width: across(box.x2 - box.x1), height: down(box.y2 - box.y1) });
+  const label = ({ box, sure, name }, index) => {
+    const right = box.x1 + box.x2 > photo.width, high = box.y1 < photo.height * 0.1; // the words stay inside the photo
     const short = name.length > 16 ? `${name.slice(0, 15)}…` : name;
-    return [
-      draw("rect", { class: sure ? "sure" : "unsure", rx: 4, x: across(box.x1), y: down(box.y1), width: across(box.x2 - box.x1), height: down(box.y2 - box.y1) }),
-      draw("text", { x: across(right ? box.x2 : box.x1), y: down(box.y1), dx: right ? -4 : 4, dy: high ? 18 : -6, "text-anchor": right ? "end" : "start" }, `${index + 1} ${short}${sure ? "" : " ?"}`),
-    ];
-  }));
+    return draw("text", { x: across(right ? box.x2 : box.x1), y: down(box.y1), dx: right ? -4 : 4, dy: high ? 18 : -6, "text-anchor": right ? "end" : "start" }, `${index + 1} ${short}${sure ? "" : " ?"}`);
+  };
+  return draw("svg", { "aria-hidden": "true" }, pills.map(around), pills.map(label));
 }
 
 function pairs(kind, rows) {
@@ -118,7 +117,8 @@ function facts({ code, edi_codes, maker, details }, more = []) {
 }
 
 function confidence(share) {
-  return make("div", { class: "confidence" }, make("meter", { value: share, "aria-label": say("confidence") }), make("span", {}, percent(share)));
+  const meaning = { role: "meter", "aria-label": say("confidence"), "aria-valuemin": 0, "aria-valuemax": 1, "aria-valuenow": share, "aria-valuetext": percent(share) };
+  return make("div", { class: "confidence" }, draw("svg", meaning, draw("rect", { width: `${100 * share}%`, height: "100%" })), make("span", {}, percent(share)));
 }
 
 function pill(answer, index) {
