@@ -33,7 +33,7 @@ async def docs() -> Response:
     script = re.search(rb"<script>(.*?)</script>", page.body, re.DOTALL).group(1)
     known = b64encode(sha256(script).digest()).decode()
     policy = {what: where for what, where in POLICY.items() if "trusted-types" not in what}  # Swagger UI makes markup of texts
-    page.headers["Content-Security-Policy"] = policy_text(policy | {"script-src": f"'self' 'sha256-{known}'", "style-src": "'self' 'unsafe-inline'"})
+    page.headers["Content-Security-Policy"] = policy_text(policy | {"script-src": f"'self' 'sha256-{known}'"})
     return page
 
 
