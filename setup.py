@@ -18,6 +18,7 @@ setup(
     author=settings["author"],
     python_requires=f">={settings['min_python']}",
     packages=find_packages(include=["pillsnap", "pillsnap.*"]),
+    package_data={"pillsnap.service": ["page_files/*"]},
     install_requires=requirements["runtime"],
     extras_require={
         "train": requirements["train"],

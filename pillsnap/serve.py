@@ -25,9 +25,12 @@ from .runtime.session import ModelError
 from .service.about import about_router
 from .service.ask import ask_router
 from .service.desk import Desk
+from .service.docs import docs_router
 from .service.journal import AccessLog, setup_service_logging
 from .service.keys import Keys, Pace, weakness
+from .service.page import page_router
 from .service.problems import ProblemAnswer, answer_problems
+from .service.shield import add_security_headers
 from .service.site import Service
 from .service.slot import ModelSlot
 
@@ -55,6 +58,8 @@ def _add_features(app: FastAPI, features: str) -> None:
     responses = {"4XX": {"model": ProblemAnswer}, "5XX": {"model": ProblemAnswer}}
     app.include_router(about_router, responses=responses)
     app.include_router(ask_router, responses=responses)
+    app.include_router(page_router)
+    app.include_router(docs_router)
     if features == "mvp":
         return
     from pillsnap.service.figures import CountRequests, Figures, figures_router
@@ -119,7 +124,7 @@ def create_app(
         yield
         await to_thread.run_sync(service.desk.close)
 
-    app = FastAPI(title="pillsnap", version=__version__, lifespan=lifespan, description="Which drugs are in this photo?")
+    app = FastAPI(title="pillsnap", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, description="Which drugs are in this photo?")
     app.state.service, app.state.features, app.state.begun = service, settings.serve.features, time.monotonic()
     _add_features(app, settings.serve.features)
     app.add_middleware(CORSMiddleware, allow_origins=list(environment.cors_allow_origins), allow_methods=["GET", "POST"],
@@ -128,6 +133,7 @@ def create_app(
     app.add_middleware(CorrelationIdMiddleware)
     app.add_middleware(_Doorkeeper, reason=_weak(environment))
     answer_problems(app)
+    add_security_headers(app)
     return app
 
 
