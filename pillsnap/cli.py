@@ -25,7 +25,7 @@ from .schema import Settings, SettingsError
 if TYPE_CHECKING:
     import polars as pl
 
-    from pillsnap.runtime.identify import Identifier
+    from pillsnap.service.slot import Loaded
 
 # %% auto #0
 __all__ = ['EXAMPLE', 'show_config', 'sample', 'scan', 'cache', 'train', 'evaluate', 'runs', 'export', 'bench', 'gate', 'models',
@@ -310,20 +310,21 @@ def predict(arguments: Namespace) -> int:
     environment = load_environment(_root_or_here(), settings.serve)
     asked = {"pipeline": arguments.pipeline, "top_k": arguments.top_k}
     if not arguments.url:
-        identifier = _open_models(arguments.model or environment.model_path, settings)
-        return answer_photos(photos, partial(predict_local, identifier, max_pixels=settings.data.max_pixels, **asked), arguments.json, arguments.out)
+        loaded = _open_models(arguments.model or environment.model_path, settings)
+        return answer_photos(photos, partial(predict_local, loaded, max_pixels=settings.data.max_pixels, **asked), arguments.json, arguments.out)
     key = environment.api_keys[0] if environment.api_keys else ""
     with httpx.Client(timeout=TIMEOUT) as client:
         return answer_photos(photos, partial(predict_remote, arguments.url, key, client=client, **asked), arguments.json, arguments.out)
 
 
-def _open_models(folder: Path | None, settings: Settings) -> Identifier:
+def _open_models(folder: Path | None, settings: Settings) -> Loaded:
     """The models of a folder, as the web service would open them."""
     if folder is None:
         raise SettingsError("there is no model folder: name one with --model, with serve.model_path or with MODEL_PATH in .env, or a server with --url")
     from pillsnap.runtime.identify import load_identifier
+    from pillsnap.service.slot import load
 
-    return load_identifier(Path(folder), settings.serve.threads, settings.serve.engine)
+    return load(Path(folder), partial(load_identifier, threads=settings.serve.threads, engine=settings.serve.engine))
 
 
 def _root_or_here() -> Path:

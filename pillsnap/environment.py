@@ -29,6 +29,7 @@ class Environment:
     """What a machine says about serving; keys never show in a print or a log."""
 
     api_keys: tuple[str, ...] = field(default=(), repr=False)             # of those who may ask
+    admin_keys: tuple[str, ...] = field(default=(), repr=False)           # of those who may exchange models
     allow_weak_keys: bool = False                                         # start with keys that protect nothing, or with none
     log_level: str = "INFO"                                               # one of LOG_LEVELS
     cors_allow_origins: list[str] = field(default_factory=lambda: list(ORIGINS))  # web pages that may call
@@ -44,7 +45,7 @@ def load_environment(
     """Read .env below the process environment below `serve`; raises `SettingsError` for a value that cannot be used."""
     file = Path(root) / ".env"
     values = dict(dotenv_values(file, encoding="utf-8-sig", interpolate=False)) if file.is_file() else {}
-    values.update({name: os.environ[name] for name in ("API_KEY", "ALLOW_WEAK_KEYS", "LOG_LEVEL", "LOG_FILE", "LOG_FORMAT", "CORS_ALLOW_ORIGINS", "MODEL_PATH") if name in os.environ})
+    values.update({name: os.environ[name] for name in ("API_KEY", "ADMIN_KEY", "ALLOW_WEAK_KEYS", "LOG_LEVEL", "LOG_FILE", "LOG_FORMAT", "CORS_ALLOW_ORIGINS", "MODEL_PATH") if name in os.environ})
     values = {name: value.strip() for name, value in values.items() if value and value.strip()}
     serve = serve or Serve()
     level = serve.log_level or values.get("LOG_LEVEL", "INFO").upper()
@@ -58,11 +59,11 @@ def load_environment(
     origins = serve.cors_allow_origins
     if origins is None:
         origins = _origins(values.get("CORS_ALLOW_ORIGINS"), file)
-    keys = tuple(key.strip() for key in values.get("API_KEY", "").split(",") if key.strip())
+    keys, admin_keys = (tuple(key.strip() for key in values.get(name, "").split(",") if key.strip()) for name in ("API_KEY", "ADMIN_KEY"))
     weak = values.get("ALLOW_WEAK_KEYS", "0")
     if weak not in ("0", "1"):
         raise SettingsError(f"ALLOW_WEAK_KEYS is {weak!r} in {file} or the environment, but must be 1 or 0")
-    return Environment(keys, weak == "1", level, list(origins), model_path, paths.get("LOG_FILE"), style)
+    return Environment(keys, admin_keys, weak == "1", level, list(origins), model_path, paths.get("LOG_FILE"), style)
 
 
 def _origins(text: str | None, file: Path) -> list[str]:

@@ -98,7 +98,7 @@ def evaluate_single(
         pill = identifier.identify(image, "single").pills[0]
         whole += pill.box_confidence is None
         scores = np.zeros(len(names))
-        scores[[names.index_of(candidate.code) for candidate in pill.top5]] = [candidate.confidence for candidate in pill.top5]
+        scores[[names.index_of(candidate.drug.code) for candidate in pill.candidates]] = [candidate.confidence for candidate in pill.candidates]
         rows.append(scores)
         labels.append(photo.classes[0])
     scores, true = np.array(rows).reshape(-1, len(names)), np.array(labels, np.int64)

@@ -291,6 +291,12 @@ class Serve(Section):
     font: PosixPath | None = None
     max_image_mb: Positive = 20.0
     requests_per_minute: CountOrZero = 60
+    features: Literal["mvp", "advanced", "production"] = "production"
+    workers: CountOrZero = 0
+    queue: Count = 32
+    request_seconds: Positive = 30.0
+    upload_seconds: Positive = 20.0
+    model_root: PosixPath | None = None
     engine: str = "auto"
     threads: CountOrZero = 0
 

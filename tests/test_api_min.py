@@ -1,69 +1,22 @@
 """The web service as a caller sees it, with two real, tiny ONNX models."""
 from __future__ import annotations
 
-import io
-import json
 import os
-import struct
 import subprocess
 import sys
 import threading
 import time
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-import cv2
-import numpy as np
-import onnx
 import pytest
 from fastapi.testclient import TestClient
 from httpx import Response
-from onnx import TensorProto, helper, numpy_helper
-from PIL import Image
 
 from pillsnap.config import Environment, load_settings
-from pillsnap.runtime.classes import ClassMap, Drug
-from pillsnap.runtime.identify import Identifier, Rules
+from pillsnap.runtime.identify import Identifier
 from pillsnap.serve import create_app
-
-CONFIG = Path(__file__).parents[1] / "config.yaml"
-RIGHT, ANOTHER = "jC2-9wqXr_LmT4vYd0Ks", "q7Wm2-Lk0vR_t8Yc5n"
-KEY = {"X-API-Key": RIGHT}
-DRUGS = ClassMap([
-    Drug("K-000007", "Red capsule", ("641600010", "641600011")),
-    Drug("K-000030", "White round tablet", ("649900030",)),
-    Drug("K-000101", "Blue tablet"),
-])
-COLOURS = np.array([[0.68, 0.36, 0.33], [0.83, 0.81, 0.77], [0.3, 0.4, 0.8]], np.float32)
-FOUND = np.array([[110, 140, 86, 86, 0.94], [228, 204, 106, 62, 0.88], [111, 141, 84, 86, 0.6]], np.float32)
-RULES = Rules(class_map=DRUGS, classifier_size=64, detector_size=320, margin=0.12, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0),
-              box_confidence=0.25, nms_iou=0.5, sure_confidence=0.5)
-
-
-def save_model(path: Path, task: str, nodes: list, shapes: tuple[list, list], constants: dict[str, np.ndarray]) -> None:
-    images, output = (helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in zip(("images", "output"), shapes, strict=True))
-    initial = [numpy_helper.from_array(np.ascontiguousarray(value), name) for name, value in constants.items()]
-    model = helper.make_model(helper.make_graph(nodes, task, [images], [output], initial),
-                              opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    metadata = {"task": task, "rules": RULES.to_json(), "model": f"tiny {task}", "opset": 17, "git_revision": "", "created": ""}
-    helper.set_model_props(model, {"pillsnap": json.dumps(metadata)})
-    onnx.save(model, path)
-
-
-def save_classifier(folder: Path) -> None:
-    nodes = [helper.make_node("GlobalAveragePool", ["images"], ["pooled"]), helper.make_node("Flatten", ["pooled"], ["average"]),
-             helper.make_node("Gemm", ["average", "weights", "bias"], ["output"], transB=1)]
-    constants = {"weights": 60 * COLOURS, "bias": -30 * (COLOURS**2).sum(axis=1)}
-    save_model(folder / "classifier.onnx", "classifier", nodes, (["n", 3, 64, 64], ["n", 3]), constants)
-
-
-def save_detector(folder: Path) -> None:
-    nodes = [helper.make_node("ReduceMean", ["images"], ["average"], keepdims=0), helper.make_node("Mul", ["average", "nothing"], ["zero"]),
-             helper.make_node("Add", ["found", "zero"], ["output"])]
-    constants = {"found": FOUND.T[None], "nothing": np.zeros(1, np.float32)}
-    save_model(folder / "detector.onnx", "detector", nodes, ([1, 3, 320, 320], [1, 5, len(FOUND)]), constants)
-
+from tiny_models import ANOTHER, CONFIG, DRUGS, KEY, RIGHT, huge_png, photo_jpeg, save_classifier, save_detector
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -86,22 +39,7 @@ def client(models: Path) -> Iterator[TestClient]:
 
 @pytest.fixture(scope="module")
 def jpeg() -> bytes:
-    photo = np.full((480, 640, 3), (128, 122, 112), np.uint8)
-    cv2.ellipse(photo, (220, 200), (84, 84), 0, 0, 360, (238, 234, 224), -1, cv2.LINE_AA)
-    cv2.ellipse(photo, (456, 328), (110, 46), 25, 0, 360, (196, 74, 66), -1, cv2.LINE_AA)
-    buffer = io.BytesIO()
-    Image.fromarray(photo).save(buffer, "JPEG", quality=90)
-    return buffer.getvalue()
-
-
-def huge_png() -> bytes:
-    """100 million pixels in a few kilobytes."""
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    header = struct.pack(">IIBBBBB", 10_000, 10_001, 1, 0, 0, 0, 0)
-    rows = zlib.compress(bytes(1251 * 10_001))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    return photo_jpeg()
 
 
 def ask(client: TestClient, photo: bytes, query: str = "", headers: dict[str, str] = KEY) -> Response:
@@ -122,7 +60,9 @@ def test_health_with_a_model(client: TestClient) -> None:
     assert answer.status_code == 200
     health = answer.json()
     assert health["status"] == "ok" and health["advice"] is None and health["version"]
-    assert "CPUExecutionProvider" in health["providers"]
+    assert health["engines"] == {"classifier": "CPUExecutionProvider", "detector": "CPUExecutionProvider"}
+    assert health["features"] == "production" and health["uptime_seconds"] >= 0
+    assert len(health["model"].pop("version")) == 12
     assert health["model"] == {"classifier": "tiny classifier", "detector": "tiny detector", "classes": 3,
                                "class_map_hash": DRUGS.hash, "classifier_size": 64, "detector_size": 320}
 
@@ -155,11 +95,12 @@ def test_damaged_model_is_no_model(models: Path, tmp_path: Path, jpeg: bytes) ->
 
 
 def check_pill(pill: dict) -> None:
-    assert set(pill) == {"box", "box_confidence", "code", "edi_codes", "name", "confidence", "sure", "top5"}
+    drug = {"code", "edi_codes", "name", "maker", "details", "confidence"}
+    assert set(pill) == drug | {"box", "box_confidence", "sure", "candidates"}
     assert set(pill["box"]) == {"x1", "y1", "x2", "y2"}
     assert pill["code"].startswith("K-") and isinstance(pill["edi_codes"], list) and 0 <= pill["confidence"] <= 1
-    assert pill["top5"][0] == {name: pill[name] for name in ("code", "name", "edi_codes", "confidence")}
-    ranked = [candidate["confidence"] for candidate in pill["top5"]]
+    assert pill["candidates"][0] == {name: pill[name] for name in drug}
+    ranked = [candidate["confidence"] for candidate in pill["candidates"]]
     assert ranked == sorted(ranked, reverse=True) and sum(ranked) == pytest.approx(1, abs=1e-4)
 
 
@@ -170,7 +111,8 @@ def test_predict_schema(client: TestClient, jpeg: bytes, query: str, pipeline: s
     response = ask(client, jpeg, query)
     assert response.status_code == 200, response.text
     answer = response.json()
-    assert set(answer) == {"pipeline", "pills", "timings_ms", "notes", "model"}
+    assert set(answer) == {"pipeline", "photo", "pills", "timings_ms", "notes", "hint", "annotated", "notice", "model"}
+    assert answer["photo"] == {"width": 640, "height": 480} and "medical advice" in answer["notice"] and answer["annotated"] is None
     assert answer["pipeline"] == pipeline and [pill["code"] for pill in answer["pills"]] == codes
     for pill in answer["pills"]:
         check_pill(pill)
@@ -179,7 +121,7 @@ def test_predict_schema(client: TestClient, jpeg: bytes, query: str, pipeline: s
         assert answer["pills"][1]["edi_codes"] == ["641600010", "641600011"]
     assert list(answer["timings_ms"]) == ["decode", "detect", "crop", "classify", "total"]
     assert all(value >= 0 for value in answer["timings_ms"].values())
-    assert any("combo" in note for note in answer["notes"]) == (pipeline == "single")
+    assert (answer["hint"] or {}).get("pipeline") == ("combo" if pipeline == "single" else None), "recommended, never switched"
     assert answer["model"]["class_map_hash"] == DRUGS.hash
 
 
@@ -200,13 +142,13 @@ def test_a_key_that_asks_too_often_is_told_when_to_come_again(models: Path, jpeg
     client = client_for(models, (RIGHT, ANOTHER), "serve.requests_per_minute=3")
     assert [ask(client, jpeg).status_code for _ in range(3)] == [200] * 3
     late = ask(client, jpeg)
-    refused(late, 429, "3 requests")
+    refused(late, 429, "3 photos")
     assert 1 <= int(late.headers["retry-after"]) <= 60
     assert ask(client, jpeg, headers={"X-API-Key": ANOTHER}).status_code == 200, "another key notices nothing"
     assert client.get("/version", headers=KEY).status_code == client.get("/health").status_code == 200
 
 
-@pytest.mark.parametrize("key, words", [("", "No API key is set"), ("short", "5 characters"), ("change-me-change-me", "example"), (f"{RIGHT},pillsnap-test-key", "key 2 of 2")])
+@pytest.mark.parametrize("key, words", [("", "No API key is set"), ("short", "5 characters"), ("change-me-change-me", "example"), (f"{RIGHT},pillsnap-test-key", "Key 2 of 2")])
 def test_a_server_with_keys_that_protect_nothing_does_not_start(models: Path, tmp_path: Path, key: str, words: str) -> None:
     command = [sys.executable, "-m", "uvicorn", "pillsnap.serve:app", "--port", "0"]
     environment = {**os.environ, "API_KEY": key, "MODEL_PATH": str(models), "PYTHONPATH": str(CONFIG.parent)}
@@ -220,9 +162,9 @@ def test_ready_version_and_classes(client: TestClient, tmp_path: Path) -> None:
     refused(client_for(tmp_path).get("/ready"), 503, "MODEL_PATH")
     refused(client_for(tmp_path).get("/classes", headers=KEY), 503, "classifier.onnx")
     version = client.get("/version", headers=KEY).json()
-    assert set(version) == {"version", "model", "git_revision", "created"} and version["model"]["class_map_hash"] == DRUGS.hash
+    assert set(version) == {"version", "model", "git_revision", "created", "opened"} and version["model"]["class_map_hash"] == DRUGS.hash
     drugs = client.get("/classes", headers=KEY).json()
-    assert [drug["code"] for drug in drugs] == list(DRUGS.codes) and drugs[0] == {"code": "K-000007", "name": "Red capsule", "edi_codes": ["641600010", "641600011"]}
+    assert [drug["code"] for drug in drugs] == list(DRUGS.codes) and drugs[0] == {"code": "K-000007", "name": "Red capsule", "edi_codes": ["641600010", "641600011"], "maker": "Example Pharma", "details": {"shape": "oblong"}}
 
 
 def test_a_request_keeps_the_number_that_it_came_with(client: TestClient) -> None:

@@ -12,7 +12,8 @@ import numpy as np
 
 from ..data.cuts import Cut
 from ..metrics import detection_metrics
-from ..runtime.boxes import detections_from_output, iou_matrix
+from ..runtime.boxes import iou_matrix
+from ..runtime.find import detections_from_output
 from ..runtime.images import normalise
 from ..schema import Export
 

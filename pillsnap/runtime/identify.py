@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from ..runlog import decide
-from .boxes import Box, detections_from_output
+from .boxes import Box
 from .classes import ClassMap, Drug
-from .images import crop_pill, letterbox, normalise, to_photo
+from .images import crop_pill, letterbox, normalise
 from .engines import ENGINES, PLAIN, Model, choose_engine
 from .session import ModelError, ModelMissing
 
@@ -77,10 +77,12 @@ class Rules:
 class Candidate:
     """One drug that a pill could be."""
 
-    code: str                   # K-code
-    name: str                   # name of the drug
-    edi_codes: tuple[str, ...]  # codes of the health insurance, none to several
-    confidence: float           # 0 to 1
+    drug: Drug
+    confidence: float  # 0 to 1
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        return self.drug.to_json() | {"confidence": self.confidence}
 
 
 @dataclass(frozen=True)
@@ -89,12 +91,33 @@ class Pill:
 
     box: Box                      # where it is, pixels of the photo
     box_confidence: float | None  # that there is a pill, 0 to 1; None = nothing was detected, the whole photo was used
-    code: str                     # K-code of the best candidate
-    name: str                     # its name
-    edi_codes: tuple[str, ...]    # its codes of the health insurance
-    confidence: float             # 0 to 1
-    sure: bool                    # confidence reached the rules' sure_confidence
-    top5: list[Candidate]         # best first, the answer included
+    candidates: list[Candidate]   # best first; the answer is the first of them
+    sure: bool                    # its confidence reached the rules' sure_confidence
+
+    @property
+    def drug(self) -> Drug:
+        """What it is."""
+        return self.candidates[0].drug
+
+    @property
+    def code(self) -> str:
+        """K-code of what it is."""
+        return self.drug.code
+
+    @property
+    def name(self) -> str:
+        """Name of what it is."""
+        return self.drug.name
+
+    @property
+    def confidence(self) -> float:
+        """That it is this drug, 0 to 1."""
+        return self.candidates[0].confidence
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values; the box has the keys x1, y1, x2, y2."""
+        candidates = [candidate.to_json() for candidate in self.candidates]
+        return candidates[0] | {"box": self.box._asdict(), "box_confidence": self.box_confidence, "sure": self.sure, "candidates": candidates}
 
 
 @dataclass(frozen=True)
@@ -105,13 +128,11 @@ class Identification:
     pills: list[Pill]              # most confident detection first
     timings_ms: dict[str, float]   # detect, crop, classify, total; milliseconds
     notes: list[str]               # sentences for people
+    hint: str | None = None        # why the pipeline combo may suit this photo better
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values; a box has the keys x1, y1, x2, y2."""
-        value = asdict(self)
-        for pill in value["pills"]:
-            pill["box"] = Box(*pill["box"])._asdict()
-        return value
+        """As plain values."""
+        return asdict(self) | {"pills": [pill.to_json() for pill in self.pills]}
 
 # %% ../../nbs/runtime/06_identify.ipynb #00da99fd
 def confidences(
@@ -145,6 +166,8 @@ class Identifier:
         self,
         image: np.ndarray,  # RGB, uint8, (height, width, 3)
         pipeline: str,      # "single" or "combo"
+        confidence: float | None = None,  # a detection below it is left out, 0 to 1; None = the rules' box_confidence
+        top_k: int = 5,     # candidates for each pill
     ) -> Identification:    # pills, timings and notes
         """Name the pills of a photo; raises `IdentifyError` for an unknown pipeline, or `combo` without a detector."""
         if pipeline not in PIPELINES:
@@ -152,18 +175,19 @@ class Identifier:
         if pipeline == "combo" and self.detect is None:
             raise IdentifyError("The pipeline combo needs a detector, and this model has none: use single, or add detector.onnx.")
         started = perf_counter()
-        boxes, scores = self._look(image, pipeline)
+        boxes, scores = self._look(image, pipeline, confidence)
         found = perf_counter()
+        hint = f"{len(boxes)} pills were found and only the clearest was named: the pipeline combo names them all." if pipeline == "single" and len(boxes) > 1 else None
         boxes, scores, notes = _select(boxes, scores, pipeline, self.detect is not None)
         crops = self._crops(image, boxes, whole=pipeline == "single")
         cropped = perf_counter()
         shares = self._shares(crops)
         if pipeline == "single" and not len(boxes):
             boxes, scores = [Box(0.0, 0.0, float(image.shape[1]), float(image.shape[0]))], [None]
-        pills = [self._pill(box, score, share) for box, score, share in zip(boxes, scores, shares, strict=True)]
+        pills = [self._pill(box, score, share, top_k) for box, score, share in zip(boxes, scores, shares, strict=True)]
         ended = perf_counter()
         seconds = {"detect": found - started, "crop": cropped - found, "classify": ended - cropped, "total": ended - started}
-        return Identification(pipeline, pills, {step: round(value * 1000, 3) for step, value in seconds.items()}, notes)
+        return Identification(pipeline, pills, {step: round(value * 1000, 3) for step, value in seconds.items()}, notes, hint)
 
     def find(
         self,
@@ -174,23 +198,21 @@ class Identifier:
         """Find the pills of a photo; without a detector none are found."""
         if self.detect is None:
             return np.empty((0, 4), np.float32), np.empty(0, np.float32)
-        square, placement = letterbox(image, size or self.rules.detector_size)
-        raw = np.asarray(self.detect(normalise(square[None], (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))))
-        boxes, scores = detections_from_output(raw[0], self.rules.box_confidence if confidence is None else confidence, self.rules.nms_iou)
-        boxes = to_photo(boxes, placement, width=image.shape[1], height=image.shape[0])
-        inside = (boxes[:, 2] - boxes[:, 0] >= 1) & (boxes[:, 3] - boxes[:, 1] >= 1)
-        return boxes[inside], scores[inside]
+        from pillsnap.runtime.find import find_pills  # only where there is a detector
+
+        return find_pills(self.detect, image, size or self.rules.detector_size, self.rules.box_confidence if confidence is None else confidence, self.rules.nms_iou)
 
     def _look(
         self,
-        image: np.ndarray,  # RGB, uint8, (height, width, 3)
-        pipeline: str,      # "single" or "combo"
+        image: np.ndarray,          # RGB, uint8, (height, width, 3)
+        pipeline: str,              # "single" or "combo"
+        confidence: float | None,   # as `find`
     ) -> tuple[np.ndarray, np.ndarray]:  # as `find`
         if pipeline == "single" and self.rules.single_size != self.rules.detector_size:
-            boxes, scores = self.find(image, size=self.rules.single_size)
+            boxes, scores = self.find(image, confidence, self.rules.single_size)
             if len(boxes):
                 return boxes, scores
-        return self.find(image)
+        return self.find(image, confidence)
 
     def _crops(
         self,
@@ -225,14 +247,11 @@ class Identifier:
         box: np.ndarray | Box,  # x1 y1 x2 y2, pixels
         score: float | None,    # of the detection, 0 to 1
         shares: np.ndarray,     # shares of one, (classes,)
+        top_k: int,             # candidates
     ) -> Pill:
-        top5 = []
-        for index in np.argsort(-shares, kind="stable")[:5]:
-            drug = self.rules.class_map[int(index)]
-            top5.append(Candidate(drug.code, drug.name, drug.edi_codes, float(shares[index])))
-        best = top5[0]
-        return Pill(Box(*(round(float(value), 2) for value in box)), None if score is None else float(score),
-                    best.code, best.name, best.edi_codes, best.confidence, best.confidence >= self.rules.sure_confidence, top5)
+        candidates = [Candidate(self.rules.class_map[int(index)], float(shares[index])) for index in np.argsort(-shares, kind="stable")[:top_k]]
+        sure = candidates[0].confidence >= self.rules.sure_confidence
+        return Pill(Box(*(round(float(value), 2) for value in box)), None if score is None else float(score), candidates, sure)
 
 
 def _select(
@@ -248,16 +267,14 @@ def _select(
         return boxes, scores, ["There is no detector in this model: the whole photo was taken as one pill."]
     if not len(boxes):
         return boxes, scores, ["No pill was found in the photo: the whole photo was taken as one pill."]
-    notes = []
-    if len(boxes) > 1:
-        notes.append(f"{len(boxes)} pills were found and only the clearest was named: the pipeline combo names them all.")
-    return boxes[:1], scores[:1], notes
+    return boxes[:1], scores[:1], []
 
 # %% ../../nbs/runtime/06_identify.ipynb #215b326c
 def load_identifier(
     folder: Path,      # has classifier.onnx and, for combo, detector.onnx
     threads: int = 0,  # threads per model; 0 = one per core
     engine: str = "auto",  # name in ENGINES; auto = what was measured here as the fastest, else ONNX Runtime in float32
+    detect: bool = True,   # False: the detector stays closed, and nothing of it is loaded
 ) -> Identifier:       # ready to name pills
     """Open the models of a folder; raises `ModelMissing`, `ModelError` or `ModelMismatch` with what to do."""
     folder = Path(folder)
@@ -269,25 +286,26 @@ def load_identifier(
                            "or set MODEL_PATH to a folder that has one.")
     chosen = choose_engine(folder, engine).choice
     try:
-        return _open(folder, threads, chosen)
+        return _open(folder, threads, chosen, detect)
     except ModelError as error:
         if engine != "auto" or chosen == PLAIN:
             raise
         decide("engine", PLAIN, f"{chosen} can't open the models ({error})", fallback=True)
-        return _open(folder, threads, PLAIN)
+        return _open(folder, threads, PLAIN, detect)
 
 
 def _open(
     folder: Path,  # with the files of the engine
     threads: int,  # 0 = one per core
     name: str,     # of the engine
+    detect: bool,  # open the detector too, where there is one
 ) -> Identifier:
     engine = ENGINES[name]
     classifier = engine.open(folder / f"classifier.{engine.ending}", threads)
     rules = _rules_of(classifier, "classifier")
     _check(classifier, "input", classifier.input_shape[-1], rules.classifier_size)
     _check(classifier, "number of classes", classifier.output_shape[-1], len(rules.class_map))
-    if not (folder / f"detector.{engine.ending}").is_file():
+    if not detect or not (folder / f"detector.{engine.ending}").is_file():
         return Identifier(classifier, None, rules)
     detector = engine.open(folder / f"detector.{engine.ending}", threads)
     of_detector = _rules_of(detector, "detector")

@@ -21,8 +21,10 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from ..files import write_text
-from ..runtime.identify import Identifier, IdentifyError
+from ..runtime.identify import IdentifyError
 from ..runtime.images import ImageError, decode_image
+from .answers import tell
+from .slot import Loaded
 
 # %% auto #0
 __all__ = ['LOGGER', 'TIMEOUT', 'SUFFIXES', 'ClientError', 'ServerUnusable', 'read_photo', 'seconds_to_wait', 'predict_remote',
@@ -120,7 +122,7 @@ def predict_remote(
     photo: Path | bytes,                 # a JPEG, PNG, WebP or BMP file, or what is in it
     pipeline: str = "single",            # "single" = one pill, "combo" = several
     top_k: int = 5,                      # candidates of each pill, 1 to 20
-    patience: float = 120.0,             # seconds; a busy server is asked again until then
+    patience: float = 120.0,             # seconds; a server that says when to come again is asked again until then
     client: httpx.Client | None = None,  # keeps the connection for the next photo; None = a new one
 ) -> dict[str, Any]:                     # as the server's /docs describes it: pipeline, pills, timings_ms, notes, model and more
     """Let a server name the pills of a photo; raises `ClientError`, and `ServerUnusable` where the next photo would fare no better."""
@@ -133,24 +135,23 @@ def predict_remote(
         wait = seconds_to_wait(response)
         if wait is None or waited + wait > patience:
             return _answer(response, url)
-        LOGGER.info("%s is busy (status %d) and is asked again in %.0f seconds", url, response.status_code, wait)
+        LOGGER.info("%s can't answer now (status %d) and is asked again in %.0f seconds", url, response.status_code, wait)
         time.sleep(wait)
         waited += wait
 
 # %% ../../nbs/service/11_client.ipynb #1f0741fc
 def predict_local(
-    identifier: Identifier,   # from `load_identifier`
+    loaded: Loaded,           # from `load`
     photo: Path | bytes,      # a JPEG, PNG, WebP or BMP file, or what is in it
     pipeline: str = "single", # "single" = one pill, "combo" = several
-    top_k: int = 5,           # candidates of each pill
+    top_k: int = 5,           # candidates of each pill, 1 to 20
     max_pixels: int = 50_000_000,  # of a photo
-) -> dict[str, Any]:          # pipeline, photo, pills, timings_ms and notes, as a server says them
+) -> dict[str, Any]:          # as a server would say it
     """Name the pills of a photo; raises `ClientError`, `ImageError` or `IdentifyError`."""
-    image = decode_image(read_photo(photo), max_pixels)
-    answer = identifier.identify(image, pipeline).to_json()
-    for pill in answer["pills"]:
-        pill["candidates"] = pill.pop("top5")[:top_k]
-    return {"pipeline": answer.pop("pipeline"), "photo": {"width": image.shape[1], "height": image.shape[0]}} | answer
+    data, begun = read_photo(photo), time.perf_counter()
+    image = decode_image(data, max_pixels)
+    decode_ms = (time.perf_counter() - begun) * 1000
+    return tell(loaded.identifier.identify(image, pipeline, top_k=top_k), image, decode_ms, loaded.model, None)
 
 # %% ../../nbs/service/11_client.ipynb #8d62cbbe
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -183,7 +184,8 @@ def as_table(
     """What people read."""
     rows, notes = [], []
     for photo, answer in answers:
-        notes += [f"{_text(photo)}: {note}" for note in answer.get("notes", [])]
+        hint = answer.get("hint")
+        notes += [f"{_text(photo)}: {note}" for note in [*answer.get("notes", []), *([hint["reason"]] if hint else [])]]
         for number, pill in enumerate(answer["pills"], 1):
             rows.append((_text(photo), number, pill["code"], pill["name"], f"{pill['confidence']:.0%}", "yes" if pill["sure"] else "no"))
         if not answer["pills"]:

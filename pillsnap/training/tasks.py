@@ -20,7 +20,7 @@ from ..data.loaders import Batch, Samples, decoding_process_died, in_order, make
 from ..metrics import classification_metrics, detection_metrics
 from ..models.detector import RawDetections, detection_loss
 from ..runlog import decide
-from ..runtime.boxes import detections_from_output
+from ..runtime.find import detections_from_output
 from .group import Group
 from .hardware import Hardware, make_optimizer
 from .oom import Ladder
