@@ -278,7 +278,7 @@ def watch(arguments: Namespace) -> int:
     """Ask a server again and again whether it is ready, and say when that changes; with --once status 1 when it is not."""
     if not 1 <= arguments.every <= 86_400:
         raise SettingsError(f"--every is {arguments.every}, but must be 1 to 86400 seconds")
-    from pillsnap.service.health_watch import watch as watch_server
+    from pillsnap.service.watch import watch as watch_server
 
     return watch_server(arguments.url, 0 if arguments.once else arguments.every, partial(print, flush=True))
 

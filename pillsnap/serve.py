@@ -20,12 +20,12 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from . import __version__
 from .config import Environment, Settings, SettingsError, find_root, load_environment, load_settings
-from .runlog import setup_logging
 from .runtime.identify import PIPELINES, Identifier, load_identifier
 from .runtime.session import ModelError
 from .service.about import about_router
 from .service.ask import ask_router
 from .service.desk import Desk
+from .service.journal import AccessLog, setup_service_logging
 from .service.keys import Keys, Pace, weakness
 from .service.problems import ProblemAnswer, answer_problems
 from .service.site import Service
@@ -57,9 +57,9 @@ def _add_features(app: FastAPI, features: str) -> None:
     app.include_router(ask_router, responses=responses)
     if features == "mvp":
         return
-    from pillsnap.service.watch import CountRequests, Figures, watch_router
+    from pillsnap.service.figures import CountRequests, Figures, figures_router
 
-    app.include_router(watch_router, responses=responses)
+    app.include_router(figures_router, responses=responses)
     app.state.service.figures = Figures(app.state.service)
     app.add_middleware(CountRequests, figures=app.state.service.figures)
     if features == "production":
@@ -98,7 +98,7 @@ def _service(settings: Settings, environment: Environment, root: Path) -> Servic
         ModelSlot(serve.model_path or environment.model_path, _opener(settings)),
         Keys(environment.api_keys, anyone=environment.allow_weak_keys), Keys(environment.admin_keys), Pace(serve.requests_per_minute),
         Desk(serve.workers or cores, serve.queue, serve.request_seconds), int(serve.max_image_mb * 1e6), settings.data.max_pixels, places,
-        upload_seconds=serve.upload_seconds, pipelines=PIPELINES[:1] if serve.features == "mvp" else PIPELINES)
+        upload_seconds=serve.upload_seconds, font=serve.font, pipelines=PIPELINES[:1] if serve.features == "mvp" else PIPELINES)
 
 
 def create_app(
@@ -114,7 +114,7 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        setup_logging(environment.log_level)
+        setup_service_logging(environment)
         await to_thread.run_sync(_try_model, service.slot)
         yield
         await to_thread.run_sync(service.desk.close)
@@ -124,6 +124,7 @@ def create_app(
     _add_features(app, settings.serve.features)
     app.add_middleware(CORSMiddleware, allow_origins=list(environment.cors_allow_origins), allow_methods=["GET", "POST"],
                        allow_headers=["X-API-Key", "X-Request-ID", "Content-Type"], expose_headers=["X-Request-ID", "Retry-After"])
+    app.add_middleware(AccessLog)
     app.add_middleware(CorrelationIdMiddleware)
     app.add_middleware(_Doorkeeper, reason=_weak(environment))
     answer_problems(app)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import httpx
@@ -122,7 +123,7 @@ def predict_remote(
     photo: Path | bytes,                 # a JPEG, PNG, WebP or BMP file, or what is in it
     pipeline: str = "single",            # "single" = one pill, "combo" = several
     top_k: int = 5,                      # candidates of each pill, 1 to 20
-    patience: float = 120.0,             # seconds; a server that says when to come again is asked again until then
+    patience: float = 120.0,             # seconds; a busy server is asked again until then
     client: httpx.Client | None = None,  # keeps the connection for the next photo; None = a new one
 ) -> dict[str, Any]:                     # as the server's /docs describes it: pipeline, pills, timings_ms, notes, model and more
     """Let a server name the pills of a photo; raises `ClientError`, and `ServerUnusable` where the next photo would fare no better."""
@@ -135,22 +136,22 @@ def predict_remote(
         wait = seconds_to_wait(response)
         if wait is None or waited + wait > patience:
             return _answer(response, url)
-        LOGGER.info("%s can't answer now (status %d) and is asked again in %.0f seconds", url, response.status_code, wait)
+        LOGGER.info("%s is busy (status %d) and is asked again in %.0f seconds", url, response.status_code, wait)
         time.sleep(wait)
         waited += wait
 
 # %% ../../nbs/service/11_client.ipynb #1f0741fc
 def predict_local(
-    loaded: Loaded,           # from `load`
+    loaded: Loaded,           # the models, from `pillsnap.service.slot.load`
     photo: Path | bytes,      # a JPEG, PNG, WebP or BMP file, or what is in it
     pipeline: str = "single", # "single" = one pill, "combo" = several
-    top_k: int = 5,           # candidates of each pill, 1 to 20
+    top_k: int = 5,           # candidates of each pill
     max_pixels: int = 50_000_000,  # of a photo
-) -> dict[str, Any]:          # as a server would say it
+) -> dict[str, Any]:          # the same that a server says
     """Name the pills of a photo; raises `ClientError`, `ImageError` or `IdentifyError`."""
-    data, begun = read_photo(photo), time.perf_counter()
+    data, begun = read_photo(photo), perf_counter()
     image = decode_image(data, max_pixels)
-    decode_ms = (time.perf_counter() - begun) * 1000
+    decode_ms = (perf_counter() - begun) * 1000
     return tell(loaded.identifier.identify(image, pipeline, top_k=top_k), image, decode_ms, loaded.model, None)
 
 # %% ../../nbs/service/11_client.ipynb #8d62cbbe
@@ -184,8 +185,8 @@ def as_table(
     """What people read."""
     rows, notes = [], []
     for photo, answer in answers:
-        hint = answer.get("hint")
-        notes += [f"{_text(photo)}: {note}" for note in [*answer.get("notes", []), *([hint["reason"]] if hint else [])]]
+        hint = [answer["hint"]["reason"]] if answer.get("hint") else []
+        notes += [f"{_text(photo)}: {note}" for note in [*answer.get("notes", []), *hint]]
         for number, pill in enumerate(answer["pills"], 1):
             rows.append((_text(photo), number, pill["code"], pill["name"], f"{pill['confidence']:.0%}", "yes" if pill["sure"] else "no"))
         if not answer["pills"]:
