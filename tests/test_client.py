@@ -8,27 +8,21 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import cv2
 import httpx
-import numpy as np
 import pytest
 from PIL import Image
 
 from pillsnap import cli
 from pillsnap.service.client import ClientError, ServerUnusable, as_table, predict_remote
-
-try:
-    from tiny_models import save_classifier, save_detector
-except ImportError:
-    from test_api_min import save_classifier, save_detector
+from serving import free_port, running
+from tiny_models import RIGHT as KEY
+from tiny_models import photo_jpeg, save_classifier, save_detector
 
 ROOT = Path(__file__).parents[1]
-KEY = "jC2-9wqXr_LmT4vYd0Ks"
 
 
 @pytest.fixture(scope="module")
@@ -44,42 +38,18 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with two photos of two pills, one of them below it, and what is no photo."""
     folder = tmp_path_factory.mktemp("photos")
     (folder / "더 깊은").mkdir()
-    picture = np.full((480, 640, 3), (128, 122, 112), np.uint8)
-    cv2.ellipse(picture, (220, 200), (84, 84), 0, 0, 360, (238, 234, 224), -1, cv2.LINE_AA)
-    cv2.ellipse(picture, (456, 328), (110, 46), 25, 0, 360, (196, 74, 66), -1, cv2.LINE_AA)
-    Image.fromarray(picture).save(folder / "one.jpg", quality=90)
-    Image.fromarray(picture).save(folder / "더 깊은" / "둘.PNG")
+    (folder / "one.jpg").write_bytes(photo_jpeg())
+    Image.open(io.BytesIO(photo_jpeg())).save(folder / "더 깊은" / "둘.PNG")
     (folder / "list.txt").write_text("no photo")
     (folder / ".one.jpg").write_bytes(b"")
     return folder
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
 def server(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A real uvicorn; its address."""
-    port, log = free_port(), (tmp_path_factory.mktemp("server") / "log").open("w+")
-    environment = {**os.environ, "API_KEY": f"{KEY},q7Wm2-Lk0vR_t8Yc5n", "MODEL_PATH": str(models), "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, "-m", "uvicorn", "pillsnap.serve:app", "--port", str(port)], env=environment, stderr=log, stdout=log)
-    try:
-        ends = time.monotonic() + 60
-        while True:
-            try:
-                assert httpx.get(f"http://127.0.0.1:{port}/ready", timeout=5).status_code == 200
-                break
-            except httpx.HTTPError:
-                assert process.poll() is None and time.monotonic() < ends, Path(log.name).read_text()
-                time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait(30)
-        log.close()
+    """The real service; its address."""
+    with running(models, tmp_path_factory.mktemp("server")) as started:
+        yield started.url
 
 
 @pytest.fixture(autouse=True)
@@ -100,13 +70,12 @@ def run(capfd: pytest.CaptureFixture, *words: object) -> tuple[int, str, str]:
 
 
 def test_a_local_model_and_a_server_say_the_same(photos: Path, models: Path, server: str, capfd: pytest.CaptureFixture) -> None:
-    codes = {}
+    answers = {}
     for way in (("--model", models), ("--url", server)):
         status, out, _ = run(capfd, photos / "one.jpg", *way, "--pipeline", "combo", "--json")
-        answer = json.loads(out)
-        assert status == 0 and answer["file"] == str(photos / "one.jpg") and answer["pipeline"] == "combo"
-        codes[way[0]] = [(pill["code"], pill["name"], round(pill["confidence"], 3), pill["sure"]) for pill in answer["pills"]]
-    assert codes["--model"] == codes["--url"] and [code for code, *_ in codes["--url"]] == ["K-000030", "K-000007"]
+        answers[way[0]] = json.loads(out)
+        assert status == 0 and answers[way[0]].pop("file") == str(photos / "one.jpg") and answers[way[0]].pop("timings_ms")["total"] > 0
+    assert answers["--model"] == answers["--url"] and [pill["code"] for pill in answers["--url"]["pills"]] == ["K-000030", "K-000007"]
 
 
 @pytest.mark.parametrize("way", ["local", "remote"])
@@ -119,9 +88,11 @@ def test_folders_and_photos_become_a_table_and_a_bar_on_the_error_stream(way: st
     assert sum("combo names them all" in row for row in rows) == 3
 
 
-def test_candidates_are_as_many_as_asked(photos: Path, models: Path, capfd: pytest.CaptureFixture) -> None:
-    _, out, _ = run(capfd, photos / "one.jpg", "--model", models, "--json", "--top-k", 2)
-    assert [candidate["code"] for candidate in json.loads(out)["pills"][0]["candidates"]][0] == "K-000030" and len(json.loads(out)["pills"][0]["candidates"]) == 2
+def test_candidates_are_as_many_as_asked(photos: Path, models: Path, server: str, capfd: pytest.CaptureFixture) -> None:
+    for way in (("--model", models), ("--url", server)):
+        _, out, _ = run(capfd, photos / "one.jpg", *way, "--json", "--top-k", 2)
+        candidates = [candidate["code"] for candidate in json.loads(out)["pills"][0]["candidates"]]
+        assert len(candidates) == 2 and candidates[0] == "K-000030"
     for wrong in ("0", "21"):
         status, _, err = run(capfd, photos / "one.jpg", "--model", models, "--top-k", wrong)
         assert status == 2 and "1 to 20" in err

@@ -8,12 +8,12 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tarfile
 import threading
 import time
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -25,19 +25,16 @@ import yaml
 
 from pillsnap import cli
 from pillsnap.environment import load_environment
-from pillsnap.export.archive import ArchiveError, check_archive, make_archive, restore_archive
+from pillsnap.export.archive import ArchiveError, check_archive, make_archive, restore_archive, roll_back
 from pillsnap.runtime.identify import load_identifier
 from pillsnap.service.keys import weakness
-
-try:
-    from tiny_models import save_classifier, save_detector
-except ImportError:
-    from test_api_min import save_classifier, save_detector
+from serving import ADMIN, free_port, running
+from tiny_models import RIGHT as KEY
+from tiny_models import save_classifier, save_detector
 
 ROOT = Path(__file__).parents[1]
 OPERATION = ROOT / "operation"
 PAGE = (ROOT / "docs" / "operation.md").read_text(encoding="utf-8")
-KEY = "jC2-9wqXr_LmT4vYd0Ks"
 
 
 @pytest.fixture(scope="module")
@@ -257,12 +254,6 @@ def test_what_cannot_be_packed_or_taken_back_is_said(models: Path, tmp_path: Pat
     assert command(capfd, "archive", "rollback", "--into", "server")[0] == 2 and (tmp_path / "server" / "current").is_dir()
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 def test_the_watch_says_changes_and_ends_with_a_status(capfd: pytest.CaptureFixture) -> None:
     class Ready(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -311,49 +302,69 @@ def workers(process: subprocess.Popen) -> set[int]:
     return {child.pid for child in children if "resource_tracker" not in " ".join(child.cmdline())}
 
 
-def until(what: object, process: subprocess.Popen, log: Path) -> object:
+def until(what: Callable[[], object], log: Path) -> object:
     """Wait until something is true."""
     ends = time.monotonic() + 60
     while not (found := what()):
-        assert process.poll() is None and time.monotonic() < ends, log.read_text()
+        assert time.monotonic() < ends, log.read_text()
         time.sleep(0.1)
     return found
 
 
-def test_several_processes_are_renewed_one_by_one_and_replaced(models: Path, other_models: Path, tmp_path: Path) -> None:
-    server, port, log = tmp_path / "server", free_port(), tmp_path / "log"
-    for name, folder in (("one", models), ("two", other_models)):
-        make_archive(folder, tmp_path / f"{name}.tar", ROOT / "config.yaml")
-    restore_archive(tmp_path / "one.tar", server)
-    environment = {**os.environ, "API_KEY": KEY, "MODEL_PATH": str(server / "current" / "models"), "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, "-m", "uvicorn", "pillsnap.serve:app", "--workers", "2", "--port", str(port)], cwd=server / "current", env=environment, stdout=log.open("w"), stderr=subprocess.STDOUT)
-    refused, stop = [], threading.Event()
-
-    def served() -> str | None:
-        try:
-            return httpx.get(f"http://127.0.0.1:{port}/version", headers={"X-API-Key": KEY}, timeout=30).json()["model"]["classifier"]
-        except httpx.HTTPError as error:
-            refused.append(repr(error))
-            return None
-
+def served(url: str) -> str | None:
+    """Which network answers; None = nobody does."""
     try:
-        assert until(served, process, log) == "tiny classifier"
-        first = until(lambda: workers(process) if len(workers(process)) == 2 else None, process, log)
-        refused.clear()
-        restore_archive(tmp_path / "two.tar", server)
-        asking = threading.Thread(target=lambda: [served() for _ in iter(lambda: stop.wait(0.05), True)])
-        asking.start()
-        process.send_signal(signal.SIGHUP)
-        second = until(lambda: workers(process) if len(workers(process)) == 2 and not workers(process) & first else None, process, log)
-        assert until(lambda: served() == "other classifier", process, log)
-        stop.set()
-        asking.join()
-        assert not [error for error in refused if "ConnectError" in error], "the address took requests all the time"
-        killed = max(second)
-        psutil.Process(killed).kill()
-        until(lambda: len(workers(process)) == 2 and killed not in workers(process), process, log)
-        assert until(served, process, log) == "other classifier"
-    finally:
-        stop.set()
-        process.terminate()
-        process.wait(60)
+        return httpx.get(f"{url}/version", headers={"X-API-Key": KEY}, timeout=30).json()["model"]["classifier"]
+    except httpx.HTTPError:
+        return None
+
+
+@pytest.fixture
+def archives(models: Path, other_models: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """Two releases; the first is the current one of `server`."""
+    for name, folder in (("one", models), ("two", other_models)):
+        make_archive(folder, tmp_path / f"{name}.tar")
+    restore_archive(tmp_path / "one.tar", tmp_path / "server")
+    return tmp_path / "one.tar", tmp_path / "two.tar"
+
+
+def test_a_service_takes_a_new_release_and_the_one_before_again(archives: tuple[Path, Path], tmp_path: Path) -> None:
+    server = tmp_path / "server"
+    with running(server / "current" / "models", tmp_path / "work") as started:
+        for change, expected in ((lambda: restore_archive(archives[1], server), "other classifier"), (lambda: roll_back(server), "tiny classifier")):
+            change()
+            assert httpx.post(f"{started.url}/reload", headers={"X-Admin-Key": ADMIN}, timeout=60).status_code == 200
+            assert served(started.url) == expected
+
+
+def test_several_processes_are_renewed_one_by_one_and_replaced(archives: tuple[Path, Path], tmp_path: Path) -> None:
+    refused, stop = [], threading.Event()
+    with running(tmp_path / "server" / "current" / "models", tmp_path / "work", "", "--workers", "2") as started:
+        def ask() -> None:
+            while not stop.wait(0.05):
+                try:
+                    httpx.get(f"{started.url}/health", timeout=30)
+                except httpx.ConnectError as error:
+                    refused.append(repr(error))
+                except httpx.TransportError:
+                    pass  # a process that ends may end the connections it has
+
+        asking = threading.Thread(target=ask)
+        try:
+            assert served(started.url) == "tiny classifier"
+            first = until(lambda: workers(started.process) if len(workers(started.process)) == 2 else None, started.log)
+            restore_archive(archives[1], tmp_path / "server")
+            assert httpx.post(f"{started.url}/reload", headers={"X-Admin-Key": ADMIN}, timeout=60).status_code == 409
+            asking.start()
+            started.process.send_signal(signal.SIGHUP)
+            second = until(lambda: workers(started.process) if len(workers(started.process)) == 2 and not workers(started.process) & first else None, started.log)
+            until(lambda: served(started.url) == "other classifier", started.log)
+            stop.set()
+            asking.join()
+            assert not refused, "the address took requests all the time"
+            killed = max(second)
+            psutil.Process(killed).kill()
+            until(lambda: len(workers(started.process)) == 2 and killed not in workers(started.process), started.log)
+            assert until(lambda: served(started.url), started.log) == "other classifier"
+        finally:
+            stop.set()
