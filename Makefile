@@ -44,7 +44,7 @@ bench-train: .venv/ready  ## measure training against timm, ultralytics and the 
 
 PRODUCTION := model.classifier.name=tf_efficientnetv2_s.in21k_ft_in1k model.classifier.image_size=384 model.detector.name=yolo11m.yaml model.detector.image_size=640 \
 	data.classes=8 data.images=320 identify.box_confidence=0.0005 train.evaluations=1 train.ema_decay=0.98 \
-	train.classifier.epochs=1 train.classifier.min_steps=100 train.classifier.batch_size=8 train.detector.epochs=1 train.detector.min_steps=140 train.detector.batch_size=4
+	train.classifier.epochs=1 train.classifier.min_steps=100 train.classifier.batch_size=8 train.detector.epochs=1 train.detector.min_steps=320 train.detector.batch_size=4
 # Networks of production size, trained just long enough to know some pills, so that it shows when an engine is wrong.
 runs/bench/production/best.pt: | .venv/ready
 	@$(BIN)/python -m pillsnap train --profile cpu --run-dir runs/bench/production train.resume=last $(PRODUCTION)
