@@ -19,7 +19,7 @@ from zipfile import ZipFile
 
 import httpx
 import pytest
-import test_api_min
+import tiny_models
 import uvicorn
 from axe_core_python.selenium import Axe
 from fastapi.testclient import TestClient
@@ -34,15 +34,14 @@ from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.wait import WebDriverWait
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
-from test_api_min import CONFIG, DRUGS, KEY, RIGHT, jpeg, models, save_classifier, save_detector
 
 from pillsnap.config import Environment, load_settings
 from pillsnap.runtime.classes import ClassMap, Drug
 from pillsnap.runtime.identify import Identifier
 from pillsnap.serve import create_app
 from pillsnap.service.shield import HEADERS
+from tiny_models import CONFIG, DRUGS, KEY, RIGHT, photo_jpeg, save_classifier, save_detector
 
-__all__ = ["jpeg", "models"]  # fixtures
 FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync")
 WITHOUT_NAME = (155, 137, 165)  # a colour as far from one drug's as from the others'
 
@@ -114,6 +113,19 @@ def serving(app: ASGIApp) -> Iterator[str]:
 
 def app_for(folder: Path, per_minute: int = 0) -> ASGIApp:
     return create_app(load_settings(CONFIG, [f"serve.requests_per_minute={per_minute}"]), Environment(api_keys=(RIGHT,), model_path=folder))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    save_classifier(folder)
+    save_detector(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def jpeg() -> bytes:
+    return photo_jpeg()
 
 
 @pytest.fixture(scope="module")
@@ -458,7 +470,7 @@ def test_with_the_keyboard_only(browser: WebDriver, address: str) -> None:
 def test_names_are_text_and_never_markup(browser: WebDriver, tmp_path: Path, photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = "<img src=x onerror=\"document.title='taken over'\"><b>Tablet</b>"
     drugs = ClassMap([Drug(code, name) for code in DRUGS.codes])
-    monkeypatch.setattr(test_api_min, "RULES", replace(test_api_min.RULES, class_map=drugs))
+    monkeypatch.setattr(tiny_models, "RULES", replace(tiny_models.RULES, class_map=drugs))
     save_classifier(tmp_path), save_detector(tmp_path)
     shutil.copy(photo, tmp_path / "<i>photo<i>.jpg")
     with serving(app_for(tmp_path)) as address:

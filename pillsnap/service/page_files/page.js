@@ -52,6 +52,8 @@ const TEXT = {
       key_missing: "API 키가 필요합니다.", key_wrong: "API 키가 맞지 않습니다.", too_large: "사진이 너무 큽니다.", too_many_pixels: "사진의 픽셀이 너무 많습니다.",
       not_an_image: "읽을 수 있는 사진이 아닙니다. JPEG, PNG, WebP, BMP를 보내 주세요.", damaged_image: "사진이 손상되었거나 잘렸습니다.",
       too_many_requests: "요청이 너무 많습니다.", no_model: "서버에 아직 모델이 없습니다.", pipeline_unavailable: "이 서버의 모델로는 할 수 없는 방식입니다.",
+      not_active: "이 서버에서 쓰지 않는 방식입니다.", queue_full: "서버가 바쁩니다.", too_slow: "제시간에 답을 마치지 못했습니다.", upload_too_slow: "사진이 제시간에 도착하지 않았습니다.",
+      upload_ended: "전송이 도중에 끝났습니다. 다시 보내 주세요.", internal_error: "서버에서 예상하지 못한 문제가 생겼습니다.",
     },
   },
 };
@@ -251,7 +253,7 @@ async function ask(card) {
   try {
     const response = await fetch(`predict?pipeline=${card.pipeline}`, { method: "POST", body: form, headers: key ? { "X-API-Key": key } : {}, signal });
     const told = await response.json().catch(() => ({})); // something between here and the server may answer with a page
-    if (response.ok && told.pills) return { state: "done", answer: told, problem: null };
+    if (response.ok && told.photo) return { state: "done", answer: told, problem: null };
     const until = waitUntil(response);
     card.tries += until ? 1 : 0;
     const reason = typeof told.detail === "string" ? { detail: told.detail, code: told.code } : { own: "silent" };
