@@ -60,7 +60,7 @@ def compare_way(
     """Compare what an engine answers with what was trained."""
     found: dict[str, Any] = {}
     for task, call in (("classifier", identifier.classify), ("detector", identifier.detect)):
-        figures = compared[task].figures((call, compared[task].source.metadata))
+        figures = compared[task].figures((call, getattr(call, "metadata", compared[task].source.metadata)))  # of the file, where there is one
         found[task] = {key: value for key, value in figures.items() if key != "worst"}
     reasons = [reason for task in TASKS for reason in failures(task, found[task], settings.export, name in FEWER_BITS)]
     return {"passes_comparison": not reasons, "failures": reasons, "comparison": found}
@@ -170,7 +170,8 @@ def bench_run(
               "setup": _setup(run, settings, opened, photos, several), "machine": {**this_machine(), "memory_gb": round(psutil.virtual_memory().total / 1e9, 1)}, "versions": versions(PACKAGES),
               "seconds": round(time.perf_counter() - began, 1)}
     write_json(out / "infer.json", report)
-    write_json(run / "export" / CHOICE, {"engine": chosen, "reason": reason, "machine": this_machine()})
+    rates = engines[chosen]["images_per_second"]
+    write_json(run / "export" / CHOICE, {"engine": chosen, "reason": reason, "batch_gain": round(max(rates.values()) / rates["1"], 3), "machine": this_machine()})
     decide("serving engine", chosen, reason)
     return report
 

@@ -147,7 +147,9 @@ def export_run(
         report = export_formats(names, trained, dataset, work, settings)
     except OSError as error:
         shutil.rmtree(work, ignore_errors=True)
-        raise ExportError(f"The export of {folder} can't be written ({error.strerror or error}): see that there is room on its disk. What was exported before is as it was.") from error
+        photo = Path(str(error.filename)) if error.filename and not Path(str(error.filename)).resolve().is_relative_to(work.resolve()) else None
+        reason = f"{photo} can't be read ({error.strerror}): see that the run's photos are where they were in training" if photo else f"it can't be written ({error.strerror or error}): see that there is room on its disk"
+        raise ExportError(f"The export of {folder} ended early, {reason}. What was exported before is as it was.") from error
     report |= {"checkpoint": str(checkpoint or Path(folder) / "best.pt"), "checkpoint_sha256": weights}
     return _release(report, work, target)
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from contextvars import copy_context
 from typing import Any, TypeVar
 
 from .problems import Problem
@@ -60,7 +61,7 @@ class Desk:
     ) -> Answer:
         """Let a thread do it; raises what the function raises."""
         begun = time.perf_counter()
-        future: Future[Answer] = self._threads.submit(function, *arguments)
+        future: Future[Answer] = self._threads.submit(copy_context().run, function, *arguments)  # with the request's number, for the log
         try:
             return await asyncio.wrap_future(future)
         finally:

@@ -102,7 +102,7 @@ def timed_attempt(
     free_memory(device)
     before, times = _memory(device)[0], []
     step = make_step(batch_size)
-    for _ in range(_WARMUP[device.type] if warmup is None else warmup):
+    for _ in range(_WARMUP.get(device.type, _WARMUP["cpu"]) if warmup is None else warmup):
         _timed(step, device)
     with _peak_memory(device) as peak:
         end = time.perf_counter() + seconds
