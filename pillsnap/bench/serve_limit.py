@@ -11,12 +11,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from time import perf_counter, process_time
+from time import perf_counter
 from typing import Any
 
 import numpy as np
 
 from .load import Load
+from .photos import BenchError
 from ..runtime.identify import Identifier, load_identifier
 from ..runtime.images import decode_image
 
@@ -49,9 +50,9 @@ def run_bare(
     photos: Sequence[bytes],  # picture files
     calls: Sequence[Sequence[tuple[str, np.ndarray]]],  # of each photo, from `engine_calls`
     requests: int,            # photos, in turn
-) -> Load:                    # without codes
+) -> Load:                    # without codes, and without a load process
     """Decode one photo after another and make its calls."""
-    load, cpu, begin = Load(), process_time(), perf_counter()
+    load, begin = Load(), perf_counter()
     for number in range(requests):
         which = number % len(photos)
         start = perf_counter()
@@ -60,7 +61,7 @@ def run_bare(
             getattr(identifier, step)(batch)
         load.milliseconds.append(round((perf_counter() - start) * 1000, 3))
         load.photos.append(which)
-    load.seconds, load.cpu_seconds = perf_counter() - begin, process_time() - cpu
+    load.seconds = perf_counter() - begin
     return load
 
 # %% ../../nbs/bench/19_serve_limit.ipynb #1c8d4831
@@ -70,9 +71,10 @@ class Limit:
     def __init__(
         self,
         process: subprocess.Popen,  # of `main`
+        log: Path,                  # gets what it says
     ) -> None:
-        """Wait until it is ready; raises `RuntimeError` when it ends before."""
-        self._process = process
+        """Wait until it is ready; raises `BenchError` when it ends before."""
+        self._process, self._log = process, log
         told = self._read()
         self.codes: list[str] = told["codes"]  # K-code of each photo
         self.calls: list[int] = told["calls"]  # of the engine for each photo
@@ -80,16 +82,18 @@ class Limit:
     def _read(self) -> dict[str, Any]:
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"the process of the limit has ended with status {self._process.wait()}: its log says why")
+            said = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["it said nothing"]
+            raise BenchError(f"the process of the limit has ended with status {self._process.wait()}: {said[-1]}")
         return json.loads(line)
 
     def turn(
         self,
         requests: int,  # photos
     ) -> Load:
-        """Let it name some photos; raises `RuntimeError` when it has ended."""
-        self._process.stdin.write(f"{requests}\n")
-        self._process.stdin.flush()
+        """Let it name some photos; raises `BenchError` when it has ended."""
+        if self._process.poll() is None:
+            self._process.stdin.write(f"{requests}\n")
+            self._process.stdin.flush()
         return Load(**self._read())
 
 
@@ -101,12 +105,12 @@ def limit_of(
     engine: str,             # name in ENGINES
     log: Path,               # gets what the process says
 ) -> Iterator[Limit]:
-    """The limit, ready; raises `RuntimeError` when it can't be."""
+    """The limit, ready; raises `BenchError` when it can't be."""
     words = [sys.executable, "-m", "pillsnap.bench.serve_limit", str(models), str(threads), engine, *map(str, photos)]
     with log.open("w", encoding="utf-8") as said:
         process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True)
     try:
-        yield Limit(process)
+        yield Limit(process, log)
     finally:
         process.stdin.close()
         process.wait(timeout=60)

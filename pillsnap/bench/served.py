@@ -24,8 +24,8 @@ from .photos import BenchError
 from ..demo import free_port
 
 # %% auto #0
-__all__ = ['Program', 'Server', 'start_server', 'family', 'end_family', 'memory_mb', 'running', 'suspend', 'awake', 'watched',
-           'slope']
+__all__ = ['Program', 'Server', 'last_line', 'start_server', 'family', 'end_family', 'memory_mb', 'running', 'suspend', 'awake',
+           'watched', 'slope']
 
 # %% ../../nbs/bench/17_served.ipynb #aeb0c09a
 @dataclass(frozen=True)
@@ -64,7 +64,10 @@ def _says_ready(port: int, path: str) -> bool:
         connection.close()
 
 
-def _last_line(log: Path) -> str:
+def last_line(
+    log: Path,  # of a server
+) -> str:
+    """What a server said last."""
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     return lines[-1].strip() if lines else "it said nothing"
 
@@ -83,10 +86,11 @@ def start_server(
     with log.open("w", encoding="utf-8") as output:
         process = psutil.Popen(words, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
     while not _says_ready(port, program.ready):
-        waited = time.perf_counter() - start
-        if process.poll() is not None or waited > wait_seconds:
+        waited, status = time.perf_counter() - start, process.poll()
+        if status is not None or waited > wait_seconds:
             end_family(process, family(process))
-            raise BenchError(f"{program.name} isn't ready after {waited:.0f} seconds: {_last_line(log)}")
+            why = f"isn't ready after {waited:.0f} seconds" if status is None else f"has ended with status {status} before it was ready"
+            raise BenchError(f"{program.name} {why}: {last_line(log)}")
         time.sleep(0.02)
     seconds = time.perf_counter() - start
     return Server(program, process, f"http://127.0.0.1:{port}{program.path}", log, seconds, tuple(family(process)))
@@ -184,7 +188,9 @@ def watched(
 
     def look() -> None:
         while not ended.is_set():
-            points.append((time.perf_counter() - start, memory_mb(server)))
+            megabytes = memory_mb(server)
+            if megabytes:  # a server that has ended holds nothing
+                points.append((time.perf_counter() - start, megabytes))
             ended.wait(seconds)
 
     thread = threading.Thread(target=look, daemon=True)
