@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || echo python3)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 .DEFAULT_GOAL := help
-.PHONY: help demo test lab serve bench-data bench-train bench-infer clean
+.PHONY: help demo test lab serve bench-data bench-train bench-infer bench-serve clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /|/' | awk -F'|' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -52,6 +52,10 @@ runs/bench/production/best.pt: | .venv/ready
 bench-infer: .venv/ready runs/bench/production/best.pt  ## measure all engines with networks of production size, write runs/bench/infer.json (RUN=runs/NAME: with that run)
 	@$(BIN)/python -m pillsnap export --run $(or $(RUN),runs/bench/production) --format onnx-int8 > /dev/null
 	@$(BIN)/python -m pillsnap bench --run $(or $(RUN),runs/bench/production)
+
+bench-serve: .venv/ready runs/bench/production/best.pt  ## measure the service under load next to others, write runs/bench/serve.json (RUN=runs/NAME, OPTIONS="--soak-minutes 0 ...")
+	@test -e $(or $(RUN),runs/bench/production)/export/classifier.onnx || $(BIN)/python -m pillsnap export --run $(or $(RUN),runs/bench/production) > /dev/null
+	@$(BIN)/python -m pillsnap.bench.serve --run $(or $(RUN),runs/bench/production) --out runs/bench $(OPTIONS)
 
 clean:  ## remove caches and build leftovers; runs, models and data stay
 	@rm -rf data/cache build *.egg-info .pytest_cache
