@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from . import __version__
 from .config import Environment, Settings, SettingsError, find_root, load_environment, load_settings
 from .runtime.identify import PIPELINES, Identifier, load_identifier
-from .runtime.session import ModelError
+from .runtime.session import ModelError, cuda_devices
 from .service.about import about_router
 from .service.ask import ask_router
 from .service.desk import Desk
@@ -38,12 +38,15 @@ from .service.slot import ModelSlot
 __all__ = ['app', 'create_app']
 
 # %% ../nbs/20_serve.ipynb #4bae5a3c
-def _opener(settings: Settings) -> partial[Identifier]:
-    """How models are opened in this service."""
-    return partial(_open, settings.serve.threads, settings.serve.engine, settings.serve.features != "mvp")
+def _openers(settings: Settings) -> tuple[partial[Identifier], partial[Identifier] | None]:
+    """How models are opened in this service, for one photo and for several at a time."""
+    serve = settings.serve
+    opener = partial(_open, engine=serve.engine, more=serve.features != "mvp")
+    several = serve.features != "mvp" and not serve.threads and (os.cpu_count() or 1) > 1 and serve.workers != 1 and not cuda_devices()
+    return partial(opener, threads=serve.threads), partial(opener, threads=1) if several else None
 
 
-def _open(threads: int, engine: str, more: bool, folder: Path) -> Identifier:
+def _open(folder: Path, threads: int, engine: str, more: bool) -> Identifier:
     identifier = load_identifier(folder, threads, engine, detect=more)
     if more:
         from pillsnap.service.together import Together, choose_sharing
@@ -100,9 +103,9 @@ def _service(settings: Settings, environment: Environment, root: Path) -> Servic
     serve, cores = settings.serve, os.cpu_count() or 1
     places = serve.model_root or (None if "://" in settings.store.url else root / settings.store.url / "models")
     return Service(
-        ModelSlot(serve.model_path or environment.model_path, _opener(settings)),
+        ModelSlot(serve.model_path or environment.model_path, *_openers(settings)),
         Keys(environment.api_keys, anyone=environment.allow_weak_keys), Keys(environment.admin_keys), Pace(serve.requests_per_minute),
-        Desk(serve.workers or cores, serve.queue, serve.request_seconds), int(serve.max_image_mb * 1e6), settings.data.max_pixels, places,
+        Desk(serve.workers or cores + 1, serve.queue, serve.request_seconds), int(serve.max_image_mb * 1e6), settings.data.max_pixels, places,
         upload_seconds=serve.upload_seconds, font=serve.font, pipelines=PIPELINES[:1] if serve.features == "mvp" else PIPELINES)
 
 
