@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import signal
 import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from pillsnap.bench import serve, serve_course
@@ -148,3 +150,15 @@ def test_what_can_not_be_measured_is_said_in_one_sentence(run: Path, tmp_path: P
 def test_a_limit_without_models_says_why(tmp_path: Path) -> None:
     with pytest.raises(BenchError, match="has ended with status 1: .*There is no classifier.onnx"), limit_of(tmp_path, [], 0, "onnxruntime", tmp_path / "limit.log"):
         pass
+
+
+def test_no_server_stays_behind_when_it_is_ended_early(run: Path, tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "pillsnap.bench.serve", "--run", str(run), "--out", str(tmp_path / "out"), *SHORT, "--rounds", "1000", "--peers", "fastapi"]
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert any("round 1 of" in line for line in process.stdout)
+        started = psutil.Process(process.pid).children(recursive=True)
+        assert sum("uvicorn" in one.cmdline() for one in started) == 2
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    assert [one for one in started if one.is_running() and one.status() != psutil.STATUS_ZOMBIE] == []
+    assert list((tmp_path / "out").iterdir()) == []

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import sys
 import time
 from argparse import ArgumentParser, Namespace
@@ -201,5 +202,11 @@ def main(
     return 0
 
 # %% ../../nbs/bench/23_serve.ipynb #77d9a1f9
+def _end(number: int, frame: object) -> None:
+    """End as an exception does, so that everything that was started is ended."""
+    sys.exit(128 + number)
+
+
 if __name__ == "__main__" and "__file__" in globals():
+    signal.signal(signal.SIGTERM, _end)
     sys.exit(main())
