@@ -5,6 +5,7 @@
 # %% ../nbs/20_serve.ipynb #00c871ad
 from __future__ import annotations
 
+import multiprocessing
 import os
 import time
 from collections.abc import AsyncIterator
@@ -106,7 +107,7 @@ def _service(settings: Settings, environment: Environment, root: Path) -> Servic
         ModelSlot(serve.model_path or environment.model_path, *_openers(settings)),
         Keys(environment.api_keys, anyone=environment.allow_weak_keys), Keys(environment.admin_keys), Pace(serve.requests_per_minute),
         Desk(serve.workers or cores + 1, serve.queue, serve.request_seconds), int(serve.max_image_mb * 1e6), settings.data.max_pixels, places,
-        upload_seconds=serve.upload_seconds, font=serve.font, pipelines=PIPELINES[:1] if serve.features == "mvp" else PIPELINES)
+        several_processes=multiprocessing.parent_process() is not None, upload_seconds=serve.upload_seconds, font=serve.font, pipelines=PIPELINES[:1] if serve.features == "mvp" else PIPELINES)
 
 
 def create_app(

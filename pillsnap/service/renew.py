@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
 from typing import Any
 
@@ -50,7 +49,7 @@ async def reload(
 ) -> dict[str, Any]:
     """Open models, try them, and serve with them from now on; when they can't be used, the old ones stay."""
     service: Service = request.app.state.service
-    if multiprocessing.parent_process() is not None:
+    if service.several_processes:
         raise Problem(409, "several_processes", f"This service has several processes: put the files in place and run kill -HUP {os.getppid()}, which starts them again one after another.")
     before = service.slot.loaded
     folder = folder_inside(service.model_root, wanted.folder) if wanted and wanted.folder else None

@@ -34,6 +34,7 @@ class Service:
     max_bytes: int            # of a photo's file
     max_pixels: int           # of a photo
     model_root: Path | None   # other models may be taken from inside it
+    several_processes: bool = False  # that serve the same address; a request reaches one of them
     upload_seconds: float = 30.0     # a caller has to send a photo
     pipelines: tuple[str, ...] = ("single", "combo")  # that are active
     max_batch: int = 16              # photos of one request
