@@ -119,6 +119,7 @@ def setup_service_logging(
         handler.setFormatter(formatter_for(kind))
         handler.addFilter(CorrelationIdFilter(default_value="-"))
         root.addHandler(handler)
+    LOGGER.disabled = False  # a library that sets up logging for itself switches off what was there before
     LOGGER.setLevel(environment.log_level)
     LOGGER.propagate = True
     for old in [handler for handler in LOGGER.handlers if isinstance(handler, ConsoleHandler)]:
