@@ -1,7 +1,8 @@
 """A tiny dataset and one short real run on it, shared by the tests that need a trained model."""
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from pillsnap.config import Settings, load_settings
 from pillsnap.data import sample
 from pillsnap.data.sample_plan import PlannedPhoto, plan_sample
+from pillsnap.service.journal import Console, JournalFile
 
 TINY = [  # networks and sizes that train in seconds
     "model.classifier.name=test_efficientnet", "model.classifier.pretrained=false", "model.classifier.image_size=64",
@@ -16,6 +18,15 @@ TINY = [  # networks and sizes that train in seconds
     "train.classifier.epochs=1", "train.classifier.min_steps=0", "train.classifier.batch_size=8",
     "train.detector.epochs=1", "train.detector.min_steps=0", "train.detector.batch_size=4", "train.evaluations=2", "train.log_every=1",
 ]
+
+
+@pytest.fixture(autouse=True)
+def no_service_speaks_on() -> Iterator[None]:
+    """A service that ran in a test's own process no longer logs in the tests after it."""
+    yield
+    for handler in [handler for handler in logging.getLogger().handlers if isinstance(handler, (Console, JournalFile))]:
+        logging.getLogger().removeHandler(handler)
+        handler.close()
 
 
 def few_drugs(seed: int = 42) -> list[PlannedPhoto]:

@@ -41,6 +41,7 @@ from pillsnap.runtime.images import decode_image
 ROOT = Path(__file__).parents[1]
 # Put before a program: packages that the machine has and the place where it will run has not can't be imported.
 ONLY = """
+import importlib.util
 import sys
 from importlib.metadata import packages_distributions
 from packaging.utils import canonicalize_name
@@ -53,6 +54,15 @@ class Only:
             raise ModuleNotFoundError(f"No module named {{name!r}}: it is not installed there", name=top)
 
 sys.meta_path.insert(0, Only())
+there = importlib.util.find_spec
+
+def find_spec(name, package=None):
+    try:
+        return there(name, package)
+    except ModuleNotFoundError:
+        return None  # what packages hear that only ask whether another one is there
+
+importlib.util.find_spec = find_spec
 """
 
 
