@@ -22,7 +22,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from . import __version__
 from .config import Environment, Settings, SettingsError, find_root, load_environment, load_settings
 from .runtime.identify import PIPELINES, Identifier, load_identifier
-from .runtime.session import ModelError, cuda_devices
+from .runtime.memory import keep_large_blocks
+from .runtime.session import ModelError
 from .service.about import about_router
 from .service.ask import ask_router
 from .service.desk import Desk
@@ -39,14 +40,6 @@ from .service.slot import ModelSlot
 __all__ = ['app', 'create_app']
 
 # %% ../nbs/20_serve.ipynb #4bae5a3c
-def _openers(settings: Settings) -> tuple[partial[Identifier], partial[Identifier] | None]:
-    """How models are opened in this service, for one photo and for several at a time."""
-    serve = settings.serve
-    opener = partial(_open, engine=serve.engine, more=serve.features != "mvp")
-    several = serve.features != "mvp" and not serve.threads and (os.cpu_count() or 1) > 1 and serve.workers != 1 and not cuda_devices()
-    return partial(opener, threads=serve.threads), partial(opener, threads=1) if several else None
-
-
 def _open(folder: Path, threads: int, engine: str, more: bool) -> Identifier:
     identifier = load_identifier(folder, threads, engine, detect=more)
     if more:
@@ -101,12 +94,12 @@ def _weak(environment: Environment) -> str:
 
 
 def _service(settings: Settings, environment: Environment, root: Path) -> Service:
-    serve, cores = settings.serve, os.cpu_count() or 1
+    serve = settings.serve
     places = serve.model_root or (None if "://" in settings.store.url else root / settings.store.url / "models")
     return Service(
-        ModelSlot(serve.model_path or environment.model_path, *_openers(settings)),
+        ModelSlot(serve.model_path or environment.model_path, partial(_open, threads=serve.threads, engine=serve.engine, more=serve.features != "mvp")),
         Keys(environment.api_keys, anyone=environment.allow_weak_keys), Keys(environment.admin_keys), Pace(serve.requests_per_minute),
-        Desk(serve.workers or cores + 1, serve.queue, serve.request_seconds), int(serve.max_image_mb * 1e6), settings.data.max_pixels, places,
+        Desk(serve.workers or os.cpu_count() or 1, serve.queue, serve.request_seconds), int(serve.max_image_mb * 1e6), settings.data.max_pixels, places,
         several_processes=multiprocessing.parent_process() is not None, upload_seconds=serve.upload_seconds, font=serve.font, pipelines=PIPELINES[:1] if serve.features == "mvp" else PIPELINES)
 
 
@@ -115,6 +108,7 @@ def create_app(
     environment: Environment | None = None,  # None = .env and the process environment
 ) -> FastAPI:
     """Build the web service; raises `SettingsError` for settings that are there but cannot be used."""
+    keep_large_blocks()  # before there are threads
     root = _project_root()
     if settings is None:
         settings = Settings() if root is None else load_settings(root / "config.yaml")

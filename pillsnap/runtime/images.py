@@ -19,6 +19,7 @@ from kornia_rs.io import decode_image_png_u8
 from PIL import Image, UnidentifiedImageError
 
 from .boxes import Box
+from .memory import keep_large_blocks
 
 # %% auto #0
 __all__ = ['FORMATS', 'GREY', 'ImageError', 'NotAnImage', 'DamagedImage', 'TooManyPixels', 'exif_orientation', 'decode_image',
@@ -174,6 +175,7 @@ def decode_image(
     name: str = "",                # how messages call the picture; "" = by its path, or "The image"
 ) -> np.ndarray:                   # RGB, uint8, (height, width, 3), upright
     """Decode JPEG, PNG, WebP or BMP; raises `NotAnImage`, `DamagedImage` or `TooManyPixels`, all `ImageError`."""
+    keep_large_blocks()
     data, called = _read(source)
     name = name or called
     header = _open_header(data, name, max_pixels)
@@ -246,6 +248,9 @@ def _resize(
     height: int,        # wanted, pixels
     into: np.ndarray | None = None,  # where to write it; None = a new array
 ) -> np.ndarray:        # RGB, uint8, (height, width, 3)
+    while image.shape[1] > 2 * width and image.shape[0] > 2 * height:
+        half_width, half_height = image.shape[1] // 2, image.shape[0] // 2
+        image = cv2.resize(image[:2 * half_height, :2 * half_width], (half_width, half_height), interpolation=cv2.INTER_AREA)
     shrinks = width < image.shape[1] or height < image.shape[0]
     return cv2.resize(image, (width, height), dst=into, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from threading import local
 from typing import Any, Literal
 
 import numpy as np
@@ -38,20 +37,23 @@ class OpenVinoModel:
         self.input_shape = tuple(None if side.is_dynamic else side.get_length() for side in model.inputs[0].partial_shape)
         self.output_shape = tuple(None if side.is_dynamic else side.get_length() for side in model.outputs[0].partial_shape)
         self._compiled = compiled
-        self._threads = local()  # a request may serve one thread at a time
+        self._idle: list[Any] = []  # requests that no thread uses; each has memory of its own, and serves one thread at a time
 
     def __call__(
         self,
         batch: np.ndarray,  # float32, as the model's input wants it
     ) -> np.ndarray:        # first output, float32
         """Compute one batch; raises `ModelError` for a batch that does not fit the model."""
-        request = getattr(self._threads, "request", None)
-        if request is None:
-            request = self._threads.request = self._compiled.create_infer_request()
+        try:
+            request = self._idle.pop()
+        except IndexError:
+            request = self._compiled.create_infer_request()
         try:
             return request.infer([batch], share_inputs=True)[0]
         except RuntimeError as error:
             raise ModelError(f"{self.path} cannot compute a batch of {batch.dtype} {batch.shape}, its input is {self.input_shape}: {str(error).strip().splitlines()[-1][:200]}") from error
+        finally:
+            self._idle.append(request)
 
 
 def open_openvino(

@@ -68,8 +68,7 @@ def answer_photo(
     try:
         image = decode_image(data, service.max_pixels)
         decode_ms = (perf_counter() - begun) * 1000
-        identifier = loaded.crowded if service.desk.inside > 1 else loaded.identifier
-        answer = identifier.identify(image, asked.pipeline, asked.confidence, asked.top_k)
+        answer = loaded.identifier.identify(image, asked.pipeline, asked.confidence, asked.top_k)
     except tuple(kind for kind, _, _ in _PROBLEMS) as error:
         status, code = next((status, code) for kind, status, code in _PROBLEMS if isinstance(error, kind))
         raise Problem(status, code, str(error)) from error

@@ -31,8 +31,7 @@ __all__ = ['LOGGER', 'Loaded', 'version_of', 'load', 'ModelSlot', 'folder_inside
 class Loaded:
     """Models that are ready."""
 
-    identifier: Identifier   # computes one photo with all cores
-    crowded: Identifier      # computes several photos at a time, each with one core
+    identifier: Identifier   # names pills
     folder: Path             # where their files are
     model: dict[str, Any]    # what is told of them, as ModelAnswer
     since: float             # when they were opened, seconds since 1970
@@ -52,16 +51,13 @@ def version_of(
 def load(
     folder: Path | None,                  # has the files; None = not set
     opener: Callable[[Path], Identifier], # opens them
-    crowd: Callable[[Path], Identifier] | None = None,  # opens them for several photos at a time; None = the same ones do both
 ) -> Loaded:
     """Open models and let them answer once; raises `ModelError`."""
     if folder is None:
         raise ModelMissing("No model folder is set: run `make demo`, then set MODEL_PATH in .env to the folder it names.")
     identifier = opener(Path(folder))
-    crowded = identifier if crowd is None else crowd(Path(folder))
-    for each in (identifier, crowded):
-        each.identify(np.full((64, 64, 3), 114, np.uint8), "single")
-    return Loaded(identifier, crowded, Path(folder), describe(identifier, version_of(folder)), time.time())
+    identifier.identify(np.full((64, 64, 3), 114, np.uint8), "single")
+    return Loaded(identifier, Path(folder), describe(identifier, version_of(folder)), time.time())
 
 # %% ../../nbs/service/05_slot.ipynb #d33a7ba3
 class ModelSlot:
@@ -71,9 +67,8 @@ class ModelSlot:
         self,
         folder: Path | None,                  # has classifier.onnx and perhaps detector.onnx; None = not set
         opener: Callable[[Path], Identifier], # opens the models of a folder
-        crowd: Callable[[Path], Identifier] | None = None,  # as for `load`
     ) -> None:
-        self._folder, self._opener, self._crowd = folder, opener, crowd
+        self._folder, self._opener = folder, opener
         self._lock = Lock()
         self.loaded: Loaded | None = None
         self._complaint = ""
@@ -90,7 +85,7 @@ class ModelSlot:
 
     def _first(self) -> Loaded:
         try:
-            loaded = load(self._folder, self._opener, self._crowd)
+            loaded = load(self._folder, self._opener)
         except ModelError as error:
             if str(error) != self._complaint:
                 LOGGER.warning("no model: %s", error)
@@ -105,7 +100,7 @@ class ModelSlot:
     ) -> Loaded:
         """Open models and serve with them from now on; raises `ModelError`, and the old ones stay."""
         with self._lock:
-            loaded = load(folder or self._folder, self._opener, self._crowd)
+            loaded = load(folder or self._folder, self._opener)
             before, self.loaded, self._folder = self.loaded, loaded, loaded.folder
         LOGGER.info("model exchanged: %s takes the place of %s", loaded.model["version"], before.model["version"] if before else "none")
         return loaded
