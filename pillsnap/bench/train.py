@@ -47,7 +47,7 @@ def parse(
     parser.add_argument("--steps", type=int, default=10, help="steps timed in each round (default: %(default)s)")
     parser.add_argument("--warmup", type=int, default=2, help="steps made before, in each round (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each way for accuracy; 0: speed alone (default: %(default)s)")
-    parser.add_argument("--epochs", **pair, default=(12, 25), help="passes over the training part, for accuracy (default: 12 25)")
+    parser.add_argument("--epochs", **pair, default=(15, 25), help="passes over the training part, for accuracy (default: 15 25)")
     parser.add_argument("--size", **pair, help="sides of pictures in pixels (default: the profile's)")
     parser.add_argument("--batch", **pair, help="pictures per step (default: the profile's)")
     parser.add_argument("--workers", type=int, help="loading processes (default: the profile's)")
