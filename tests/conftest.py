@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from tiny_models import save_classifier, save_detector
 
 from pillsnap.config import Settings, load_settings
 from pillsnap.data import sample
@@ -27,6 +28,15 @@ def no_service_speaks_on() -> Iterator[None]:
     for handler in [handler for handler in logging.getLogger().handlers if isinstance(handler, (Console, JournalFile))]:
         logging.getLogger().removeHandler(handler)
         handler.close()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two tiny networks that a service can open."""
+    folder = tmp_path_factory.mktemp("models")
+    save_classifier(folder)
+    save_detector(folder)
+    return folder
 
 
 def few_drugs(seed: int = 42) -> list[PlannedPhoto]:

@@ -16,14 +16,7 @@ from httpx import Response
 from pillsnap.config import Environment, load_settings
 from pillsnap.runtime.identify import Identifier
 from pillsnap.serve import create_app
-from tiny_models import ANOTHER, CONFIG, DRUGS, KEY, RIGHT, huge_png, photo_jpeg, save_classifier, save_detector
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    save_classifier(folder)
-    save_detector(folder)
-    return folder
+from tiny_models import ANOTHER, CONFIG, DRUGS, KEY, RIGHT, huge_png, photo_jpeg, save_classifier
 
 
 def client_for(folder: Path | None, keys: tuple[str, ...] = (RIGHT, ANOTHER), *settings: str, **more: object) -> TestClient:

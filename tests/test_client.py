@@ -20,17 +20,9 @@ from pillsnap import cli
 from pillsnap.service.client import ClientError, ServerUnusable, as_table, predict_remote
 from serving import free_port, running
 from tiny_models import RIGHT as KEY
-from tiny_models import photo_jpeg, save_classifier, save_detector
+from tiny_models import photo_jpeg
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    save_classifier(folder)
-    save_detector(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -111,16 +111,8 @@ def serving(app: ASGIApp) -> Iterator[str]:
         thread.join(20)
 
 
-def app_for(folder: Path, per_minute: int = 0) -> ASGIApp:
-    return create_app(load_settings(CONFIG, [f"serve.requests_per_minute={per_minute}"]), Environment(api_keys=(RIGHT,), model_path=folder))
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    save_classifier(folder)
-    save_detector(folder)
-    return folder
+def app_for(folder: Path, per_minute: int = 0, features: str = "production") -> ASGIApp:
+    return create_app(load_settings(CONFIG, [f"serve.requests_per_minute={per_minute}", f"serve.features={features}"]), Environment(api_keys=(RIGHT,), model_path=folder))
 
 
 @pytest.fixture(scope="module")
@@ -278,6 +270,15 @@ def test_a_recommendation_is_followed_by_a_person_only(browser: WebDriver, addre
     see(browser, ".pill", 2)
     assert not browser.find_elements(By.CSS_SELECTOR, ".hint") and asked(browser) == ["pipeline=combo"]
     assert browser.find_element(By.CSS_SELECTOR, "[value=single]").is_selected(), "the choice for the next photo stays"
+
+
+def test_what_a_service_cannot_do_is_not_offered(browser: WebDriver, models: Path, photo: Path) -> None:
+    with serving(app_for(models, features="mvp")) as small:
+        visit(browser, small)
+        wait(browser, lambda: not browser.find_element(By.TAG_NAME, "fieldset").is_displayed())
+        send(browser, photo)
+        see(browser, ".pill")
+        assert not browser.find_elements(By.CSS_SELECTOR, ".actions") and asked(browser) == ["pipeline=single"]
 
 
 def test_not_sure_is_said_in_words(browser: WebDriver, address: str, tmp_path: Path) -> None:

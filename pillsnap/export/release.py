@@ -9,6 +9,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from .store import ModelStore, ModelVersion, StoreError, existing_version, open_store, tasks, versions
@@ -66,9 +67,9 @@ def pull_models(
         for task, path in pulled.items():
             (Path(trial) / f"{task}.onnx").symlink_to(path.resolve())
         load_identifier(Path(trial))
-    for task, path in pulled.items():
-        with replacing(Path(folder) / f"{task}.onnx") as temporary:
-            shutil.copyfile(path, temporary)
+    with ExitStack() as stack:  # both are written before the first takes its place
+        for task, path in pulled.items():
+            shutil.copyfile(path, stack.enter_context(replacing(Path(folder) / f"{task}.onnx")))
     return {task: number for task, number in chosen.items() if number}
 
 # %% ../../nbs/export/10_release.ipynb #154498a2

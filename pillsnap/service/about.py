@@ -31,6 +31,7 @@ class Health(BaseModel):
     model: ModelAnswer | None
     engines: dict[str, str] = Field(description="what runs each network", examples=[{"classifier": "OpenVINO CPU", "detector": "OpenVINO CPU"}])
     features: str = Field(description="active feature set", examples=["production"])
+    pipelines: list[str] = Field(description="that a photo can be asked about with", examples=[["single", "combo"]])
     uptime_seconds: float
     version: str
     advice: str | None = Field(description="what to do when there is no model")
@@ -61,12 +62,14 @@ def health(
 ) -> dict[str, Any]:
     """Whether a model is ready; always 200 while the server lives."""
     app = request.app
-    told = {"features": app.state.features, "uptime_seconds": round(time.monotonic() - app.state.begun, 1), "version": __version__}
+    told = {"features": app.state.features, "pipelines": list(app.state.service.pipelines), "uptime_seconds": round(time.monotonic() - app.state.begun, 1), "version": __version__}
     try:
         loaded = app.state.service.slot.get()
     except ModelError:
         return told | {"status": "no model", "model": None, "engines": {}, "advice": _ADVICE}
     networks = {"classifier": loaded.identifier.classify, "detector": loaded.identifier.detect}
+    if loaded.identifier.detect is None:
+        told["pipelines"] = ["single"]
     return told | {"status": "ok", "model": loaded.model, "engines": {name: network.providers[0] for name, network in networks.items() if network is not None}, "advice": None}
 
 

@@ -47,7 +47,7 @@ class Service:
         try:
             return self.slot.get()
         except ModelError as error:
-            raise Problem(503, "no_model", str(error), {"Retry-After": "30"}) from error
+            raise Problem(503, "no_model", str(error)) from error
 
 # %% ../../nbs/service/07_site.ipynb #c5834eed
 _KEY = APIKeyHeader(name="X-API-Key", auto_error=False, description="one of the keys in API_KEY")

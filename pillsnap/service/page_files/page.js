@@ -69,6 +69,7 @@ const cards = []; // one for each photo, newest first
 const queue = []; // cards that wait for their turn
 let language = [recall("localStorage", LANGUAGE), navigator.language.slice(0, 2)].find((name) => name in TEXT) ?? "en";
 let asking = 0;   // requests under way
+let several = true; // whether the server names several pills of a photo
 
 function say(name, ...values) {
   const text = TEXT[language][name];
@@ -149,7 +150,7 @@ function result(card) {
     make("ol", { class: "pills" }, pills.map(pill)),
     make("div", {}, make("small", {}, say("time")), pairs("timings", times)),
     make("small", { lang: "en" }, `${notice} ${model.classifier}${model.detector ? `, ${model.detector}` : ""}, ${model.version}`),
-    hint?.pipeline === other ? null : make("div", { class: "actions" }, make("button", { type: "button", onclick: () => askAgain(card, other) }, say(`again_${other}`))),
+    hint?.pipeline === other || !several ? null : make("div", { class: "actions" }, make("button", { type: "button", onclick: () => askAgain(card, other) }, say(`again_${other}`))),
   ];
 }
 
@@ -299,6 +300,14 @@ function wantKey() {
   byId("key").focus();
 }
 
+async function learnWhatIsOffered() {
+  try { several = (await (await fetch("health")).json()).pipelines.includes("combo"); } catch { return; } // then the first answer tells
+  if (several) return;
+  document.querySelector("fieldset").hidden = true;
+  document.querySelector("[name=pipeline][value=single]").checked = true;
+  cards.forEach(render);
+}
+
 // ---- What a person does.
 
 function speak(chosen) {
@@ -341,3 +350,4 @@ byId("key-form").addEventListener("submit", (event) => {
   cards.filter((card) => card.state === "failed" && card.problem.key).forEach((card) => askAgain(card, card.pipeline));
 });
 speak(language);
+learnWhatIsOffered();
