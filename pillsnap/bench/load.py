@@ -15,6 +15,7 @@ from pathlib import Path
 from time import perf_counter, process_time
 
 import httpx
+import uvloop
 
 # %% auto #0
 __all__ = ['Job', 'Load', 'form', 'code_of', 'send_load', 'main']
@@ -136,7 +137,7 @@ def send_load(
 def main() -> None:
     """What the process of `send_load` does: the job comes on standard input, the answers go to standard output."""
     job = json.load(sys.stdin)
-    print(json.dumps(asdict(asyncio.run(_send(Job(**job))))))
+    print(json.dumps(asdict(uvloop.run(_send(Job(**job))))))
 
 # %% ../../nbs/bench/16_load.ipynb #fa3bea45
 if __name__ == "__main__" and "__file__" in globals():
