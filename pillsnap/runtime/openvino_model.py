@@ -5,7 +5,6 @@
 # %% ../../nbs/runtime/04_openvino.ipynb #d60fe569
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,7 +57,7 @@ class OpenVinoModel:
 
 def open_openvino(
     path: Path,        # .onnx or .xml
-    threads: int = 0,  # per call, and as many calls at a time as there are cores for; 0 = one per core, one call at a time
+    threads: int = 0,  # 0 = one per core
     precision: Literal["f32", "bf16"] = "f32",  # of the products; int8 operations of the file stay what they are
 ) -> OpenVinoModel:    # call it with a batch
     """Open a model; raises `ModelMissing` without a file and `ModelError` for a damaged or foreign one."""
@@ -68,8 +67,7 @@ def open_openvino(
     if not path.is_file():
         raise ModelMissing(f"There is no model at {path}: export it, or set MODEL_PATH to a folder that has one.")
     core = openvino.Core()
-    streams = max(1, (os.cpu_count() or 1) // threads) if threads else 1
-    options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision} | ({"INFERENCE_NUM_THREADS": threads * streams, "NUM_STREAMS": streams} if threads else {})
+    options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision} | ({"INFERENCE_NUM_THREADS": threads} if threads else {})
     try:
         model = core.read_model(str(path))
         compiled = core.compile_model(model, "CPU", options)
