@@ -57,7 +57,7 @@ def why_not(
     engine = ENGINES[name]
     if importlib.util.find_spec(engine.package) is None:
         return f"the package {engine.package} is not installed: pip install {engine.package}"
-    if engine.provider not in providers_there():
+    if engine.package == "onnxruntime" and engine.provider not in providers_there():
         return f"this machine does not offer {engine.provider}"
     if not (Path(folder) / f"classifier.{engine.ending}").is_file():
         return f"there is no classifier.{engine.ending} in {folder}: export it with --format {engine.format}"

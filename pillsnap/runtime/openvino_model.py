@@ -5,6 +5,9 @@
 # %% ../../nbs/runtime/04_openvino.ipynb #d60fe569
 from __future__ import annotations
 
+import mmap
+import os
+import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,13 +32,15 @@ class OpenVinoModel:
         model: Any,                # openvino.Model read from it
         compiled: Any,             # openvino.CompiledModel of it
         metadata: dict[str, Any],  # what the file tells
+        weights: mmap.mmap | None = None,  # as they were trained, in a file; None = in memory
     ) -> None:
         self.path = path
         self.metadata = metadata
         self.providers: list[str] = [f"OpenVINO {compiled.get_property('EXECUTION_DEVICES')[0]}"]
         self.input_shape = tuple(None if side.is_dynamic else side.get_length() for side in model.inputs[0].partial_shape)
         self.output_shape = tuple(None if side.is_dynamic else side.get_length() for side in model.outputs[0].partial_shape)
-        self._compiled = compiled
+        self._compiled, self._weights = compiled, weights
+        self._known: set[tuple[int, ...]] = set()  # shapes of batches that weights are packed for
         self._idle: list[Any] = []  # requests that no thread uses; each has memory of its own, and serves one thread at a time
 
     def __call__(
@@ -48,11 +53,15 @@ class OpenVinoModel:
         except IndexError:
             request = self._compiled.create_infer_request()
         try:
-            return request.infer([batch], share_inputs=True)[0]
+            answer = request.infer([batch], share_inputs=True)[0]
         except RuntimeError as error:
             raise ModelError(f"{self.path} cannot compute a batch of {batch.dtype} {batch.shape}, its input is {self.input_shape}: {str(error).strip().splitlines()[-1][:200]}") from error
         finally:
             self._idle.append(request)
+        if self._weights is not None and batch.shape not in self._known:
+            self._known.add(batch.shape)
+            self._weights.madvise(mmap.MADV_DONTNEED)
+        return answer
 
 
 def open_openvino(
@@ -69,12 +78,32 @@ def open_openvino(
     core = openvino.Core()
     options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision} | ({"INFERENCE_NUM_THREADS": threads} if threads else {})
     try:
-        model = core.read_model(str(path))
+        model, weights = _with_weights_in_a_file(core, core.read_model(str(path)), path.name)
         compiled = core.compile_model(model, "CPU", options)
     except RuntimeError as error:
         raise ModelError(f"{path} cannot be opened by OpenVINO, it is damaged or no model ({str(error).strip().splitlines()[-1][:200]}): copy or export it again.") from error
     decide(f"engine of {path.name}", f"OpenVINO {openvino.__version__.split('-')[0]}", f"{PRECISIONS[precision]}, {threads or 'all'} threads")
-    return OpenVinoModel(path, model, compiled, _metadata(model, path))
+    return OpenVinoModel(path, model, compiled, _metadata(model, path), weights)
+
+
+def _with_weights_in_a_file(
+    core: Any,   # openvino.Core
+    model: Any,  # openvino.Model
+    name: str,   # of its file, for the log
+) -> tuple[Any, mmap.mmap | None]:  # the model, and the file; None = its weights are in memory
+    import openvino
+
+    place = os.environ.get("TMPDIR") or ("/var/tmp" if os.path.isdir("/var/tmp") else tempfile.gettempdir())  # /tmp is memory on many machines
+    try:
+        with tempfile.TemporaryDirectory(prefix="pillsnap-") as folder, tempfile.TemporaryFile(dir=place) as weights:
+            graph = Path(folder) / "model.xml"
+            openvino.serialize(model, str(graph), f"/dev/fd/{weights.fileno()}")
+            pages = mmap.mmap(weights.fileno(), 0)
+            content = openvino.Tensor(np.frombuffer(pages, np.uint8), shared_memory=True)
+            return core.read_model(graph.read_text(encoding="utf-8"), content), pages
+    except (OSError, RuntimeError, ValueError) as error:
+        decide(f"weights of {name}", "in memory", f"no file for them in {place} ({str(error).strip().splitlines()[-1][:200]})", fallback=True)
+        return model, None
 
 
 def _metadata(model: Any, path: Path) -> dict[str, Any]:

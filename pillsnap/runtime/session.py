@@ -9,13 +9,14 @@ import ctypes
 import json
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import onnxruntime
-from onnxruntime.capi import onnxruntime_pybind11_state as onnx_errors
 
 from ..runlog import Decision, decide
+
+if TYPE_CHECKING:
+    import onnxruntime
 
 # %% auto #0
 __all__ = ['TENSORRT', 'CUDA', 'CPU', 'METADATA_KEY', 'ModelError', 'ModelMissing', 'cuda_devices', 'providers_there',
@@ -29,10 +30,6 @@ class ModelError(ValueError):
 class ModelMissing(ModelError):
     """There is no model file where one was expected."""
 
-
-_RUNTIME_ERRORS = tuple(
-    error for error in vars(onnx_errors).values() if isinstance(error, type) and issubclass(error, Exception)
-)
 
 # %% ../../nbs/runtime/03_session.ipynb #83894d54
 TENSORRT, CUDA, CPU = "TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"
@@ -53,6 +50,8 @@ def cuda_devices() -> int:  # 0 = no NVIDIA driver or no GPU
 
 def providers_there() -> list[str]:  # names of execution providers, fastest first
     """What this build of ONNX Runtime has and this machine offers."""
+    import onnxruntime
+
     return [name for name in onnxruntime.get_available_providers() if name == CPU or cuda_devices()]
 
 # %% ../../nbs/runtime/03_session.ipynb #562efa3d
@@ -60,6 +59,8 @@ def choose_providers(
     device: Literal["auto", "tensorrt", "cuda", "cpu"],  # what was asked for
 ) -> tuple[list[Any], str, bool]:            # providers for ONNX Runtime, the reason, is it a fallback
     """Which execution providers to ask ONNX Runtime for; raises `ValueError` for an unknown device."""
+    import onnxruntime
+
     if device not in ("auto", "tensorrt", "cuda", "cpu"):
         raise ValueError(f"The device {device!r} is unknown: use auto, tensorrt, cuda or cpu.")
     if device == "cpu":
@@ -78,6 +79,8 @@ def choose_providers(
 def _options(
     threads: int,  # ONNX Runtime threads; 0 = one per core
 ) -> onnxruntime.SessionOptions:
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -117,12 +120,19 @@ class OnnxModel:
         """Compute one batch; raises `ModelError` for a batch that does not fit the model."""
         try:
             return self._session.run(self._outputs, {self._input: batch})[0]
-        except _RUNTIME_ERRORS as error:
+        except _runtime_errors() as error:
             raise ModelError(f"{self.path} cannot compute a batch of {batch.dtype} {batch.shape}, its input is "
                              f"{self.input_shape}: {_first_line(error)}") from error
 
     def __repr__(self) -> str:
         return f"OnnxModel({self.path.name}, {self.metadata.get('task', '?')}, {self.providers[0]})"
+
+
+@lru_cache(maxsize=1)
+def _runtime_errors() -> tuple[type[Exception], ...]:
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    return tuple(error for error in vars(state).values() if isinstance(error, type) and issubclass(error, Exception))
 
 
 def _metadata(
@@ -158,6 +168,8 @@ def open_model(
     device: Literal["auto", "tensorrt", "cuda", "cpu"] = "auto",  # where to run it
 ) -> OnnxModel:        # call it with a batch
     """Open a model; raises `ModelMissing` without a file and `ModelError` for a damaged or foreign one."""
+    import onnxruntime
+
     path = Path(path)
     if not path.is_file():
         raise ModelMissing(f"There is no model at {path}: run `make demo` to train and export one, "
@@ -167,7 +179,7 @@ def open_model(
         onnxruntime.preload_dlls()
     try:
         session = onnxruntime.InferenceSession(str(path), _options(threads), providers=providers)
-    except _RUNTIME_ERRORS as error:
+    except _runtime_errors() as error:
         raise ModelError(_why_not_opened(path, error)) from error
     used, wanted = session.get_providers()[0], providers[0] if isinstance(providers[0], str) else providers[0][0]
     if used != wanted:
@@ -176,6 +188,8 @@ def open_model(
 
 
 def _why_not_opened(path: Path, error: Exception) -> str:
+    import onnxruntime
+
     text = _first_line(error)
     if "opset" in text.lower() or "ir version" in text.lower():
         return f"{path} needs a newer ONNX Runtime than {onnxruntime.__version__}, which does not know its operator set: install one, or export the model with export.opset=17."
