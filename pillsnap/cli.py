@@ -321,7 +321,7 @@ def _open_models(folder: Path | None, settings: Settings) -> Loaded:
     """The models of a folder, as the web service would open them."""
     if folder is None:
         raise SettingsError("there is no model folder: name one with --model, with serve.model_path or with MODEL_PATH in .env, or a server with --url")
-    from pillsnap.runtime.identify import load_identifier
+    from pillsnap.runtime.load import load_identifier
     from pillsnap.service.slot import load
 
     return load(Path(folder), partial(load_identifier, threads=settings.serve.threads, engine=settings.serve.engine))

@@ -30,7 +30,7 @@ from .service.picture import draw_answer
 from .evaluation import TruePhoto, held_out, measure_latency
 from .files import write_bytes, write_json
 from .runlog import setup_logging
-from .runtime.identify import load_identifier
+from .runtime.load import load_identifier
 from .runtime.images import decode_image
 
 # %% auto #0

@@ -21,7 +21,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from . import __version__
 from .config import Environment, Settings, SettingsError, find_root, load_environment, load_settings
-from .runtime.identify import PIPELINES, Identifier, load_identifier
+from .runtime.identify import PIPELINES, Identifier
+from .runtime.load import load_identifier
 from .runtime.memory import keep_large_blocks
 from .runtime.session import ModelError
 from .service.about import about_router

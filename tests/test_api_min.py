@@ -199,7 +199,7 @@ def test_unexpected_error_is_one_sentence(client: TestClient, jpeg: bytes, monke
     def fail(*_: object) -> None:
         raise RuntimeError("a secret of the server")
 
-    monkeypatch.setattr(Identifier, "identify", fail)
+    monkeypatch.setattr(Identifier, "cut", fail)
     response = ask(client, jpeg)
     refused(response, 500)
     assert "secret" not in response.text and "a secret of the server" in caplog.text
@@ -209,14 +209,14 @@ def test_unexpected_error_is_one_sentence(client: TestClient, jpeg: bytes, monke
 
 def test_health_answers_while_photos_are_worked_on(client: TestClient, jpeg: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     started, go_on = threading.Event(), threading.Event()
-    identify = Identifier.identify
+    cut = Identifier.cut
 
     def slow(self: Identifier, *arguments: object) -> object:
         started.set()
         go_on.wait(10)
-        return identify(self, *arguments)
+        return cut(self, *arguments)
 
-    monkeypatch.setattr(Identifier, "identify", slow)
+    monkeypatch.setattr(Identifier, "cut", slow)
     answers = []
     worker = threading.Thread(target=lambda: answers.append(ask(client, jpeg).status_code))
     worker.start()

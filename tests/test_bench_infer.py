@@ -12,7 +12,7 @@ from pillsnap.bench.infer import bench_run, table
 from pillsnap.config import load_settings
 from pillsnap.export.report import export_run
 from pillsnap.runtime.engines import CHOICE, ENGINES, this_machine
-from pillsnap.runtime.identify import load_identifier
+from pillsnap.runtime.load import load_identifier
 
 MEASURED = ("torch-eager", "onnxruntime", "openvino")
 

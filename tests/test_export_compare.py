@@ -21,7 +21,7 @@ from pillsnap.export.model_info import get_model_info
 from pillsnap.export.onnx import model_opset
 from pillsnap.export.report import export_run
 from pillsnap.runtime.classes import ClassMap, Drug
-from pillsnap.runtime.identify import load_identifier
+from pillsnap.runtime.load import load_identifier
 from pillsnap.runtime.images import decode_image
 from pillsnap.training.checkpoint import load_checkpoint, load_trained, save_checkpoint
 

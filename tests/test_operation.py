@@ -26,7 +26,7 @@ import yaml
 from pillsnap import cli
 from pillsnap.environment import load_environment
 from pillsnap.export.archive import ArchiveError, check_archive, make_archive, restore_archive, roll_back
-from pillsnap.runtime.identify import load_identifier
+from pillsnap.runtime.load import load_identifier
 from pillsnap.service.keys import weakness
 from serving import ADMIN, free_port, running
 from tiny_models import RIGHT as KEY

@@ -518,7 +518,7 @@ def test_every_answer_has_the_headers(models: Path, jpeg: bytes, monkeypatch: py
     answers = [client.get(path) for path in ("/", "/page.css", "/page.js", "/docs", "/docs/swagger-ui.css", "/openapi.json", "/health", "/nowhere", "/classes")]
     answers += [client.get("/page.js", headers={"If-None-Match": client.get("/page.js").headers["etag"]}), client.options("/predict", headers=asked), client.put("/predict")]
     answers += [client.post("/predict", headers=KEY, files={"image": content}) for content in (jpeg, b"a letter", bytes(25_000_000))]
-    monkeypatch.setattr(Identifier, "identify", fail)
+    monkeypatch.setattr(Identifier, "cut", fail)
     answers.append(client.post("/predict", headers=KEY, files={"image": jpeg}))
     assert [answer.status_code for answer in answers] == [200] * 7 + [404, 401, 304, 200, 405, 200, 415, 413, 500]
     for answer in answers:

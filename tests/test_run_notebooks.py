@@ -11,7 +11,7 @@ import pytest
 from conftest import TINY
 from papermill import inspect_notebook
 
-from pillsnap.runtime.identify import load_identifier
+from pillsnap.runtime.load import load_identifier
 
 ROOT = Path(__file__).parents[1]
 

@@ -35,7 +35,7 @@ from pillsnap.export.hub import build_package
 from pillsnap.export.report import export_run
 from pillsnap.export.sagemaker import build_archive
 from pillsnap.export.shipped import ShipError
-from pillsnap.runtime.identify import load_identifier
+from pillsnap.runtime.load import load_identifier
 from pillsnap.runtime.images import decode_image
 
 ROOT = Path(__file__).parents[1]

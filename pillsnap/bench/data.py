@@ -51,7 +51,7 @@ def parse(
     return parser.parse_args(argv)
 
 # %% ../../nbs/bench/06_data.ipynb #a42880c4
-_PACKAGES = ("pillsnap", "torch", "torchvision", "kornia_rs", "opencv-python-headless", "pillow", "numpy", "polars", "lmdb", "xxhash", "webdataset", "litdata")
+_PACKAGES = ("pillsnap", "torch", "torchvision", "kornia_rs", "simplejpeg", "opencv-python-headless", "pillow", "numpy", "polars", "lmdb", "xxhash", "webdataset", "litdata")
 
 
 def machine() -> dict[str, Any]:

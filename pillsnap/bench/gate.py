@@ -27,7 +27,8 @@ from ..evaluation import evaluate_combo, evaluate_single, held_out, measure_late
 from ..files import write_json
 from ..runs import read_run
 from ..runtime.engines import choose_engine, this_machine
-from ..runtime.identify import Identifier, load_identifier
+from ..runtime.identify import Identifier
+from ..runtime.load import load_identifier
 
 # %% auto #0
 __all__ = ['latency', 'memory', 'largest_difference', 'reproducibility', 'write_new', 'export_report', 'checks_of', 'gate_run',

@@ -140,7 +140,7 @@ def fastest(
     return best, f"measured here: half of the single-pill requests take at most {passing[best]:.1f} ms ({others or 'no other engine passes'})"
 
 # %% ../../nbs/bench/14_infer.ipynb #fc5f7d85
-PACKAGES = ("pillsnap", "torch", "timm", "ultralytics-opencv-headless", "onnxruntime-gpu", "openvino", "numpy", "opencv-python-headless", "kornia_rs")
+PACKAGES = ("pillsnap", "torch", "timm", "ultralytics-opencv-headless", "onnxruntime-gpu", "openvino", "numpy", "opencv-python-headless", "simplejpeg", "kornia_rs")
 
 
 def bench_run(

@@ -20,7 +20,8 @@ import numpy as np
 import psutil
 
 from ..runtime.engines import ENGINES
-from ..runtime.identify import Identifier, load_identifier
+from ..runtime.identify import Identifier
+from ..runtime.load import load_identifier
 from ..runtime.images import decode_image, letterbox, normalise
 
 # %% auto #0

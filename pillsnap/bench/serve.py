@@ -65,7 +65,7 @@ def check(
         raise BenchError(f"The run {options.run} has no export: export it first with `pillsnap export --run {options.run}`.")
 
 # %% ../../nbs/bench/23_serve.ipynb #43eaa8b6
-PACKAGES = ("pillsnap", "fastapi", "starlette", "uvicorn", "uvloop", "httptools", "python-multipart", "onnxruntime-gpu", "openvino", "opencv-python-headless", "numpy", "httpx")
+PACKAGES = ("pillsnap", "fastapi", "starlette", "uvicorn", "uvloop", "httptools", "python-multipart", "onnxruntime-gpu", "openvino", "simplejpeg", "opencv-python-headless", "numpy", "httpx")
 DIFFERENCES = (
     "limit: one process without a server decodes one photo after another and makes the calls of the engine that identify makes for it, with arrays that lie ready; it knows no clients, and is measured anew beside each number of them",
     "ours: uvicorn pillsnap.serve:app with one process, one key and serve.requests_per_minute=0, everything else as in config.yaml",

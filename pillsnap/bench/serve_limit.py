@@ -18,7 +18,8 @@ import numpy as np
 
 from .load import Load
 from .photos import BenchError
-from ..runtime.identify import Identifier, load_identifier
+from ..runtime.identify import Identifier
+from ..runtime.load import load_identifier
 from ..runtime.images import decode_image
 
 # %% auto #0

@@ -27,7 +27,7 @@ import sys
 from pathlib import Path
 """
 _OURS = """
-from pillsnap.runtime.identify import load_identifier
+from pillsnap.runtime.load import load_identifier
 from pillsnap.runtime.images import decode_image
 
 """

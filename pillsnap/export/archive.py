@@ -22,7 +22,7 @@ import pillsnap
 from .versions import sha256
 from ..files import replacing
 from ..runtime.engines import CHOICE, ENGINES, PLAIN, TASKS
-from ..runtime.identify import load_identifier
+from ..runtime.load import load_identifier
 
 # %% auto #0
 __all__ = ['MANIFEST', 'ArchiveError', 'release_files', 'make_archive', 'describe', 'check_archive', 'restore_archive',

@@ -90,7 +90,7 @@ With pillsnap installed (no torch is needed) and these files in a folder{where}:
 ```python
 from pathlib import Path
 {imports}
-from pillsnap.runtime.identify import load_identifier
+from pillsnap.runtime.load import load_identifier
 from pillsnap.runtime.images import decode_image
 
 identifier = load_identifier({folder})

@@ -16,7 +16,7 @@ from .store import ModelStore, ModelVersion, StoreError, existing_version, open_
 from .versions import promote, promoted, pull, push, rollback
 from ..files import replacing
 from ..runtime.engines import TASKS
-from ..runtime.identify import load_identifier
+from ..runtime.load import load_identifier
 from ..schema import Settings
 
 # %% auto #0

@@ -19,7 +19,7 @@ from ..files import replacing
 __all__ = ['NEEDS', 'INFERENCE', 'code_files', 'build_archive']
 
 # %% ../../nbs/export/12_sagemaker.ipynb #1b34fe76
-NEEDS = ("kornia_rs", "numpy", "omegaconf", "onnxruntime-gpu", "opencv-python-headless", "pillow", "pydantic", "python-dotenv", "pyyaml", "tqdm")
+NEEDS = ("kornia_rs", "numpy", "omegaconf", "onnxruntime-gpu", "opencv-python-headless", "pillow", "pydantic", "python-dotenv", "pyyaml", "simplejpeg", "tqdm")
 INFERENCE = '''"""What SageMaker's inference toolkit calls. It is written in pillsnap.runtime.sagemaker, which lies beside this file."""
 import sys
 from pathlib import Path

@@ -5,24 +5,21 @@
 # %% ../../nbs/runtime/06_identify.ipynb #04dcf6a2
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 
-from ..runlog import decide
 from .boxes import Box
 from .classes import ClassMap, Drug
 from .images import crop_pill, letterbox, normalise
-from .engines import ENGINES, PLAIN, Model, choose_engine
-from .session import ModelError, ModelMissing
+from .session import ModelError
 
 # %% auto #0
-__all__ = ['PIPELINES', 'IdentifyError', 'ModelMismatch', 'Rules', 'Candidate', 'Pill', 'Identification', 'confidences',
-           'Identifier', 'load_identifier']
+__all__ = ['PIPELINES', 'IdentifyError', 'ModelMismatch', 'Rules', 'Candidate', 'Pill', 'Identification', 'confidences', 'Cut',
+           'Identifier']
 
 # %% ../../nbs/runtime/06_identify.ipynb #81cf820a
 class IdentifyError(ValueError):
@@ -149,6 +146,19 @@ PIPELINES = ("single", "combo")
 _BATCH = 32  # crops computed together; bounds the memory for photos with very many detections
 
 
+@dataclass(frozen=True)
+class Cut:
+    """The pills of a photo, cut out: the photo itself, the largest thing in memory, isn't needed any more to name them."""
+
+    pipeline: str                       # "single" or "combo"
+    crops: np.ndarray                   # RGB, uint8, (n, size, size, 3)
+    boxes: Sequence[Box] | np.ndarray   # where they were, x1 y1 x2 y2, pixels of the photo, (n, 4)
+    scores: Sequence[float | None]      # that there is a pill, 0 to 1; None = nothing was detected, the whole photo is used
+    notes: list[str]                    # sentences for people
+    hint: str | None                    # why the pipeline combo may suit this photo better
+    seconds: dict[str, float]           # detect, crop
+
+
 class Identifier:
     """Names the pills of a photo with two networks and the rules they were trained by."""
 
@@ -170,6 +180,15 @@ class Identifier:
         top_k: int = 5,     # candidates for each pill
     ) -> Identification:    # pills, timings and notes
         """Name the pills of a photo; raises `IdentifyError` for an unknown pipeline, or `combo` without a detector."""
+        return self.name(self.cut(image, pipeline, confidence), top_k)
+
+    def cut(
+        self,
+        image: np.ndarray,  # RGB, uint8, (height, width, 3)
+        pipeline: str,      # "single" or "combo"
+        confidence: float | None = None,  # a detection below it is left out, 0 to 1; None = the rules' box_confidence
+    ) -> Cut:
+        """Find the pills of a photo and cut them out; raises `IdentifyError` as `identify` does."""
         if pipeline not in PIPELINES:
             raise IdentifyError(f"The pipeline {pipeline!r} is unknown: use single (one pill) or combo (several pills).")
         if pipeline == "combo" and self.detect is None:
@@ -180,14 +199,22 @@ class Identifier:
         hint = f"{len(boxes)} pills were found and only the clearest was named: the pipeline combo names them all." if pipeline == "single" and len(boxes) > 1 else None
         boxes, scores, notes = _select(boxes, scores, pipeline, self.detect is not None)
         crops = self._crops(image, boxes, whole=pipeline == "single")
-        cropped = perf_counter()
-        shares = self._shares(crops)
         if pipeline == "single" and not len(boxes):
             boxes, scores = [Box(0.0, 0.0, float(image.shape[1]), float(image.shape[0]))], [None]
-        pills = [self._pill(box, score, share, top_k) for box, score, share in zip(boxes, scores, shares, strict=True)]
-        ended = perf_counter()
-        seconds = {"detect": found - started, "crop": cropped - found, "classify": ended - cropped, "total": ended - started}
-        return Identification(pipeline, pills, {step: round(value * 1000, 3) for step, value in seconds.items()}, notes, hint)
+        return Cut(pipeline, crops, boxes, scores, notes, hint, {"detect": found - started, "crop": perf_counter() - found})
+
+    def name(
+        self,
+        cut: Cut,        # of a photo
+        top_k: int = 5,  # candidates for each pill
+    ) -> Identification:
+        """Name the pills that were cut out of a photo."""
+        started = perf_counter()
+        shares = self._shares(cut.crops)
+        pills = [self._pill(box, score, share, top_k) for box, score, share in zip(cut.boxes, cut.scores, shares, strict=True)]
+        seconds = cut.seconds | {"classify": perf_counter() - started}
+        milliseconds = {step: round(value * 1000, 3) for step, value in {**seconds, "total": sum(seconds.values())}.items()}
+        return Identification(cut.pipeline, pills, milliseconds, cut.notes, cut.hint)
 
     def find(
         self,
@@ -268,83 +295,3 @@ def _select(
     if not len(boxes):
         return boxes, scores, ["No pill was found in the photo: the whole photo was taken as one pill."]
     return boxes[:1], scores[:1], []
-
-# %% ../../nbs/runtime/06_identify.ipynb #215b326c
-def load_identifier(
-    folder: Path,      # has classifier.onnx and, for combo, detector.onnx
-    threads: int = 0,  # threads per model; 0 = one per core
-    engine: str = "auto",  # name in ENGINES; auto = what was measured here as the fastest, else ONNX Runtime in float32
-    detect: bool = True,   # False: the detector stays closed, and nothing of it is loaded
-) -> Identifier:       # ready to name pills
-    """Open the models of a folder; raises `ModelMissing`, `ModelError` or `ModelMismatch` with what to do."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ModelMissing(f"There is no model folder {folder}: run `make demo` to train and export a model, "
-                           "or set MODEL_PATH to a folder that has one.")
-    if not (folder / "classifier.onnx").is_file():
-        raise ModelMissing(f"There is no classifier.onnx in {folder}: run `make demo` to train and export one, "
-                           "or set MODEL_PATH to a folder that has one.")
-    chosen = choose_engine(folder, engine).choice
-    try:
-        return _open(folder, threads, chosen, detect)
-    except ModelError as error:
-        if engine != "auto" or chosen == PLAIN:
-            raise
-        decide("engine", PLAIN, f"{chosen} can't open the models ({error})", fallback=True)
-        return _open(folder, threads, PLAIN, detect)
-
-
-def _open(
-    folder: Path,  # with the files of the engine
-    threads: int,  # 0 = one per core
-    name: str,     # of the engine
-    detect: bool,  # open the detector too, where there is one
-) -> Identifier:
-    engine = ENGINES[name]
-    classifier = engine.open(folder / f"classifier.{engine.ending}", threads)
-    rules = _rules_of(classifier, "classifier")
-    _check(classifier, "input", classifier.input_shape[-1], rules.classifier_size)
-    _check(classifier, "number of classes", classifier.output_shape[-1], len(rules.class_map))
-    if not detect or not (folder / f"detector.{engine.ending}").is_file():
-        return Identifier(classifier, None, rules)
-    detector = engine.open(folder / f"detector.{engine.ending}", threads)
-    of_detector = _rules_of(detector, "detector")
-    for size in (of_detector.detector_size, of_detector.single_size):
-        _check(detector, "input", detector.input_shape[-1], size)
-    _check(detector, "rows of the output", detector.output_shape[1], 5)
-    return Identifier(classifier, detector, _common(rules, of_detector, folder))
-
-
-def _rules_of(
-    model: Model,  # open model
-    task: str,     # what it has to be, "classifier" or "detector"
-) -> Rules:
-    if model.metadata.get("task") != task:
-        raise ModelMismatch(f"{model.path} is a {model.metadata.get('task', 'model of unknown task')}, not a {task}: check the files' names.")
-    if "rules" not in model.metadata:
-        raise ModelMismatch(f"{model.path} does not carry its rules: export it again with this version.")
-    return Rules.from_json(model.metadata["rules"])
-
-
-def _check(
-    model: Model,            # open model
-    what: str,               # of the network, for the message
-    real: int | str | None,  # what the network has; not an int = open to any
-    said: int | None,        # what its rules say
-) -> None:
-    if said is None or (isinstance(real, int) and real != said):
-        raise ModelMismatch(f"{model.path} does not fit its own rules, the {what} is {real} and the rules say {said}: export it again.")
-
-
-def _common(
-    first: Rules,   # of the classifier
-    second: Rules,  # of the detector
-    folder: Path,   # for the message
-) -> Rules:
-    size = second.detector_size
-    first = replace(first, detector_size=size) if first.detector_size is None else first
-    different = [field.name for field in fields(Rules) if getattr(first, field.name) != getattr(second, field.name)]
-    if different:
-        raise ModelMismatch(f"The classifier and the detector in {folder} were made by different rules "
-                            f"({', '.join(different)}): take both files from one export.")
-    return first

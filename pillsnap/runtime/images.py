@@ -17,6 +17,7 @@ import cv2
 import numpy as np
 from kornia_rs.io import decode_image_png_u8
 from PIL import Image, UnidentifiedImageError
+from simplejpeg import decode_jpeg
 
 from .boxes import Box
 from .memory import keep_large_blocks
@@ -129,10 +130,13 @@ def _stand_upright(
 _END_MARKS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 
 
+_LARGE_PNG = 2_000_000  # pixels; the data set's photos have 1,249,280
+
+
 def _is_plain(
     header: Image.Image,  # from _open_header
     data: bytes,          # the whole file
-) -> bool:                # True where OpenCV is the decoder
+) -> bool:                # False where Pillow is the decoder
     mark = _END_MARKS.get(header.format, b"")
     whole = data.endswith(mark)
     animated = getattr(header, "n_frames", 1) > 1 and header.format != "MPO"
@@ -143,10 +147,15 @@ def _decode_plain(
     data: bytes,          # the whole file
     header: Image.Image,  # from _open_header
 ) -> np.ndarray | None:   # RGB, uint8, (height, width, 3); None = it cannot be read
-    if header.format == "PNG" and header.mode == "RGB":
+    if header.format in ("JPEG", "MPO"):
         try:
-            return decode_image_png_u8(data, header.size[::-1], "rgb")  # half of OpenCV's time for the same pixels
-        except Exception:  # what it raises for damage and for what it does not know, such as 16 bits; OpenCV decides
+            return decode_jpeg(data)
+        except ValueError:  # damaged, in parts or as a whole
+            pass
+    if header.format == "PNG" and header.mode == "RGB" and header.width * header.height <= _LARGE_PNG:
+        try:
+            return decode_image_png_u8(data, header.size[::-1], "rgb")
+        except Exception:  # what it raises for damage and for what it does not know, such as 16 bits
             pass
     flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
     try:

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from .identify import PIPELINES, Identifier, IdentifyError, load_identifier
+from .identify import PIPELINES, Identifier, IdentifyError
+from .load import load_identifier
 from .images import ImageError, NotAnImage, decode_image
 
 # %% auto #0

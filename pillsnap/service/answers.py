@@ -5,9 +5,9 @@
 # %% ../../nbs/service/03_answers.ipynb #7c6ec209
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..runtime.classes import Drug
@@ -122,7 +122,7 @@ def _tell_pill(pill: Pill) -> dict[str, Any]:
 
 def tell(
     answer: Identification,  # of the identifier
-    image: np.ndarray,       # the photo, RGB, uint8, (height, width, 3)
+    shape: Sequence[int],    # of the photo's pixels: height, width, 3
     decode_ms: float,        # that decoding it took
     model: dict[str, Any],   # from `describe`
     annotated: str | None,   # picture with boxes and names, a data: address
@@ -130,5 +130,5 @@ def tell(
     """The answer to one photo as it is sent."""
     timings = {"decode": round(decode_ms, 3)} | answer.timings_ms | {"total": round(decode_ms + answer.timings_ms["total"], 3)}
     hint = {"pipeline": "combo", "reason": answer.hint} if answer.hint else None
-    return {"pipeline": answer.pipeline, "photo": {"width": image.shape[1], "height": image.shape[0]}, "pills": [_tell_pill(pill) for pill in answer.pills], "timings_ms": timings,
+    return {"pipeline": answer.pipeline, "photo": {"width": shape[1], "height": shape[0]}, "pills": [_tell_pill(pill) for pill in answer.pills], "timings_ms": timings,
             "notes": answer.notes, "hint": hint, "annotated": annotated, "notice": NOTICE, "model": model}

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Annotated, Any
 
+import numpy as np
 from fastapi import APIRouter, Depends, Query, Request
 
-from ..runtime.identify import PIPELINES, IdentifyError
+from ..runtime.identify import PIPELINES, Cut, IdentifyError
 from ..runtime.images import ImageError, NotAnImage, TooManyPixels, decode_image
 from ..runtime.session import ModelError
 from .answers import Prediction, tell
@@ -57,6 +58,20 @@ _PROBLEMS = ((ModelError, 503, "no_model"), (NotAnImage, 415, "not_an_image"), (
              (ImageError, 422, "damaged_image"), (IdentifyError, 422, "pipeline_unavailable"))
 
 
+def _cut(
+    service: Service,   # limits
+    loaded: Loaded,     # the models
+    data: bytes,        # a picture file
+    asked: Question,    # about it
+) -> tuple[Cut, tuple[int, ...], np.ndarray | None, float]:  # its pills; shape of its pixels; the pixels, where they are drawn on later; milliseconds of decoding
+    with service.desk.pixels:
+        begun = perf_counter()
+        image = decode_image(data, service.max_pixels)
+        decode_ms = (perf_counter() - begun) * 1000
+        cut = loaded.identifier.cut(image, asked.pipeline, asked.confidence)
+        return cut, image.shape, image if asked.annotate else None, decode_ms
+
+
 def answer_photo(
     service: Service,    # limits and counters
     loaded: Loaded,      # the models
@@ -64,20 +79,18 @@ def answer_photo(
     asked: Question,     # about it
 ) -> dict[str, Any]:     # as Prediction
     """Name the pills of a photo; raises `Problem`."""
-    begun = perf_counter()
     try:
-        image = decode_image(data, service.max_pixels)
-        decode_ms = (perf_counter() - begun) * 1000
-        answer = loaded.identifier.identify(image, asked.pipeline, asked.confidence, asked.top_k)
+        cut, shape, image, decode_ms = _cut(service, loaded, data, asked)
+        answer = loaded.identifier.name(cut, asked.top_k)
     except tuple(kind for kind, _, _ in _PROBLEMS) as error:
         status, code = next((status, code) for kind, status, code in _PROBLEMS if isinstance(error, kind))
         raise Problem(status, code, str(error)) from error
     annotated = None
-    if asked.annotate:
+    if image is not None:
         from pillsnap.service.picture import draw_answer
 
         annotated = "data:image/jpeg;base64," + base64.b64encode(draw_answer(image, answer.pills, service.font)).decode()
-    told = tell(answer, image, decode_ms, loaded.model, annotated)
+    told = tell(answer, shape, decode_ms, loaded.model, annotated)
     if service.figures is not None:
         service.figures.count_answer(told)
     return told

@@ -152,7 +152,7 @@ def predict_local(
     data, begun = read_photo(photo), perf_counter()
     image = decode_image(data, max_pixels)
     decode_ms = (perf_counter() - begun) * 1000
-    return tell(loaded.identifier.identify(image, pipeline, top_k=top_k), image, decode_ms, loaded.model, None)
+    return tell(loaded.identifier.identify(image, pipeline, top_k=top_k), image.shape, decode_ms, loaded.model, None)
 
 # %% ../../nbs/service/11_client.ipynb #8d62cbbe
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")

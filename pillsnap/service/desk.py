@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from contextvars import copy_context
+from threading import Semaphore
 from typing import Any, TypeVar
 
 from .problems import Problem
@@ -33,6 +34,7 @@ class Desk:
     ) -> None:
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="desk")
         self._workers, self._places, self._seconds = workers, max(places, workers), seconds
+        self.pixels = Semaphore(max(1, workers // 2))  # held by who has a photo's pixels
         self.inside = 0              # requests that have a place
         self._usual = seconds / 10   # seconds of work per request, as it was lately
 
