@@ -5,341 +5,20 @@
 # %% ../nbs/21_cli.ipynb #c42825c3
 from __future__ import annotations
 
-import json
 import logging
-import os
 import signal
 import sys
 import threading
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
-from dataclasses import asdict
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-from .config import find_root, load_environment, load_settings, settings_as_yaml
+from .commands import archive, bench, cache, demo, evaluate, export, gate, models, predict, refuse, runs, sample, scan, ship, show_config, train, watch
 from .runlog import setup_logging
-from .schema import Settings, SettingsError
-
-if TYPE_CHECKING:
-    import polars as pl
-
-    from pillsnap.service.slot import Loaded
 
 # %% auto #0
-__all__ = ['EXAMPLE', 'show_config', 'sample', 'scan', 'cache', 'train', 'evaluate', 'runs', 'export', 'bench', 'gate', 'models',
-           'ship', 'archive', 'watch', 'demo', 'predict', 'make_parser', 'parse', 'main']
-
-# %% ../nbs/21_cli.ipynb #da0dc68e
-def _settings(
-    arguments: Namespace,       # parsed command line
-    file: Path | None = None,   # settings file where --cfg is not given; None = config.yaml of the project
-) -> Settings:
-    """Load the settings that the command line asks for."""
-    return load_settings(arguments.cfg or file, arguments.overrides, arguments.stage, arguments.profile, arguments.data_root)
-
-
-def _settings_of_run(arguments: Namespace) -> Settings:
-    """The settings that a run was trained with, and what the command line changes."""
-    if not (arguments.run / "config.yaml").is_file():
-        raise SettingsError(f"there is no run in {arguments.run}: name with --run the folder that training has printed")
-    return _settings(arguments, arguments.run / "config.yaml")
-
-
-def _print_json(value: object) -> None:
-    print(json.dumps(value, ensure_ascii=False, indent=2, default=str))
-
-
-def _end(error: ValueError, status: int) -> int:
-    """Print one of our own errors as one sentence; any other is a defect and goes on with its traceback."""
-    if not type(error).__module__.startswith("pillsnap."):
-        raise error
-    print(f"pillsnap: {error}", file=sys.stderr)
-    return status
-
-
-def show_config(arguments: Namespace) -> int:
-    """Print the merged settings as YAML."""
-    print(settings_as_yaml(_settings(arguments)), end="")
-    return 0
-
-
-def sample(arguments: Namespace) -> int:
-    """Write the embedded sample, or find it there already."""
-    from pillsnap.data.sample import write_sample
-
-    settings = _settings(arguments)
-    print(write_sample(settings.paths.sample_root, settings.seed, settings.dataloader.num_workers or 2))
-    return 0
-
-
-def scan(arguments: Namespace) -> int:
-    """Read a dataset of any size into one table; the next time only what changed is read."""
-    settings = _settings(arguments)
-    if settings.paths.data_root is None:
-        raise SettingsError("there is no dataset to scan: name its folder with --data-root")
-    if arguments.workers < 0:
-        raise SettingsError(f"--workers is {arguments.workers}: give the number of reading processes, or 0 for one per core")
-    from pillsnap.data.scan import check_usable, plan_scan, scan as scan_dataset
-
-    if arguments.dry_run:
-        print(plan_scan(settings.paths.data_root, settings.data.format))
-        return 0
-    report = scan_dataset(settings.paths.data_root, arguments.out.resolve(), settings.data.format, arguments.workers)
-    _print_json(asdict(report))
-    check_usable(report)
-    return 0
-
-
-def cache(arguments: Namespace) -> int:
-    """Fill the cache of decoded photos ahead of a run, show it, check it or clear it; status 1 when a picture in it is damaged."""
-    settings = _settings(arguments)
-    from pillsnap.data import cache as caches
-
-    folder = settings.paths.cache_root
-    if arguments.what == "build":
-        from pillsnap.data.manifest import prepare_data
-        from pillsnap.training.building import open_samples
-        from pillsnap.training.run import data_root
-
-        samples = open_samples(prepare_data(settings, data_root(settings)), settings)
-        print(caches.build_cache([sample.store for sample in samples.values()]))
-    elif arguments.what == "clear":
-        print(f"{caches.clear_cache(folder) / 1e9:.2f} GB freed in {folder}")
-    elif arguments.what == "show":
-        print(caches.describe_cache(folder))
-    else:
-        return _check_cache(caches.check_cache(folder))
-    return 0
-
-
-def _check_cache(checked: pl.DataFrame) -> int:
-    """Print what a check found; status 1 when a picture is damaged."""
-    print(checked)
-    if not checked["wrong"].sum():
-        return 0
-    print("Damaged pictures are decoded again when a run reads them; `pillsnap cache clear` starts afresh.", file=sys.stderr)
-    return 1
-
-
-def train(arguments: Namespace) -> int:
-    """Train the networks and print the run folder; the log ends with advice, also where training cannot go on."""
-    settings = _settings(arguments)
-    from pillsnap.training.advisor import advise
-    from pillsnap.training.loop import Stopped
-    from pillsnap.training.run import new_run_folder, train as train_run
-    from pillsnap.training.schedule import TrainingError
-
-    folder, first = arguments.run_dir.resolve() if arguments.run_dir else new_run_folder(settings), os.environ.get("RANK", "0") == "0"
-    try:
-        folder = train_run(settings, folder)
-    except Stopped as error:
-        return _end(error, status=128 + signal.Signals[error.name])  # as shells report a program that a signal has ended
-    except TrainingError:
-        if first and (folder / "metrics.jsonl").is_file():
-            advise(folder, settings)
-        raise
-    if first:  # of several processes that train together
-        advise(folder, settings)
-        print(folder)
-    return 0
-
-
-def evaluate(arguments: Namespace) -> int:
-    """Measure a run on its held-out photos and print the figures; the log ends with advice."""
-    settings = _settings_of_run(arguments)
-    from pillsnap.evaluation import evaluate_run
-    from pillsnap.training.advisor import advise
-
-    _print_json(evaluate_run(arguments.run.resolve(), settings))
-    advise(arguments.run.resolve(), settings)
-    return 0
-
-
-def runs(arguments: Namespace) -> int:
-    """List all runs, or compare those that are named: their figures, and the settings in which they differ."""
-    arguments.overrides += [word for word in arguments.names if "=" in word]
-    names = [name for name in arguments.names if "=" not in name]
-    root = _settings(arguments).paths.run_root
-    from pillsnap.runs import compare_runs, list_runs
-
-    table = compare_runs([Path(name) if Path(name).is_dir() else root / name for name in names]) if names else list_runs(root)
-    _print_table(table)
-    return 0
-
-
-def _print_table(table: pl.DataFrame) -> None:
-    """Print all of a table, however wide it gets."""
-    import polars as pl
-
-    with pl.Config(tbl_rows=-1, tbl_cols=-1, fmt_str_lengths=10_000, tbl_width_chars=10_000, tbl_hide_column_data_types=True, tbl_hide_dataframe_shape=True):
-        print(table)
-
-
-def export(arguments: Namespace) -> int:
-    """Export a run, compare every file with the trained networks and print the report; status 1 when one differs too much."""
-    arguments.run = arguments.run or (arguments.checkpoint.parent if arguments.checkpoint else None)
-    if arguments.run is None:
-        raise SettingsError("there is nothing to export: name a run with --run, or its weights with --checkpoint")
-    settings = _settings_of_run(arguments)
-    from pillsnap.export.report import export_run
-
-    try:
-        report = export_run(arguments.run.resolve(), settings, _words(arguments.format), arguments.checkpoint)
-    except ValueError as error:
-        return _end(error, status=1)
-    _print_json(report)
-    for sentence in report["failures"]:
-        print(f"Files that may not be used: {sentence}.", file=sys.stderr)
-    return 0 if report["passed"] else 1
-
-
-def bench(arguments: Namespace) -> int:
-    """Measure every engine with a run's exported models, and choose the one that serves."""
-    settings = _settings_of_run(arguments)
-    from pillsnap.bench.infer import bench_run, table
-
-    print(table(bench_run(arguments.run.resolve(), settings, arguments.out.resolve(), _words(arguments.engines))))
-    return 0
-
-
-def gate(arguments: Namespace) -> int:
-    """Check an exported and evaluated run against the limits of its deployment; status 1 when one is missed."""
-    settings = _settings_of_run(arguments)
-    from pillsnap.bench.gate import gate_run, gate_table
-
-    report, file = gate_run(arguments.run.resolve(), settings, arguments.out.resolve())
-    print(gate_table(report), file, sep="\n")
-    for sentence in report["failures"]:
-        print(f"Not to be deployed: {sentence}", file=sys.stderr)
-    return 0 if report["passed"] else 1
-
-
-def _words(text: str) -> list[str]:
-    """The words of a list with commas."""
-    return [word.strip() for word in text.split(",") if word.strip()]
-
-
-def models(arguments: Namespace) -> int:
-    """List, show, push, pull, promote and roll back versions in the model store, or say what a model file is."""
-    words = [word for word in arguments.words if "=" not in word]
-    arguments.overrides += [word for word in arguments.words if "=" in word]
-    settings = _settings_or_defaults(arguments)
-    from pillsnap.export.release import run_models_command
-
-    print(run_models_command(arguments.what, words, settings, _root_or_here(), arguments.run, arguments.out, arguments.note, arguments.resumable))
-    return 0
-
-
-def ship(arguments: Namespace) -> int:
-    """Package an exported run: a folder for the Hugging Face Hub, uploaded only with --repo, or an archive for SageMaker."""
-    if arguments.what == "sagemaker":
-        from pillsnap.export.sagemaker import build_archive
-
-        if arguments.repo or arguments.public:
-            raise SettingsError("--repo and --public are for the hub: SageMaker takes its archive from a bucket in S3")
-        print(f"{len(build_archive(arguments.run, arguments.out))} files are in {arguments.out}")
-        return 0
-    from pillsnap.export.hub import build_package, upload_package
-
-    names = build_package(arguments.run, arguments.out, arguments.repo)
-    print(f"{', '.join(names)} are in {arguments.out}")
-    if arguments.repo:
-        print(upload_package(arguments.out, arguments.repo, names, arguments.public))
-    return 0
-
-
-def archive(arguments: Namespace) -> int:
-    """Pack a release into one file, check it, serve it from a folder, or go back to the release before."""
-    if (arguments.what == "rollback") != (arguments.file is None):
-        raise SettingsError("archive make, check and restore take the archive's file, rollback takes none")
-    if (arguments.into is not None) != (arguments.what in ("restore", "rollback")):
-        raise SettingsError("archive restore and rollback take --into with the folder of the releases; make and check don't")
-    from pillsnap.export.archive import check_archive, describe, make_archive, restore_archive, roll_back
-
-    if arguments.what == "check":
-        print(describe(check_archive(arguments.file)))
-    elif arguments.what == "restore":
-        print(restore_archive(arguments.file, arguments.into))
-    elif arguments.what == "rollback":
-        print(roll_back(arguments.into))
-    else:
-        settings = _settings_or_defaults(arguments)
-        models = arguments.model or load_environment(_root_or_here(), settings.serve).model_path
-        if models is None:
-            raise SettingsError("there is no model folder to pack: name one with --model, with serve.model_path or with MODEL_PATH in .env")
-        config = arguments.cfg or _root_or_here() / "config.yaml"
-        print(describe(make_archive(models, arguments.file, config if config.is_file() else None, arguments.note)))
-    return 0
-
-
-def watch(arguments: Namespace) -> int:
-    """Ask a server again and again whether it is ready, and say when that changes; with --once status 1 when it is not."""
-    if not 1 <= arguments.every <= 86_400:
-        raise SettingsError(f"--every is {arguments.every}, but must be 1 to 86400 seconds")
-    from pillsnap.service.watch import watch as watch_server
-
-    return watch_server(arguments.url, 0 if arguments.once else arguments.every, partial(print, flush=True))
-
-
-def demo(arguments: Namespace) -> int:
-    """Run the whole way once, from the sample to an answer."""
-    from pillsnap.demo import main as run_demo
-
-    run_demo()
-    return 0
-
-# %% ../nbs/21_cli.ipynb #c2ce954d
-def predict(arguments: Namespace) -> int:
-    """Name the pills in photos, with a model of this machine or by asking a server; status 1 when a photo could not be answered."""
-    words = [*arguments.photos, *arguments.overrides]
-    photos = [Path(word) for word in words if "=" not in word or Path(word).exists()]
-    arguments.overrides = [word for word in words if Path(word) not in photos]
-    if not photos:
-        raise SettingsError("there is no photo to look at: name one, or a folder with some")
-    if not 1 <= arguments.top_k <= 20:
-        raise SettingsError(f"--top-k is {arguments.top_k}, but must be 1 to 20")
-    if arguments.url and arguments.model:
-        raise SettingsError("--model names a folder of this machine, --url a server that has its own models: leave one out")
-    import httpx
-
-    from pillsnap.service.client import TIMEOUT, answer_photos, predict_local, predict_remote
-
-    settings = _settings_or_defaults(arguments)
-    environment = load_environment(_root_or_here(), settings.serve)
-    asked = {"pipeline": arguments.pipeline, "top_k": arguments.top_k}
-    if not arguments.url:
-        loaded = _open_models(arguments.model or environment.model_path, settings)
-        return answer_photos(photos, partial(predict_local, loaded, max_pixels=settings.data.max_pixels, **asked), arguments.json, arguments.out)
-    key = environment.api_keys[0] if environment.api_keys else ""
-    with httpx.Client(timeout=TIMEOUT) as client:
-        return answer_photos(photos, partial(predict_remote, arguments.url, key, client=client, **asked), arguments.json, arguments.out)
-
-
-def _open_models(folder: Path | None, settings: Settings) -> Loaded:
-    """The models of a folder, as the web service would open them."""
-    if folder is None:
-        raise SettingsError("there is no model folder: name one with --model, with serve.model_path or with MODEL_PATH in .env, or a server with --url")
-    from pillsnap.runtime.load import load_identifier
-    from pillsnap.service.slot import load
-
-    return load(Path(folder), partial(load_identifier, threads=settings.serve.threads, engine=settings.serve.engine))
-
-
-def _root_or_here() -> Path:
-    """The project's folder, or the current one when there is no project around."""
-    try:
-        return find_root()
-    except SettingsError:
-        return Path.cwd()
-
-
-def _settings_or_defaults(arguments: Namespace) -> Settings:
-    """Settings for a machine that only identifies: a model is enough there, config.yaml may be missing."""
-    if arguments.cfg or arguments.overrides or (_root_or_here() / "config.yaml").is_file():
-        return _settings(arguments)
-    return Settings()
+__all__ = ['EXAMPLE', 'OPTIONS', 'COMMANDS', 'WITHOUT_SETTINGS', 'make_parser', 'parse', 'main']
 
 # %% ../nbs/21_cli.ipynb #880b0e3c
 EXAMPLE = """settings are given as key=value, for example:
@@ -347,62 +26,105 @@ EXAMPLE = """settings are given as key=value, for example:
 """
 
 
-def make_parser() -> ArgumentParser:
-    """Describe all commands."""
-    parser = ArgumentParser(prog="pillsnap", description="Identify pills from photos.", epilog=EXAMPLE,
-                            formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+def _option(*names: str, **how: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """An argument as argparse takes it."""
+    return names, how
+
+
+OPTIONS = {  # of each command, beside the settings
+    "scan": [
+        _option("--out", type=Path, metavar="FILE", default=Path("manifest.parquet"), help="table to make or to renew (default: manifest.parquet)"),
+        _option("--workers", type=int, metavar="N", default=0, help="reading processes (default: one per core)"),
+        _option("--dry-run", action="store_true", help="only list what would be read"),
+    ],
+    "cache": [
+        _option("what", choices=("build", "show", "check", "clear"), help="build fills it for a run with these settings"),
+    ],
+    "train": [
+        _option("--run-dir", type=Path, metavar="DIR", help="run folder to make or to continue (default: a new one)"),
+    ],
+    "evaluate": [
+        _option("--run", type=Path, metavar="DIR", required=True, help="folder of a finished run"),
+    ],
+    "runs": [
+        _option("names", nargs="*", metavar="RUN", help="run folders to compare, by path or by name below paths.run_root (default: list all)"),
+    ],
+    "export": [
+        _option("--run", type=Path, metavar="DIR", help="folder of a finished run"),
+        _option("--checkpoint", type=Path, metavar="FILE", help="weights to export (default: best.pt of --run)"),
+        _option("--format", default="", metavar="NAMES", help="formats besides ONNX, with commas: torchscript, torchscript-script, pt2, safetensors, openvino, executorch, onnx-int8, onnx-int8-dynamic, onnx-fp16"),
+    ],
+    "bench": [
+        _option("--run", type=Path, metavar="DIR", required=True, help="folder of a finished run"),
+        _option("--out", type=Path, default=Path("runs/bench"), metavar="DIR", help="gets infer.json (default: %(default)s)"),
+        _option("--engines", default="", metavar="NAMES", help="that are measured, with commas (default: all that this machine has)"),
+    ],
+    "gate": [
+        _option("--run", type=Path, metavar="DIR", required=True, help="folder of a finished run"),
+        _option("--out", type=Path, default=Path("reports"), metavar="DIR", help="gets benchmark_YYYYMMDD_HHMMSS.json (default: %(default)s)"),
+    ],
+    "models": [
+        _option("what", choices=("list", "show", "push", "pull", "promote", "rollback", "info"), help="push takes --run, pull puts the promoted files into --out, info takes a file"),
+        _option("words", nargs="*", metavar="TASK VERSION", help="classifier or detector, and a number; a file for info"),
+        _option("--run", type=Path, metavar="DIR", help="folder of an exported run to push"),
+        _option("--note", default="", help="kept with what is pushed"),
+        _option("--resumable", action="store_true", help="push last.pt too, which training goes on from"),
+        _option("--out", type=Path, metavar="DIR", help="folder to pull classifier.onnx and detector.onnx into"),
+    ],
+    "ship": [
+        _option("what", choices=("hub", "sagemaker"), help="hub needs a run exported with --format safetensors too"),
+        _option("--run", type=Path, metavar="DIR", required=True, help="folder of an exported run"),
+        _option("--out", type=Path, metavar="PATH", required=True, help="folder that gets the package, or the model.tar.gz to write"),
+        _option("--repo", default="", metavar="USER/NAME", help="upload the package to this repository of the hub, which is made where it is missing"),
+        _option("--public", action="store_true", help="a repository that is made may be read by everyone"),
+    ],
+    "archive": [
+        _option("what", choices=("make", "check", "restore", "rollback"), help="make packs models and settings, restore serves them from --into"),
+        _option("file", nargs="?", type=Path, metavar="FILE", help="the archive, such as release.tar; none for rollback"),
+        _option("--model", type=Path, metavar="DIR", help="folder with classifier.onnx and detector.onnx to pack (default: the web service's)"),
+        _option("--note", default="", help="kept in the archive that is made"),
+        _option("--into", type=Path, metavar="DIR", help="folder of the releases; MODEL_PATH is current/models in it"),
+    ],
+    "predict": [
+        _option("photos", nargs="+", metavar="PHOTO", help="JPEG, PNG, WebP or BMP, or a folder with such files"),
+        _option("--model", type=Path, metavar="DIR", help="folder with classifier.onnx and detector.onnx (default: the web service's)"),
+        _option("--url", metavar="URL", help="ask this server, such as http://localhost:8000, with the key in API_KEY of .env or the environment"),
+        _option("--pipeline", choices=("single", "combo"), default="single", help="one pill (default), or several"),
+        _option("--top-k", type=int, default=5, metavar="N", help="candidates of each pill in JSON, 1 to 20 (default: 5)"),
+        _option("--json", action="store_true", help="a line of JSON per photo instead of a table"),
+        _option("--out", type=Path, metavar="FILE", help="write to this file instead of standard output"),
+    ],
+    "watch": [
+        _option("--url", default="http://localhost:8000", metavar="URL", help="server (default: %(default)s)"),
+        _option("--every", type=float, default=30.0, metavar="SECONDS", help="between two questions (default: 30)"),
+        _option("--once", action="store_true", help="ask once, for cron or a timer"),
+    ],
+}
+
+# %% ../nbs/21_cli.ipynb #ec4e2520
+COMMANDS = {action.__name__: action for action in (scan, cache, train, evaluate, runs, export, bench, gate, models, ship, archive, predict, watch, sample, demo)} | {"config": show_config}
+WITHOUT_SETTINGS = ("demo", "ship", "watch")
+
+
+def _settings_options() -> ArgumentParser:
     shared = ArgumentParser(add_help=False, allow_abbrev=False)
     shared.add_argument("--cfg", type=Path, metavar="FILE", help="settings file (default: config.yaml of the project)")
     shared.add_argument("--stage", type=int, help="how much of the data: 1 to 4")
     shared.add_argument("--profile", help="which machine: auto, cpu, rtx5080, h200")
     shared.add_argument("--data-root", metavar="DIR", help="dataset folder; the embedded sample without it")
-    added = {}
-    for action in (scan, cache, train, evaluate, runs, export, bench, gate, models, ship, archive, predict, watch, sample, demo, show_config):
-        name = "config" if action is show_config else action.__name__
-        parents = [] if action in (demo, ship, watch) else [shared]
-        added[name] = commands.add_parser(name, help=action.__doc__, description=action.__doc__, parents=parents, epilog=EXAMPLE,
-                                          formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
-        added[name].set_defaults(action=action)
-    added["scan"].add_argument("--out", type=Path, metavar="FILE", default=Path("manifest.parquet"), help="table to make or to renew (default: manifest.parquet)")
-    added["scan"].add_argument("--workers", type=int, metavar="N", default=0, help="reading processes (default: one per core)")
-    added["scan"].add_argument("--dry-run", action="store_true", help="only list what would be read")
-    added["cache"].add_argument("what", choices=("build", "show", "check", "clear"), help="build fills it for a run with these settings")
-    added["train"].add_argument("--run-dir", type=Path, metavar="DIR", help="run folder to make or to continue (default: a new one)")
-    added["runs"].add_argument("names", nargs="*", metavar="RUN", help="run folders to compare, by path or by name below paths.run_root (default: list all)")
-    for name in ("evaluate", "export", "bench", "gate"):
-        added[name].add_argument("--run", type=Path, metavar="DIR", required=name != "export", help="folder of a finished run")
-    added["export"].add_argument("--checkpoint", type=Path, metavar="FILE", help="weights to export (default: best.pt of --run)")
-    added["export"].add_argument("--format", default="", metavar="NAMES", help="formats besides ONNX, with commas: torchscript, torchscript-script, pt2, safetensors, openvino, executorch, onnx-int8, onnx-int8-dynamic, onnx-fp16")
-    added["bench"].add_argument("--out", type=Path, default=Path("runs/bench"), metavar="DIR", help="gets infer.json (default: %(default)s)")
-    added["bench"].add_argument("--engines", default="", metavar="NAMES", help="that are measured, with commas (default: all that this machine has)")
-    added["gate"].add_argument("--out", type=Path, default=Path("reports"), metavar="DIR", help="gets benchmark_YYYYMMDD_HHMMSS.json (default: %(default)s)")
-    added["models"].add_argument("what", choices=("list", "show", "push", "pull", "promote", "rollback", "info"), help="push takes --run, pull puts the promoted files into --out, info takes a file")
-    added["models"].add_argument("words", nargs="*", metavar="TASK VERSION", help="classifier or detector, and a number; a file for info")
-    added["models"].add_argument("--run", type=Path, metavar="DIR", help="folder of an exported run to push")
-    added["models"].add_argument("--note", default="", help="kept with what is pushed")
-    added["models"].add_argument("--resumable", action="store_true", help="push last.pt too, which training goes on from")
-    added["models"].add_argument("--out", type=Path, metavar="DIR", help="folder to pull classifier.onnx and detector.onnx into")
-    added["ship"].add_argument("what", choices=("hub", "sagemaker"), help="hub needs a run exported with --format safetensors too")
-    added["ship"].add_argument("--run", type=Path, metavar="DIR", required=True, help="folder of an exported run")
-    added["ship"].add_argument("--out", type=Path, metavar="PATH", required=True, help="folder that gets the package, or the model.tar.gz to write")
-    added["ship"].add_argument("--repo", default="", metavar="USER/NAME", help="upload the package to this repository of the hub, which is made where it is missing")
-    added["ship"].add_argument("--public", action="store_true", help="a repository that is made may be read by everyone")
-    added["archive"].add_argument("what", choices=("make", "check", "restore", "rollback"), help="make packs models and settings, restore serves them from --into")
-    added["archive"].add_argument("file", nargs="?", type=Path, metavar="FILE", help="the archive, such as release.tar; none for rollback")
-    added["archive"].add_argument("--model", type=Path, metavar="DIR", help="folder with classifier.onnx and detector.onnx to pack (default: the web service's)")
-    added["archive"].add_argument("--note", default="", help="kept in the archive that is made")
-    added["archive"].add_argument("--into", type=Path, metavar="DIR", help="folder of the releases; MODEL_PATH is current/models in it")
-    added["watch"].add_argument("--url", default="http://localhost:8000", metavar="URL", help="server (default: %(default)s)")
-    added["watch"].add_argument("--every", type=float, default=30.0, metavar="SECONDS", help="between two questions (default: 30)")
-    added["watch"].add_argument("--once", action="store_true", help="ask once, for cron or a timer")
-    added["predict"].add_argument("photos", nargs="+", metavar="PHOTO", help="JPEG, PNG, WebP or BMP, or a folder with such files")
-    added["predict"].add_argument("--model", type=Path, metavar="DIR", help="folder with classifier.onnx and detector.onnx (default: the web service's)")
-    added["predict"].add_argument("--url", metavar="URL", help="ask this server, such as http://localhost:8000, with the key in API_KEY of .env or the environment")
-    added["predict"].add_argument("--pipeline", choices=("single", "combo"), default="single", help="one pill (default), or several")
-    added["predict"].add_argument("--top-k", type=int, default=5, metavar="N", help="candidates of each pill in JSON, 1 to 20 (default: 5)")
-    added["predict"].add_argument("--json", action="store_true", help="a line of JSON per photo instead of a table")
-    added["predict"].add_argument("--out", type=Path, metavar="FILE", help="write to this file instead of standard output")
+    return shared
+
+
+def make_parser() -> ArgumentParser:
+    """Describe all commands."""
+    looks = {"epilog": EXAMPLE, "formatter_class": RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser, shared = ArgumentParser(prog="pillsnap", description="Identify pills from photos.", **looks), _settings_options()
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, action in COMMANDS.items():
+        command = commands.add_parser(name, help=action.__doc__, description=action.__doc__, parents=[] if name in WITHOUT_SETTINGS else [shared], **looks)
+        command.set_defaults(action=action)
+        for names, how in OPTIONS.get(name, ()):
+            command.add_argument(*names, **how)
     return parser
 
 
@@ -412,7 +134,7 @@ def parse(
     """Parse a command line; ends the process with status 2 when it cannot be understood."""
     parser = make_parser()
     arguments, rest = parser.parse_known_args(argv)
-    unknown = [word for word in rest if word.startswith("-") or arguments.action in (demo, ship, watch)]
+    unknown = [word for word in rest if word.startswith("-") or arguments.command in WITHOUT_SETTINGS]
     if unknown:
         parser.error(f"{arguments.command} does not know {' '.join(unknown)}")
     arguments.overrides = rest
@@ -435,7 +157,7 @@ def main(
         print(f"pillsnap: {arguments.command} needs the package {error.name}, which serving does without: pip install 'pillsnap[train]'", file=sys.stderr)
         return 2
     except ValueError as error:
-        return _end(error, status=2)
+        return refuse(error, status=2)
     except OSError as error:
         print(f"pillsnap: {arguments.command} can't go on: {error.strerror or error}{f' ({error.filename})' if error.filename else ''}", file=sys.stderr)
         logging.getLogger("pillsnap").debug("where it happened", exc_info=error)

@@ -269,8 +269,7 @@ def test_a_command_that_needs_training_software_says_what_to_install(monkeypatch
     def without_torch(arguments):
         raise ModuleNotFoundError("No module named 'torch'", name="torch")
 
-    without_torch.__name__ = "train"
-    monkeypatch.setattr(cli, "train", without_torch)
+    monkeypatch.setitem(cli.COMMANDS, "train", without_torch)
     assert cli.main(["train"]) == 2
     assert "pip install 'pillsnap[train]'" in capsys.readouterr().err
 

@@ -78,7 +78,8 @@ def answer_once(argv: Sequence[str]) -> None:
     parser.add_argument("photo", type=Path)
     parser.add_argument("threads", type=int)
     options = parser.parse_args(argv)
-    open_way(options.name, options.run, options.threads).identify(decode_image(options.photo), "single")
+    identifier = open_way(options.name, options.run, options.threads)  # held until its memory is read
+    identifier.identify(decode_image(options.photo), "single")
     print(json.dumps({"memory_mb": round(psutil.Process().memory_info().rss / 1e6, 1)}))
 
 # %% ../../nbs/bench/13_requests.ipynb #1100b9bb
