@@ -30,7 +30,7 @@ lab: .venv/ready  ## open JupyterLab
 	@$(BIN)/jupyter lab nbs
 
 .env:
-	@$(BIN)/python -c 'import secrets; print(f"API_KEY={secrets.token_urlsafe(24)}\nMODEL_PATH=runs/demo/train/export")' > .env; chmod 600 .env
+	@umask 077; $(PYTHON) -c 'import secrets; print(f"API_KEY={secrets.token_urlsafe(24)}\nMODEL_PATH=runs/demo/train/export")' > .env.new && mv .env.new .env || { rm -f .env.new; exit 1; }
 	@echo "wrote .env with a new API_KEY"
 
 serve: .venv/ready .env  ## serve the demo's model (or MODEL_PATH of .env) on http://127.0.0.1:8000

@@ -150,4 +150,11 @@ def _try_model(slot: ModelSlot) -> None:
         return  # the slot has logged why; /health says what to do
 
 # %% ../nbs/20_serve.ipynb #9deef0eb
-app = create_app()
+def _app() -> ASGIApp:
+    try:
+        return create_app()
+    except SettingsError as error:
+        return _Doorkeeper(FastAPI(), str(error))
+
+
+app = _app()

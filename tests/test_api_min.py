@@ -150,6 +150,15 @@ def test_a_server_with_keys_that_protect_nothing_does_not_start(models: Path, tm
     assert not key or key.split(",")[-1] not in done.stderr
 
 
+@pytest.mark.parametrize("level, text, words", [("LOUD", "", "LOG_LEVEL is 'LOUD'"), ("INFO", "serve:\n  queue: many\n", "serve.queue"), ("INFO", "serve: [", "config.yaml")])
+def test_a_server_with_settings_that_cannot_be_used_does_not_start(tmp_path: Path, level: str, text: str, words: str) -> None:
+    if text:
+        (tmp_path / "config.yaml").write_text(text, encoding="utf-8")
+    environment = {**os.environ, "API_KEY": RIGHT, "LOG_LEVEL": level, "PYTHONPATH": str(CONFIG.parent)}
+    done = subprocess.run([sys.executable, "-m", "uvicorn", "pillsnap.serve:app", "--port", "0"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 3 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
 def test_ready_version_and_classes(client: TestClient, tmp_path: Path) -> None:
     assert client.get("/ready").json() == {"ready": True}
     refused(client_for(tmp_path).get("/ready"), 503, "MODEL_PATH")
