@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
+import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -145,7 +146,8 @@ def _stage(
     height, width = image.shape[:2]
     scale = float(np.clip(max(width, height), min(SMALLEST, longest), longest)) / max(width, height)
     text = max(12, round(scale * max(width, height) / 48))
-    photo = Image.fromarray(image).resize((max(1, round(width * scale)), max(1, round(height * scale))), Image.Resampling.BILINEAR, reducing_gap=2.0)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    photo = Image.fromarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR))  # Pillow would copy all of it first, four bytes a pixel
     narrow = 4 * text  # a strip of a photo gets room for its labels
     if min(photo.size) >= narrow:
         return photo, scale, text
