@@ -143,7 +143,7 @@ def confidences(
 
 # %% ../../nbs/runtime/06_identify.ipynb #457f2dae
 PIPELINES = ("single", "combo")
-_BATCH = 4  # crops computed together: on a CPU 32 take 400 MB more and no less time (EfficientNetV2-S, 384 px)
+_BATCH = 4  # crops computed together: on a CPU more take a large network much memory and save no time
 
 
 @dataclass(frozen=True)
