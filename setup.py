@@ -1,4 +1,5 @@
 """Package metadata comes from settings.ini, so that it is written once."""
+
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -7,8 +8,16 @@ from setuptools import find_packages, setup
 parser = ConfigParser(delimiters=["="])
 parser.read(Path(__file__).parent / "settings.ini", encoding="utf-8")
 settings = parser["DEFAULT"]
-requirements = {name: settings.get(key, "").split() for name, key in
-                [("runtime", "requirements"), ("train", "train_requirements"), ("formats", "formats_requirements"), ("bench", "bench_requirements"), ("dev", "dev_requirements")]}
+requirements = {
+    name: settings.get(key, "").split()
+    for name, key in [
+        ("runtime", "requirements"),
+        ("train", "train_requirements"),
+        ("formats", "formats_requirements"),
+        ("bench", "bench_requirements"),
+        ("dev", "dev_requirements"),
+    ]
+}
 
 setup(
     name=settings["lib_name"],
@@ -18,7 +27,7 @@ setup(
     author=settings["author"],
     python_requires=f">={settings['min_python']}",
     packages=find_packages(include=["pillsnap", "pillsnap.*"]),
-    package_data={"pillsnap.service": ["page_files/*"]},
+    package_data={"pillsnap.service.page": ["files/*"]},
     install_requires=requirements["runtime"],
     extras_require={
         "train": requirements["train"],

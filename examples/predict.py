@@ -1,9 +1,10 @@
-"""Ask a pillsnap server which pills are in a photo: API_KEY=... python examples/predict.py photo.jpg http://localhost:8000"""
+"""Which pills are in a photo, by a server: API_KEY=... python examples/predict.py photo.jpg http://localhost:8000"""
+
 import os
 import sys
 from pathlib import Path
 
-from pillsnap.service.client import ClientError, predict_remote
+from pillsnap.service.client.client import ClientError, predict_remote
 
 photo, url = Path(sys.argv[1]), sys.argv[2]
 try:

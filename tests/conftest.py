@@ -1,4 +1,5 @@
 """A tiny dataset and one short real run on it, shared by the tests that need a trained model."""
+
 from __future__ import annotations
 
 import logging
@@ -8,31 +9,42 @@ from pathlib import Path
 import pytest
 from tiny_models import save_classifier, save_detector
 
-from pillsnap.config import Settings, load_settings
-from pillsnap.data import sample
-from pillsnap.data.sample_plan import PlannedPhoto, plan_sample
-from pillsnap.service.journal import Console, JournalFile
+from pillsnap.config.load import load_settings
+from pillsnap.config.schema import Settings
+from pillsnap.sample import write as sample
+from pillsnap.sample.plan import PlannedPhoto, plan_sample
+from pillsnap.service.logging import Console, LogFile
 
 TINY = [  # networks and sizes that train in seconds
-    "model.classifier.name=test_efficientnet", "model.classifier.pretrained=false", "model.classifier.image_size=64",
-    f"model.detector.name={Path(__file__).parent / 'tiny_detector.yaml'}", "model.detector.image_size=96", "identify.box_confidence=0.001",
-    "train.classifier.epochs=1", "train.classifier.min_steps=0", "train.classifier.batch_size=8",
-    "train.detector.epochs=1", "train.detector.min_steps=0", "train.detector.batch_size=4", "train.evaluations=2", "train.log_every=1",
+    "model.classifier.name=test_efficientnet",
+    "model.classifier.pretrained=false",
+    "model.classifier.image_size=64",
+    f"model.detector.name={Path(__file__).parent / 'tiny_detector.yaml'}",
+    "model.detector.image_size=96",
+    "identify.box_confidence=0.001",
+    "train.classifier.epochs=1",
+    "train.classifier.min_steps=0",
+    "train.classifier.batch_size=8",
+    "train.detector.epochs=1",
+    "train.detector.min_steps=0",
+    "train.detector.batch_size=4",
+    "train.evaluations=2",
+    "train.log_every=1",
 ]
 
 
 @pytest.fixture(autouse=True)
-def no_service_speaks_on() -> Iterator[None]:
-    """A service that ran in a test's own process no longer logs in the tests after it."""
+def remove_service_log_handlers() -> Iterator[None]:
+    """Remove the log handlers of a service that ran in the process of a test."""
     yield
-    for handler in [handler for handler in logging.getLogger().handlers if isinstance(handler, (Console, JournalFile))]:
+    for handler in [handler for handler in logging.getLogger().handlers if isinstance(handler, (Console, LogFile))]:
         logging.getLogger().removeHandler(handler)
         handler.close()
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with two tiny networks that a service can open."""
+    """A folder with two tiny models that a service can open."""
     folder = tmp_path_factory.mktemp("models")
     save_classifier(folder)
     save_detector(folder)
@@ -49,7 +61,7 @@ def few_drugs(seed: int = 42) -> list[PlannedPhoto]:
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A part of the embedded sample."""
+    """A small dataset, written like the embedded sample."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sample, "plan_sample", few_drugs)
         return sample.write_sample(tmp_path_factory.mktemp("data") / "tiny", workers=1)
@@ -57,12 +69,12 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_settings(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Settings]:
-    """Settings for a run on the tiny dataset, with more overrides if wanted."""
+    """A function that makes settings for a run on the tiny dataset, with more overrides."""
     folder = tmp_path_factory.mktemp("project")
 
     def settings(*overrides: str, data: Path = tiny_data) -> Settings:
-        chosen = [*TINY, f"paths.cache_root={folder / 'cache'}", f"paths.run_root={folder / 'runs'}", *overrides]
-        latest = {text.partition("=")[0]: text for text in chosen}
+        merged = [*TINY, f"paths.cache_root={folder / 'cache'}", f"paths.run_root={folder / 'runs'}", *overrides]
+        latest = {text.partition("=")[0]: text for text in merged}
         return load_settings(profile="cpu", data_root=data, overrides=list(latest.values()))
 
     return settings
@@ -70,6 +82,7 @@ def tiny_settings(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="session")
 def trained_run(tiny_settings: Callable[..., Settings], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One epoch with half precision and the compiler switched on."""
+    """A run of one epoch, with half precision and `torch.compile`."""
     from pillsnap.training.run import train
+
     return train(tiny_settings("train.amp=bf16", "train.compile=default"), tmp_path_factory.mktemp("runs") / "smoke")

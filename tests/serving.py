@@ -1,4 +1,5 @@
-"""The real service in processes of its own, for tests of what a caller can do to it."""
+"""The real service in its own processes, for tests from the client's side."""
+
 from __future__ import annotations
 
 import os
@@ -21,14 +22,14 @@ ADMIN = "Qm3-vT8yLs_w5Kd0XzRa"
 
 @dataclass
 class Running:
-    """A server and where it is."""
+    """A running server."""
 
     url: str
     process: subprocess.Popen
     log: Path
 
     def processes(self) -> list[psutil.Process]:
-        """The server's own process and its children."""
+        """The process of the server and its children."""
         whole = psutil.Process(self.process.pid)
         return [whole, *whole.children(recursive=True)]
 
@@ -45,11 +46,19 @@ def free_port() -> int:
 
 @contextmanager
 def running(models: Path, folder: Path, settings: str = "", *options: str, **environment: str) -> Iterator[Running]:
-    """Start `uvicorn pillsnap.serve:app` in a folder with these settings, wait until it is ready, and end it."""
+    """Run `uvicorn pillsnap.serve:app` in a folder with these settings; yields when it is ready."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(f"serve:\n  requests_per_minute: 0\n{settings}", encoding="utf-8")
     url, log = f"http://127.0.0.1:{(port := free_port())}", folder / "server.log"
-    variables = {**os.environ, "API_KEY": RIGHT, "ADMIN_KEY": ADMIN, "MODEL_PATH": str(models), "PYTHONPATH": str(CONFIG.parent), "OMP_NUM_THREADS": "1", **environment}
+    variables = {
+        **os.environ,
+        "API_KEY": RIGHT,
+        "ADMIN_KEY": ADMIN,
+        "MODEL_PATH": str(models),
+        "PYTHONPATH": str(CONFIG.parent),
+        "OMP_NUM_THREADS": "1",
+        **environment,
+    }
     command = [sys.executable, "-m", "uvicorn", "pillsnap.serve:app", "--port", str(port), *options]
     with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(command, cwd=folder, env=variables, stdout=file, stderr=file)

@@ -1,4 +1,5 @@
-"""The service against its own description: whatever the description allows or forbids, no answer is a server error and every answer has the shape it promises."""
+"""The service against its OpenAPI schema: no request causes a server error, and every response matches the schema."""
+
 from __future__ import annotations
 
 import subprocess
@@ -8,7 +9,6 @@ from pathlib import Path
 
 import httpx
 import pytest
-
 from serving import ADMIN, Running, running
 from tiny_models import KEY, save_classifier, save_detector
 
@@ -22,21 +22,38 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         yield opened
 
 
-def test_no_request_is_a_server_error(server: Running, tmp_path: Path) -> None:
-    """schemathesis makes requests of its own from the description: good ones, bad ones, and chains of them."""
+def test_no_request_causes_a_server_error(server: Running, tmp_path: Path) -> None:
+    """schemathesis generates requests from the schema: valid ones, invalid ones, and chains of them."""
     keys = [word for header in (f"X-API-Key: {KEY['X-API-Key']}", f"X-Admin-Key: {ADMIN}") for word in ("-H", header)]
-    command = [sys.executable, "-m", "schemathesis.cli", "run", f"{server.url}/openapi.json", *keys, "--checks", "not_a_server_error,response_schema_conformance,status_code_conformance,content_type_conformance",
-               "--max-examples", "40", "--generation-deterministic", "--no-color", "--continue-on-failure", "--suppress-health-check", "all"]
+    command = [
+        sys.executable,
+        "-m",
+        "schemathesis.cli",
+        "run",
+        f"{server.url}/openapi.json",
+        *keys,
+        "--checks",
+        "not_a_server_error,response_schema_conformance,status_code_conformance,content_type_conformance",
+        "--max-examples",
+        "40",
+        "--generation-deterministic",
+        "--no-color",
+        "--continue-on-failure",
+        "--suppress-health-check",
+        "all",
+    ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0 and "Tested: 8" in done.stdout, done.stdout[-6000:] + done.stderr[-2000:]
     assert "Traceback" not in server.log.read_text(encoding="utf-8")
     assert httpx.get(f"{server.url}/ready").status_code == 200
 
 
-def test_the_description_has_examples_and_the_form(server: Running) -> None:
-    told = httpx.get(f"{server.url}/openapi.json").json()
-    assert {"/health", "/ready", "/version", "/classes", "/metrics", "/predict", "/batch", "/reload"} <= set(told["paths"])
-    form = told["paths"]["/predict"]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
+def test_the_openapi_schema_has_examples_and_the_form(server: Running) -> None:
+    schema = httpx.get(f"{server.url}/openapi.json").json()
+    assert {"/health", "/ready", "/version", "/classes", "/metrics", "/predict", "/batch", "/reload"} <= set(
+        schema["paths"]
+    )
+    form = schema["paths"]["/predict"]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
     assert form["required"] == ["image"] and form["properties"]["image"]["format"] == "binary"
-    assert told["components"]["schemas"]["PillAnswer"]["properties"]["code"]["examples"] == ["K-000030"]
-    assert told["components"]["schemas"]["ProblemAnswer"]["required"] == ["detail", "code", "request_id"]
+    assert schema["components"]["schemas"]["PillResponse"]["properties"]["code"]["examples"] == ["K-000030"]
+    assert schema["components"]["schemas"]["ErrorResponse"]["required"] == ["detail", "code", "request_id"]

@@ -1,4 +1,5 @@
-"""Engines are measured with a run's own files, the choice is written beside them, and serving follows it."""
+"""Engines are measured with the files of a run, the choice is written beside them, and serving uses it."""
+
 from __future__ import annotations
 
 import json
@@ -8,18 +9,18 @@ from pathlib import Path
 import pytest
 
 from pillsnap import cli
-from pillsnap.bench.infer import bench_run, table
-from pillsnap.config import load_settings
+from pillsnap.answer.factory import load_identifier
+from pillsnap.bench.engines.infer import bench_run, table
+from pillsnap.config.load import load_settings
 from pillsnap.export.report import export_run
-from pillsnap.runtime.engines import CHOICE, ENGINES, this_machine
-from pillsnap.runtime.load import load_identifier
+from pillsnap.runtime.engines import ENGINE_FILE, ENGINES, this_machine
 
 MEASURED = ("torch-eager", "onnxruntime", "openvino")
 
 
 @pytest.fixture(scope="module")
 def run(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of its own, since a measurement writes into the run."""
+    """A copy of the run, since a measurement writes to it."""
     copy = tmp_path_factory.mktemp("bench") / "run"
     shutil.copytree(trained_run, copy)
     assert export_run(copy, load_settings(copy / "config.yaml"))["passed"]
@@ -32,30 +33,43 @@ def report(run: Path) -> dict:
     return bench_run(run, settings, run.parent / "out", [*MEASURED, "onnxruntime-int8", "onnxruntime-cuda"])
 
 
-def test_the_report_has_every_figure(report: dict, run: Path):
+def test_report_has_all_timings(report: dict, run: Path):
     assert json.loads((run.parent / "out" / "infer.json").read_text()) == json.loads(json.dumps(report))
     assert set(report["engines"]) >= set(MEASURED)
     for name in MEASURED:
-        found = report["engines"][name]
-        assert 0 < found["p50_ms"] <= found["p95_ms"] <= found["p99_ms"] and found["passes_comparison"], (name, found)
-        assert set(found["images_per_second"]) == {"1", "2", "4", "8", "16", "32"} and min(found["images_per_second"].values()) > 0
-        assert found["start_seconds"] > 0.1 and found["memory_mb"] > 50
-        assert all(value > 0 for value in found["steps_ms"].values())
-    assert report["engines"]["torch-eager"]["memory_mb"] > report["engines"]["onnxruntime"]["memory_mb"], "serving does not load torch"
-    assert set(report["ratios"]) >= {"identify_over_engine_and_decode", "default_over_torch_eager"} and min(report["ratios"].values()) > 0
+        timings = report["engines"][name]
+        assert 0 < timings["p50_ms"] <= timings["p95_ms"] <= timings["p99_ms"] and timings["passes_comparison"], (
+            name,
+            timings,
+        )
+        assert (
+            set(timings["images_per_second"]) == {"1", "2", "4", "8", "16", "32"}
+            and min(timings["images_per_second"].values()) > 0
+        )
+        assert timings["start_seconds"] > 0.1 and timings["memory_mb"] > 50
+        assert all(value > 0 for value in timings["steps_ms"].values())
+    assert report["engines"]["torch-eager"]["memory_mb"] > report["engines"]["onnxruntime"]["memory_mb"], (
+        "serving does not load torch"
+    )
+    assert (
+        set(report["ratios"]) >= {"identify_over_engine_and_decode", "default_over_torch_eager"}
+        and min(report["ratios"].values()) > 0
+    )
     assert "classifier.int8.onnx" in report["not_measured"]["onnxruntime-int8"]
     assert report["default_engine"] in ("onnxruntime", "openvino") and report["default_engine"] in table(report)
 
 
-def test_serving_follows_the_measurement(report: dict, run: Path):
-    choice = json.loads((run / "export" / CHOICE).read_text())
+def test_serving_uses_the_measured_choice(report: dict, run: Path):
+    choice = json.loads((run / "export" / ENGINE_FILE).read_text())
     assert choice["engine"] == report["default_engine"] and choice["machine"] == this_machine()
-    (run / "export" / CHOICE).write_text(json.dumps({**choice, "engine": "openvino"}))
+    (run / "export" / ENGINE_FILE).write_text(json.dumps({**choice, "engine": "openvino"}))
     assert load_identifier(run / "export").classify.providers == ["OpenVINO CPU"]
     assert load_identifier(run / "export", engine="onnxruntime").classify.providers == ["CPUExecutionProvider"]
 
 
-def test_an_engine_that_fails_falls_back_and_says_so(report: dict, run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+def test_failed_engine_falls_back_with_a_warning(
+    report: dict, run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
     from dataclasses import replace
 
     from pillsnap.runtime.session import ModelError
@@ -63,7 +77,7 @@ def test_an_engine_that_fails_falls_back_and_says_so(report: dict, run: Path, mo
     def fail(path: Path, threads: int):
         raise ModelError("no such instruction")
 
-    (run / "export" / CHOICE).write_text(json.dumps({"engine": "openvino", "machine": this_machine()}))
+    (run / "export" / ENGINE_FILE).write_text(json.dumps({"engine": "openvino", "machine": this_machine()}))
     monkeypatch.setitem(ENGINES, "openvino", replace(ENGINES["openvino"], open=fail))
     with caplog.at_level("WARNING", logger="pillsnap"):
         assert load_identifier(run / "export").classify.providers == ["CPUExecutionProvider"]
@@ -72,14 +86,14 @@ def test_an_engine_that_fails_falls_back_and_says_so(report: dict, run: Path, mo
         load_identifier(run / "export", engine="openvino")
 
 
-def test_what_can_not_be_measured_is_said_in_one_sentence(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_errors_are_one_sentence(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     shutil.copytree(run, tmp_path / "bare", ignore=shutil.ignore_patterns("export"))
-    for words, said in {
+    for arguments, message in {
         ("--run", str(tmp_path / "bare")): "has no export that has passed",
         ("--run", str(run), "--engines", "onnxruntime,telepathy"): "There is no engine 'telepathy'",
         ("--run", str(tmp_path / "nothing")): "there is no run in",
     }.items():
-        assert cli.main(["bench", *words, "--out", str(tmp_path / "out")]) == 2
+        assert cli.main(["bench", *arguments, "--out", str(tmp_path / "out")]) == 2
         errors = capsys.readouterr().err
-        assert said in errors and "Traceback" not in errors
+        assert message in errors and "Traceback" not in errors
     assert not (tmp_path / "out").exists()

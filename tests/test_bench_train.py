@@ -13,22 +13,48 @@ import pytest
 import torch
 from conftest import TINY
 
-from pillsnap.bench import train
 from pillsnap.bench.photos import BenchError
-from pillsnap.bench.ultralytics_loop import OtherTrainer
+from pillsnap.bench.training import main as train
+from pillsnap.bench.training.ultralytics_loop import UltralyticsTrainer
 
 ROOT = Path(__file__).parents[1]
 NETWORKS = [text for text in TINY if text.startswith("model.")]
 SHORT = "--rounds 1 --steps 2 --warmup 1 --seeds 1 --epochs 1 1 --batch 8 4".split()
-KEYS = {"ratios", "accuracy", "data_time_share", "images_per_second", "gpu", "setup", "machine", "versions", "rounds", "seconds"}
+KEYS = {
+    "ratios",
+    "accuracy",
+    "data_time_share",
+    "images_per_second",
+    "gpu",
+    "setup",
+    "machine",
+    "versions",
+    "rounds",
+    "seconds",
+}
 
 
 @pytest.fixture(scope="module")
 def report(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
     """One run of everything, as `make bench-train` starts it."""
     out = tmp_path_factory.mktemp("bench") / "out"
-    command = [sys.executable, "-m", "pillsnap.bench.train", *SHORT, "--data-root", str(tiny_data), "--out", str(out), "--gpu", *NETWORKS, "train.amp=bf16", f"paths.cache_root={out.parent / 'cache'}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    command = [
+        sys.executable,
+        "-m",
+        "pillsnap.bench.training.main",
+        *SHORT,
+        "--data-root",
+        str(tiny_data),
+        "--out",
+        str(out),
+        "--gpu",
+        *NETWORKS,
+        "train.amp=bf16",
+        f"paths.cache_root={out.parent / 'cache'}",
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=300, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    )
     assert done.returncode == 0, done.stderr
     assert "classifier over limit" in done.stdout and "there is none" in done.stdout and "train.json" in done.stdout
     assert [path.name for path in out.iterdir()] == ["train.json"], "files of other trainers stay behind"
@@ -37,44 +63,88 @@ def report(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 def test_the_report_holds_everything(report: dict) -> None:
     assert set(report) == KEYS and report["gpu"] is None
-    assert set(report["ratios"]) == {"classifier_over_limit", "detector_over_limit", "classifier_over_timm", "detector_over_ultralytics"}
-    assert all(math.isfinite(value) and value > 0 for value in [*report["ratios"].values(), *report["images_per_second"].values()])
-    assert {"classifier_ours", "classifier_limit", "classifier_timm_0_workers", "detector_ours", "detector_limit", "detector_ultralytics", "detector_ours_float32"} <= set(report["images_per_second"])
-    for share in report["data_time_share"].values():
-        assert 0 <= share["waited"] <= share["data_time"] <= 1
-    assert report["versions"]["timm"] and report["versions"]["ultralytics-opencv-headless"] and report["machine"]["cores"] >= 1
-    assert report["setup"]["networks"]["detector"]["size"] == 96 and report["setup"]["networks"]["detector"]["amp"] == {"ours": "bf16", "theirs": "off"}
+    assert set(report["ratios"]) == {
+        "classifier_over_limit",
+        "detector_over_limit",
+        "classifier_over_timm",
+        "detector_over_ultralytics",
+    }
+    assert all(
+        math.isfinite(value) and value > 0
+        for value in [*report["ratios"].values(), *report["images_per_second"].values()]
+    )
+    assert {
+        "classifier_ours",
+        "classifier_limit",
+        "classifier_timm_0_workers",
+        "detector_ours",
+        "detector_limit",
+        "detector_ultralytics",
+        "detector_ours_float32",
+    } <= set(report["images_per_second"])
+    for fraction in report["data_time_share"].values():
+        assert 0 <= fraction["waited"] <= fraction["data_time"] <= 1
+    assert (
+        report["versions"]["timm"]
+        and report["versions"]["ultralytics-opencv-headless"]
+        and report["machine"]["cores"] >= 1
+    )
+    assert report["setup"]["networks"]["detector"]["size"] == 96 and report["setup"]["networks"]["detector"]["amp"] == {
+        "ours": "bf16",
+        "theirs": "off",
+    }
 
 
 def test_both_trainers_are_evaluated(report: dict) -> None:
     for name, peer in (("classifier", "timm"), ("detector", "ultralytics")):
         found = report["accuracy"][name]
-        assert set(found["ours"]) == set(found[peer]) == {"0"} and found["mean"].keys() == found["spread"].keys() == {"ours", peer}
+        assert set(found["ours"]) == set(found[peer]) == {"0"} and found["mean"].keys() == found["spread"].keys() == {
+            "ours",
+            peer,
+        }
         assert all(0 <= value <= 1 for value in found["mean"].values()) and found["photos"]["validation"] > 0
 
 
 def test_the_ratio_to_ultralytics_is_taken_in_its_number_format(report: dict) -> None:
     rounds = report["rounds"]
-    assert report["ratios"]["detector_over_ultralytics"] == pytest.approx(rounds["detector_ours_float32"][0] / rounds["detector_ultralytics"][0], rel=0.02)
+    assert report["ratios"]["detector_over_ultralytics"] == pytest.approx(
+        rounds["detector_ours_float32"][0] / rounds["detector_ultralytics"][0], rel=0.02
+    )
 
 
 def test_the_gpu_part_measures_both_networks(tiny_settings, tiny_data: Path, tmp_path: Path) -> None:
     from pillsnap.runlog import open_run
+
     options = train.parse([*SHORT, "--data-root", str(tiny_data), *NETWORKS, f"paths.cache_root={tmp_path}"])
     with open_run(tmp_path / "run", tiny_settings()) as run:
-        found = train.bench_gpu(options, train.course_of(options, tiny_data, tmp_path), run, [*NETWORKS, "train.amp=off"], ["none"])
+        found = train.bench_gpu(
+            options, train.workload_of(options, tiny_data, tmp_path), run, [*NETWORKS, "train.amp=off"], ["none"]
+        )
     assert set(found) == {"classifier, compile none", "detector, compile none"}
-    assert all(part["images_per_second"]["ours"] > 0 and part["images_per_second"]["limit"] > 0 and not part["compiled"] for part in found.values())
+    assert all(
+        part["images_per_second"]["ours"] > 0 and part["images_per_second"]["limit"] > 0 and not part["compiled"]
+        for part in found.values()
+    )
 
 
-def test_what_cannot_be_measured_is_said_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    for words, said in ((["--rounds", "0"], "--rounds is 0"), (["--detector-data", str(tmp_path / "none")], "there is no folder"), (["--profile", "h200"], "--batch and --workers"), (["train.lr=fast"], "train.lr")):
+def test_an_impossible_run_ends_with_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for words, message in (
+        (["--rounds", "0"], "--rounds is 0"),
+        (["--detector-data", str(tmp_path / "none")], "there is no folder"),
+        (["--profile", "h200"], "--batch and --workers"),
+        (["train.lr=fast"], "train.lr"),
+    ):
         assert train.main([*words, "--out", str(tmp_path / "out")]) == 2
         line = capsys.readouterr().err
-        assert said in line and len(line.strip().splitlines()) == 1 and "Traceback" not in line
+        assert message in line and len(line.strip().splitlines()) == 1 and "Traceback" not in line
     assert not (tmp_path / "out" / "train.json").exists()
 
 
 def test_a_trainer_that_ends_early_is_reported(tmp_path: Path) -> None:
-    with pytest.raises(BenchError, match="ended early"), OtherTrainer(tmp_path, str(ROOT / "tests" / "tiny_detector.yaml"), {"weight": torch.zeros(1)}, {"data": "nowhere.yaml"}) as trainer:
+    with (
+        pytest.raises(BenchError, match="ended early"),
+        UltralyticsTrainer(
+            tmp_path, str(ROOT / "tests" / "tiny_detector.yaml"), {"weight": torch.zeros(1)}, {"data": "nowhere.yaml"}
+        ) as trainer,
+    ):
         trainer.steps(1, 1)

@@ -1,4 +1,5 @@
-"""Caches, loaders and decoding processes: whatever happens to a cache, the same pixels arrive."""
+"""Caches, loaders and decoding processes: whatever happens to a cache, the pixels are the same."""
+
 from __future__ import annotations
 
 import json
@@ -20,13 +21,23 @@ import polars as pl
 import pytest
 import torch
 
-from pillsnap.config import Settings, load_settings
-from pillsnap.data.budget import Budget
-from pillsnap.data.cache import build_cache, check_cache, clear_cache, describe_cache, open_store
-from pillsnap.data.cuts import Cut, Store
-from pillsnap.data.lmdb_store import close_environment
-from pillsnap.data.loaders import Batch, Batches, Samples, classifier_samples, detector_samples, in_order, make_loader, received
-from pillsnap.data.records import DataError
+from pillsnap.config.load import load_settings
+from pillsnap.config.schema import Settings
+from pillsnap.data.cache.budget import Budget
+from pillsnap.data.cache.crops import Crop, CropStore
+from pillsnap.data.cache.lmdb import close_environment
+from pillsnap.data.cache.open import build_cache, check_cache, clear_cache, describe_cache, open_store
+from pillsnap.data.loaders import (
+    Batch,
+    Batches,
+    Samples,
+    classifier_samples,
+    detector_samples,
+    in_order,
+    make_loader,
+    received,
+)
+from pillsnap.data.readers.records import DataError
 from pillsnap.data.workers import candidates, choose_workers
 from pillsnap.runtime.boxes import Box
 
@@ -51,30 +62,38 @@ def photos(tmp_path: Path) -> Path:
     return folder
 
 
-def cuts_of(photos: Path) -> list[Cut]:
+def crops_of(photos: Path) -> list[Crop]:
     """Two crops and the whole of each photo."""
-    return [Cut(str(path), box) for path in sorted(photos.glob("*.png")) for box in (Box(20, 20, 70, 60), None, Box(60, 90, 150, 190))]
+    return [
+        Crop(str(path), box)
+        for path in sorted(photos.glob("*.png"))
+        for box in (Box(20, 20, 70, 60), None, Box(60, 90, 150, 190))
+    ]
 
 
-def read_all(store: Store) -> tuple[np.ndarray, np.ndarray]:
-    """All pictures, in batches of seven, and which of them are good."""
+def read_all(store: CropStore) -> tuple[np.ndarray, np.ndarray]:
+    """All crops, in batches of seven, and which of them have pixels."""
     pixels, good = np.zeros((len(store), store.size, store.size, 3), np.uint8), np.zeros(len(store), bool)
     for start in range(0, len(store), 7):
         numbers = np.arange(start, min(start + 7, len(store)))
-        good[numbers] = store.read(numbers, pixels[start:start + 7])
+        good[numbers] = store.read(numbers, pixels[start : start + 7])
     return pixels, good
 
 
 def decoded(photos: Path, size: int = 64, margin: float = 0.12) -> np.ndarray:
-    """What must arrive."""
-    pixels, good = read_all(Store(cuts_of(photos), size, margin, 10**7))
+    """The expected pixels."""
+    pixels, good = read_all(CropStore(crops_of(photos), size, margin, 10**7))
     assert good.all()
     return pixels
 
 
-def opened(photos: Path, cache: str, folder: Path, size: int = 64, margin: float = 0.12, budget: Budget | None = None) -> Store:
-    """A store with room for everything."""
-    return open_store(cuts_of(photos), size, margin, 10**7, cache, folder, budget or Budget(10**9, lmdb=10**8, reserve=0))
+def opened(
+    photos: Path, cache: str, folder: Path, size: int = 64, margin: float = 0.12, budget: Budget | None = None
+) -> CropStore:
+    """A store with room for every crop."""
+    return open_store(
+        crops_of(photos), size, margin, 10**7, cache, folder, budget or Budget(10**9, lmdb=10**8, reserve=0)
+    )
 
 
 def file_of(folder: Path, cache: str) -> Path:
@@ -84,35 +103,46 @@ def file_of(folder: Path, cache: str) -> Path:
 
 def fallbacks(caplog: pytest.LogCaptureFixture) -> list[str]:
     """Warnings about the cache."""
-    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING and record.getMessage().startswith("cache")]
+    return [
+        record.getMessage()
+        for record in caplog.records
+        if record.levelno >= logging.WARNING and record.getMessage().startswith("cache")
+    ]
 
 
 @pytest.mark.parametrize("cache", CACHES)
-def test_a_cache_gives_the_pixels_that_decoding_gives(cache: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_cache_returns_the_same_pixels_as_decoding(
+    cache: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     expected = decoded(photos)
     for _ in range(2):
         pixels, good = read_all(opened(photos, cache, tmp_path))
         assert good.all() and np.array_equal(pixels, expected)
-    monkeypatch.setattr("pillsnap.data.cuts.decode_photo", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr("pillsnap.data.cache.crops.decode_photo", lambda *_: pytest.fail("decoded again"))
     store = opened(photos, cache, tmp_path)
     assert np.array_equal(read_all(store)[0], expected) and np.array_equal(store[5], expected[5])
-    assert describe_cache(tmp_path)["filled"].drop_nulls().to_list() in ([1.0], []) and check_cache(tmp_path, progress=False)["wrong"].to_list() == [0]
+    assert describe_cache(tmp_path)["filled"].drop_nulls().to_list() in ([1.0], []) and check_cache(
+        tmp_path, progress=False
+    )["wrong"].to_list() == [0]
     assert clear_cache(tmp_path) > 0 and not [path for path in tmp_path.rglob("*") if path.parent.name == cache]
 
 
 FILL = """
 import sys
 from pathlib import Path
-from pillsnap.data import cache, cuts
-from pillsnap.data.budget import Budget
-from pillsnap.data.cuts import Cut
-decoded, real = [], cuts.decode_photo
+from pillsnap.data.cache import open as cache, crops
+from pillsnap.data.cache.budget import Budget
+from pillsnap.data.cache.crops import Crop
+decoded, real = [], crops.decode_photo
 def counting(reference, *rest):
     decoded.append(reference)
     return real(reference, *rest)
-cuts.decode_photo = counting
+crops.decode_photo = counting
 photos = sorted(str(path) for path in Path(sys.argv[1]).glob("*.png"))
-store = cache.open_store([Cut(photo) for photo in photos], 96, 0.12, 10**8, sys.argv[2], Path(sys.argv[3]), Budget(10**9, lmdb=10**8, reserve=0))
+budget = Budget(10**9, lmdb=10**8, reserve=0)
+store = cache.open_store(
+    [Crop(photo) for photo in photos], 96, 0.12, 10**8, sys.argv[2], Path(sys.argv[3]), budget
+)
 print("ready", flush=True)
 sys.stdin.readline()
 cache.build_cache([store], workers=2, progress=False)
@@ -124,7 +154,12 @@ class Filling:
     """`build_cache` in a process of its own, which waits for `go` before it starts."""
 
     def __init__(self, photos: Path, cache: str, folder: Path):
-        self.process = subprocess.Popen([sys.executable, "-c", FILL, str(photos), cache, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", FILL, str(photos), cache, str(folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         assert self.process.stdout.readline() == "ready\n"
 
     def go(self) -> Filling:
@@ -140,7 +175,7 @@ class Filling:
         return int(output)
 
     def kill(self) -> None:
-        """As the system does when memory runs out."""
+        """SIGKILL, as by the kernel when memory runs out."""
         self.process.send_signal(signal.SIGKILL)
         self.process.communicate()
 
@@ -157,7 +192,7 @@ def large_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def content(folder: Path, cache: str) -> dict[str, bytes]:
-    """All that a cache holds."""
+    """Everything that a cache holds."""
     if cache == "hotset":
         return {path.name: path.read_bytes() for path in (folder / "hotset").iterdir()}
     with lmdb.open(str(folder / "lmdb"), readonly=True, lock=False) as environment, environment.begin() as transaction:
@@ -165,23 +200,31 @@ def content(folder: Path, cache: str) -> dict[str, bytes]:
 
 
 def how_many(folder: Path, cache: str) -> int:
-    """Pictures that are in a cache."""
+    """Number of crops in a cache."""
     if cache == "lmdb":
         return len(content(folder, cache)) if (folder / "lmdb" / "data.mdb").exists() else 0
     return int(sum(np.count_nonzero(np.fromfile(path, np.uint64)) for path in (folder / "hotset").glob("*.sums")))
 
 
 def written(folder: Path, cache: str) -> int:
-    """Something that changes while a cache is filled."""
+    """A number that changes while a cache is filled."""
     return (folder / "lmdb" / "data.mdb").stat().st_size if cache == "lmdb" else how_many(folder, cache)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(large_photos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, bytes]]:
-    """What each cache holds when nothing happens to it."""
+    """Content of each cache when nothing interrupts it."""
     folder, contents = tmp_path_factory.mktemp("undisturbed"), {}
     for cache in CACHES:
-        store = open_store([Cut(str(path)) for path in sorted(large_photos.glob("*.png"))], 96, 0.12, 10**8, cache, folder, Budget(10**9, lmdb=10**8, reserve=0))
+        store = open_store(
+            [Crop(str(path)) for path in sorted(large_photos.glob("*.png"))],
+            96,
+            0.12,
+            10**8,
+            cache,
+            folder,
+            Budget(10**9, lmdb=10**8, reserve=0),
+        )
         assert build_cache([store], workers=2, progress=False)["made"].to_list() == [LARGE]
         close_environment(folder / "lmdb")
         contents[cache] = content(folder, cache)
@@ -189,24 +232,30 @@ def undisturbed(large_photos: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.mark.parametrize("cache", CACHES)
-def test_killed_while_filling_it_goes_on_to_the_same_content(cache: str, large_photos: Path, undisturbed: dict[str, dict[str, bytes]], tmp_path: Path):
-    chance, progress = random.Random(7), []
+def test_killed_while_filling_it_goes_on_to_the_same_content(
+    cache: str, large_photos: Path, undisturbed: dict[str, dict[str, bytes]], tmp_path: Path
+):
+    rng, progress = random.Random(7), []
     for _ in range(3):
         filling = Filling(large_photos, cache, tmp_path / "killed").go()
-        begun, there = time.monotonic(), written(tmp_path / "killed", cache)
-        while written(tmp_path / "killed", cache) == there and time.monotonic() < begun + 20:
+        started, before = time.monotonic(), written(tmp_path / "killed", cache)
+        while written(tmp_path / "killed", cache) == before and time.monotonic() < started + 20:
             time.sleep(0.002)
-        time.sleep(chance.uniform(0, 0.04))
+        time.sleep(rng.uniform(0, 0.04))
         filling.kill()
         progress.append(how_many(tmp_path / "killed", cache))
-    assert progress == sorted(progress) and 0 < progress[-1] < LARGE, "each go keeps what was there, and none came to the end"
+    assert progress == sorted(progress) and 0 < progress[-1] < LARGE, (
+        "each go keeps what was there, and none came to the end"
+    )
     left = Filling(large_photos, cache, tmp_path / "killed").go().decoded()
     assert left == LARGE - progress[-1]
     assert content(tmp_path / "killed", cache) == undisturbed[cache]
 
 
 @pytest.mark.parametrize("cache", CACHES)
-def test_two_processes_that_fill_one_cache_share_the_work(cache: str, large_photos: Path, undisturbed: dict[str, dict[str, bytes]], tmp_path: Path):
+def test_two_processes_that_fill_one_cache_divide_the_work(
+    cache: str, large_photos: Path, undisturbed: dict[str, dict[str, bytes]], tmp_path: Path
+):
     both = [Filling(large_photos, cache, tmp_path / "two") for _ in range(2)]
     counts = [filling.go() for filling in both]
     counts = [filling.decoded() for filling in counts]
@@ -215,25 +264,29 @@ def test_two_processes_that_fill_one_cache_share_the_work(cache: str, large_phot
 
 
 @pytest.mark.parametrize("cache", CACHES)
-def test_flipped_bytes_are_noticed_decoded_again_and_said_once(cache: str, photos: Path, tmp_path: Path):
+def test_flipped_bytes_are_detected_decoded_again_and_logged_once(cache: str, photos: Path, tmp_path: Path):
     expected = decoded(photos)
     read_all(opened(photos, cache, tmp_path))
     close_environment(tmp_path / "lmdb")
     path = file_of(tmp_path, cache)
     data = bytearray(path.read_bytes())
-    places = [64 * 64 * 3 * number + 5000 for number in (3, 50, 51)] if cache == "hotset" else [data.index(b"IDAT", len(data) * part // 4) + 500 for part in (1, 2, 3)]
-    for place in places:
-        data[place] ^= 0x40
+    offsets = (
+        [64 * 64 * 3 * number + 5000 for number in (3, 50, 51)]
+        if cache == "hotset"
+        else [data.index(b"IDAT", len(data) * part // 4) + 500 for part in (1, 2, 3)]
+    )
+    for offset in offsets:
+        data[offset] ^= 0x40
     path.write_bytes(data)
     assert check_cache(tmp_path, progress=False)["wrong"].to_list() == [3]
     store = opened(photos, cache, tmp_path)
     assert np.array_equal(read_all(store)[0], expected)
     assert [note.choice for note in store.take_notes()] == ["decoded again"]
-    assert check_cache(tmp_path, progress=False)["wrong"].to_list() == [0], "and put right"
+    assert check_cache(tmp_path, progress=False)["wrong"].to_list() == [0], "and repaired"
 
 
 @pytest.mark.parametrize("cache", CACHES)
-def test_a_file_that_was_cut_off_only_costs_time(cache: str, photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_a_truncated_file_only_costs_time(cache: str, photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     expected = decoded(photos)
     read_all(opened(photos, cache, tmp_path))
     close_environment(tmp_path / "lmdb")
@@ -249,31 +302,44 @@ FULL = """
 import logging, resource, signal, sys
 from pathlib import Path
 import numpy as np
-from pillsnap.data.budget import Budget
-from pillsnap.data.cache import open_store, record_notes
-from pillsnap.data.cuts import Cut, Store
+from pillsnap.data.cache.budget import Budget
+from pillsnap.data.cache.open import open_store, record_notes
+from pillsnap.data.cache.crops import Crop, CropStore
 if sys.argv[4] == "limit":
     resource.setrlimit(resource.RLIMIT_FSIZE, (700_000, 700_000))
-said = []
-logging.getLogger("pillsnap").addHandler(type("Kept", (logging.Handler,), {"emit": lambda self, record: said.append(record.getMessage())})())
-cuts = [Cut(str(path)) for path in sorted(Path(sys.argv[1]).glob("*.png"))]
-room, store = np.zeros((2, len(cuts), 160, 160, 3), np.uint8), open_store(cuts, 160, 0.12, 10**7, sys.argv[2], Path(sys.argv[3]), Budget(10**9, lmdb=10**8))
+messages = []
+class Recording(logging.Handler):
+    def emit(self, record):
+        messages.append(record.getMessage())
+logging.getLogger("pillsnap").addHandler(Recording())
+crops = [Crop(str(path)) for path in sorted(Path(sys.argv[1]).glob("*.png"))]
+pixels = np.zeros((2, len(crops), 160, 160, 3), np.uint8)
+store = open_store(crops, 160, 0.12, 10**7, sys.argv[2], Path(sys.argv[3]), Budget(10**9, lmdb=10**8))
 for _ in range(2):
-    for start in range(0, len(cuts), 8):
-        assert store.read(np.arange(start, start + 8), room[0, start:start + 8]).all()
+    for start in range(0, len(crops), 8):
+        assert store.read(np.arange(start, start + 8), pixels[0, start:start + 8]).all()
         record_notes(store.take_notes())
-Store(cuts, 160, 0.12, 10**7).read(np.arange(len(cuts)), room[1])
-assert np.array_equal(*room)
-print(*said, sep="\\n")
+CropStore(crops, 160, 0.12, 10**7).read(np.arange(len(crops)), pixels[1])
+assert np.array_equal(*pixels)
+print(*messages, sep="\\n")
 """
 
 
 @pytest.fixture
 def full_disk(tmp_path: Path) -> Iterator[tuple[Path, str]]:
-    """A disk with room for a few pictures, and how it is made: a small file system where we may mount one, else a limit on the size of files."""
+    """A disk with room for a few crops, and its kind.
+
+    A small file system where we may mount one, otherwise a limit on the size of files.
+    """
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = os.geteuid() == 0 and subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", str(disk)], capture_output=True).returncode == 0
+    mounted = (
+        os.geteuid() == 0
+        and subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", str(disk)], capture_output=True
+        ).returncode
+        == 0
+    )
     yield disk, "disk" if mounted else "limit"
     if mounted:
         subprocess.run(["umount", str(disk)], check=True)
@@ -281,15 +347,19 @@ def full_disk(tmp_path: Path) -> Iterator[tuple[Path, str]]:
 
 @pytest.mark.parametrize("limited", [False, True])
 @pytest.mark.parametrize("cache", CACHES)
-def test_a_full_disk_is_said_once_and_changes_no_pixel(cache: str, limited: bool, photos: Path, full_disk: tuple[Path, str], tmp_path: Path):
+def test_a_full_disk_is_logged_once_and_changes_no_pixel(
+    cache: str, limited: bool, photos: Path, full_disk: tuple[Path, str], tmp_path: Path
+):
     folder, how = (tmp_path, "limit") if limited else full_disk
-    result = subprocess.run([sys.executable, "-c", FULL, str(photos), cache, str(folder), how], capture_output=True, text=True, timeout=60)
+    result = subprocess.run(
+        [sys.executable, "-c", FULL, str(photos), cache, str(folder), how], capture_output=True, text=True, timeout=60
+    )
     assert result.returncode == 0, result.stderr
-    said = [line for line in result.stdout.splitlines() if line.strip()]
-    assert len(said) == 1 and "decoded every time" in said[0], said
+    messages = [line for line in result.stdout.splitlines() if line.strip()]
+    assert len(messages) == 1 and "decoded every time" in messages[0], messages
 
 
-def test_a_disk_that_fails_while_writing_is_said_once(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_disk_that_fails_while_writing_is_logged_once(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     expected, store, real, written = decoded(photos), opened(photos, "hotset", tmp_path), os.pwrite, []
 
     def failing(descriptor: int, data: memoryview, offset: int) -> int:
@@ -298,7 +368,7 @@ def test_a_disk_that_fails_while_writing_is_said_once(photos: Path, tmp_path: Pa
             raise OSError(28, "No space left on device")
         return real(descriptor, data, offset)
 
-    monkeypatch.setattr("pillsnap.data.hotset.os.pwrite", failing)
+    monkeypatch.setattr("pillsnap.data.cache.mmap_cache.os.pwrite", failing)
     for _ in range(2):
         assert np.array_equal(read_all(store)[0], expected)
     (note,) = store.take_notes()
@@ -306,7 +376,7 @@ def test_a_disk_that_fails_while_writing_is_said_once(photos: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("cache", CACHES)
-def test_another_photo_size_or_margin_is_cut_anew(cache: str, photos: Path, tmp_path: Path):
+def test_another_photo_size_or_margin_is_cropped_anew(cache: str, photos: Path, tmp_path: Path):
     before = read_all(opened(photos, cache, tmp_path))[0]
     write_photo(photos / "007.png", 1007)
     os.utime(photos / "007.png", ns=(1, 1))
@@ -318,7 +388,9 @@ def test_another_photo_size_or_margin_is_cut_anew(cache: str, photos: Path, tmp_
         assert np.array_equal(read_all(opened(photos, cache, tmp_path, size, margin))[0], decoded(photos, size, margin))
 
 
-def test_a_hotset_that_holds_a_part_gives_the_same_pictures(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_hotset_that_holds_a_part_returns_the_same_pixels(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     expected, budget = decoded(photos), Budget(50 * 3 * 64 * 64 + 100, reserve=0)
     for _ in range(2):
         store = opened(photos, "hotset", tmp_path, budget=Budget(budget.memory, reserve=0))
@@ -332,8 +404,20 @@ def test_a_hotset_that_holds_a_part_gives_the_same_pictures(photos: Path, tmp_pa
 @pytest.fixture
 def manifest(photos: Path) -> pl.DataFrame:
     """Two pills on each photo; three photos are damaged, one is missing."""
-    rows = [{"image": str(path), "width": 160, "height": 200, "x1": x1, "y1": y1, "x2": x2, "y2": y2, "class_index": (number + x1) % 7}
-            for number, path in enumerate(sorted(photos.glob("*.png"))) for x1, y1, x2, y2 in ((20, 20, 70, 60), (60, 90, 150, 190))]
+    rows = [
+        {
+            "image": str(path),
+            "width": 160,
+            "height": 200,
+            "x1": x1,
+            "y1": y1,
+            "x2": x2,
+            "y2": y2,
+            "class_index": (number + x1) % 7,
+        }
+        for number, path in enumerate(sorted(photos.glob("*.png")))
+        for x1, y1, x2, y2 in ((20, 20, 70, 60), (60, 90, 150, 190))
+    ]
     for number in (5, 21, 22):
         path = photos / f"{number:03d}.png"
         path.write_bytes(path.read_bytes()[:300])
@@ -345,18 +429,34 @@ DAMAGED = {5, 21, 22, 33}
 
 
 def settings_for(cache: str, folder: Path, *more: str) -> Settings:
-    """Small pictures."""
-    return load_settings(profile="cpu", overrides=["model.classifier.image_size=48", "model.detector.image_size=64", f"data.cache={cache}", f"paths.cache_root={folder}", *more])
+    """Settings with small crops and frames."""
+    return load_settings(
+        profile="cpu",
+        overrides=[
+            "model.classifier.image_size=48",
+            "model.detector.image_size=64",
+            f"data.cache={cache}",
+            f"paths.cache_root={folder}",
+            *more,
+        ],
+    )
 
 
 def two_epochs(samples: Samples, settings: Settings, workers: int, start: int = 0) -> list[Batch]:
     """The batches of ten steps, from `start` samples on."""
-    return list(received(make_loader(samples, Batches(len(samples), 8, 80, seed=5, start=start), settings, workers=workers), samples))
+    return list(
+        received(
+            make_loader(samples, Batches(len(samples), 8, 80, seed=5, start=start), settings, workers=workers), samples
+        )
+    )
 
 
 def same(one: Batch, two: Batch) -> bool:
     """Whether two batches are the same in everything that is trained on."""
-    return all(torch.equal(getattr(one, name), getattr(two, name)) for name in ("images", "labels", "pills", "counts", "numbers"))
+    return all(
+        torch.equal(getattr(one, name), getattr(two, name))
+        for name in ("images", "labels", "pills", "counts", "numbers")
+    )
 
 
 @pytest.mark.parametrize("opening", [classifier_samples, detector_samples])
@@ -371,10 +471,14 @@ def test_order_and_content_depend_on_neither_cache_nor_processes(opening, manife
         assert samples.damaged.keys() == reference[1] and not samples.notes, (cache, workers)
         assert cache == "none" or samples.store.filled().sum() == len(samples) - len(samples.damaged), (cache, workers)
     rest = two_epochs(opening(manifest, settings), settings, 1, start=56)
-    assert all(same(one, two) for one, two in zip(rest, reference[0][7:], strict=True)), "and a resumed run sees the same"
+    assert all(same(one, two) for one, two in zip(rest, reference[0][7:], strict=True)), (
+        "and a resumed run sees the same"
+    )
 
 
-def test_batches_stay_full_and_damaged_photos_count_once(manifest: pl.DataFrame, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_batches_stay_full_and_damaged_photos_count_once(
+    manifest: pl.DataFrame, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     settings = settings_for("hotset", tmp_path / "cache")
     samples = detector_samples(manifest, settings)
     batches = two_epochs(samples, settings, 2)
@@ -382,11 +486,19 @@ def test_batches_stay_full_and_damaged_photos_count_once(manifest: pl.DataFrame,
     assert not any(DAMAGED & set(batch.numbers.tolist()) for batch in batches) and samples.damaged.keys() == DAMAGED
     assert sum(record.getMessage().startswith("skipped a damaged photo") for record in caplog.records) == len(DAMAGED)
     crops = classifier_samples(manifest, settings)
-    seen = [number for batch in received(make_loader(crops, in_order(crops, 8), settings, workers=2), crops) for number in batch.numbers.tolist()]
-    assert seen == [number for number in range(2 * PHOTOS) if number // 2 not in DAMAGED], "an evaluation leaves them out"
+    seen = [
+        number
+        for batch in received(make_loader(crops, in_order(crops, 8), settings, workers=2), crops)
+        for number in batch.numbers.tolist()
+    ]
+    assert seen == [number for number in range(2 * PHOTOS) if number // 2 not in DAMAGED], (
+        "an evaluation leaves them out"
+    )
 
 
-def test_a_note_from_two_processes_is_recorded_once(manifest: pl.DataFrame, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_a_note_from_two_processes_is_logged_once(
+    manifest: pl.DataFrame, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     settings = settings_for("hotset", tmp_path / "cache")
     before = two_epochs(detector_samples(manifest, settings), settings, 0)
     path = file_of(tmp_path / "cache", "hotset")
@@ -398,7 +510,7 @@ def test_a_note_from_two_processes_is_recorded_once(manifest: pl.DataFrame, tmp_
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_no_usable_photo_is_one_sentence(workers: int, manifest: pl.DataFrame, tmp_path: Path):
+def test_no_usable_photo_is_one_error_message(workers: int, manifest: pl.DataFrame, tmp_path: Path):
     settings, gone = settings_for("none", tmp_path), manifest.with_columns(image=pl.col("image") + ".gone")
     samples = detector_samples(gone, settings)
     with pytest.raises(DataError, match="^Hardly any photo can be decoded"):
@@ -407,27 +519,31 @@ def test_no_usable_photo_is_one_sentence(workers: int, manifest: pl.DataFrame, t
         list(received(make_loader(samples, in_order(samples, 8), settings, workers=workers), samples))
 
 
-def test_the_number_of_processes_is_measured_once(manifest: pl.DataFrame, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_the_number_of_processes_is_measured_once(
+    manifest: pl.DataFrame, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     caplog.set_level(logging.INFO, "pillsnap")
-    settings, asked = settings_for("hotset", tmp_path, "dataloader.num_workers=auto"), []
+    settings, measured = settings_for("hotset", tmp_path, "dataloader.num_workers=auto"), []
 
     def measure(samples: Samples, batch_size: int, workers: int, settings: Settings, start: int) -> float:
-        asked.append(workers)
+        measured.append(workers)
         return 1.0 / (1 + workers)
 
     samples, most = detector_samples(manifest, settings), len(os.sched_getaffinity(0))
-    assert choose_workers(samples, 8, settings, measure) == most and asked == candidates(most)
-    assert choose_workers(samples, 8, settings, measure) == most and asked == candidates(most), "remembered"
-    assert choose_workers(samples, 16, settings, measure) == most and len(asked) == 2 * len(candidates(most)), "another size is measured"
+    assert choose_workers(samples, 8, settings, measure) == most and measured == candidates(most)
+    assert choose_workers(samples, 8, settings, measure) == most and measured == candidates(most), "cached"
+    assert choose_workers(samples, 16, settings, measure) == most and len(measured) == 2 * len(candidates(most)), (
+        "another size is measured"
+    )
     (tmp_path / "workers.json").write_text("{cut off")
-    assert choose_workers(samples, 8, settings, measure) == most and len(asked) == 3 * len(candidates(most))
+    assert choose_workers(samples, 8, settings, measure) == most and len(measured) == 3 * len(candidates(most))
     assert list(json.loads((tmp_path / "workers.json").read_text()).values())[0]["workers"] == most
     assert sum("measured earlier" in record.getMessage() for record in caplog.records) == 1
     with pytest.raises(DataError, match="num_workers is auto"):
         make_loader(samples, in_order(samples, 8), settings)
 
 
-def test_a_hotset_that_lost_a_file_is_named_and_passed_over(tmp_path, photos, caplog):
+def test_a_hotset_that_lost_a_file_is_named_and_skipped(tmp_path, photos, caplog):
     build_cache([opened(photos, "hotset", tmp_path, size=32)], progress=False)
     build_cache([opened(photos, "hotset", tmp_path, size=48)], progress=False)
     first, second = sorted((tmp_path / "hotset").glob("*.json"))

@@ -1,4 +1,5 @@
-"""Settings: what wins over what, and the one sentence said for every mistake."""
+"""Settings: the rank of their sources, and one sentence for every mistake."""
+
 import subprocess
 import sys
 from argparse import Namespace
@@ -7,17 +8,17 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pillsnap import config
 from pillsnap.cli import main
-from pillsnap.config import check_parameters, load_environment, load_settings, save_settings
-from pillsnap.schema import LEAF_KEYS, Settings, SettingsError
+from pillsnap.config import load as config
+from pillsnap.config.environment import check_parameters, load_environment
+from pillsnap.config.load import load_settings, save_settings
+from pillsnap.config.schema import LEAF_KEYS, Settings, SettingsError
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "config.yaml"
 TASKS = ("classifier", "detector")
 
-
-find_gpu = config.find_gpu
+find_gpu = config.find_gpu  # the fixture below replaces it
 
 
 @pytest.fixture(autouse=True)
@@ -56,9 +57,14 @@ stages:
 """
 
 
-def test_later_places_win(tmp_path):
+def test_later_sources_win(tmp_path):
     settings = load_settings(write(tmp_path, BLOCKS), ["seed=4"], stage=2)
-    assert (settings.goals.latency_ms_p95, settings.goals.map50, settings.goals.top1, settings.seed) == (10, 0.2, 0.3, 4)
+    assert (settings.goals.latency_ms_p95, settings.goals.map50, settings.goals.top1, settings.seed) == (
+        10,
+        0.2,
+        0.3,
+        4,
+    )
     assert settings.data.class_images == 80 and settings.stage == 2
 
 
@@ -66,19 +72,35 @@ def test_environment_has_the_lowest_rank(tmp_path, monkeypatch):
     (tmp_path / ".env").write_text("LOG_LEVEL=ERROR\nMODEL_PATH=models\nAPI_KEY=from-file\n", encoding="utf-8")
     monkeypatch.setenv("API_KEY", "from-process")
     environment = load_environment(tmp_path, load_settings(CONFIG, ["serve.log_level=DEBUG"]).serve)
-    assert (environment.log_level, environment.model_path, environment.api_keys) == ("DEBUG", tmp_path / "models", ("from-process",))
+    assert (environment.log_level, environment.model_path, environment.api_keys) == (
+        "DEBUG",
+        tmp_path / "models",
+        ("from-process",),
+    )
     assert load_environment(tmp_path).log_level == "ERROR"
     assert "from-process" not in repr(environment)
 
 
-def test_references_are_resolved_after_all_places():
-    settings = load_settings(CONFIG, ["train.batch_size=128", "dataloader.num_workers=12", "train.detector.lr=3e-4"], profile="cpu")
+def test_references_are_resolved_after_merging():
+    settings = load_settings(
+        CONFIG, ["train.batch_size=128", "dataloader.num_workers=12", "train.detector.lr=3e-4"], profile="cpu"
+    )
     assert [getattr(settings.train, task).batch_size for task in TASKS] == [128, 128]
-    assert (settings.train.classifier.lr, settings.train.detector.lr, settings.dataloader.num_workers) == (1e-3, 3e-4, 12)
+    assert (settings.train.classifier.lr, settings.train.detector.lr, settings.dataloader.num_workers) == (
+        1e-3,
+        3e-4,
+        12,
+    )
 
 
-def test_a_general_number_on_the_command_line_wins_over_a_profile():
-    assert [(getattr(load_settings(CONFIG, profile="rtx5080").train, task).batch_size, getattr(load_settings(CONFIG, profile="rtx5080").train, task).batch_max) for task in TASKS] == [("auto", 64), ("auto", 16)]
+def test_general_key_on_the_command_line_wins_over_a_profile():
+    assert [
+        (
+            getattr(load_settings(CONFIG, profile="rtx5080").train, task).batch_size,
+            getattr(load_settings(CONFIG, profile="rtx5080").train, task).batch_max,
+        )
+        for task in TASKS
+    ] == [("auto", 64), ("auto", 16)]
     settings = load_settings(CONFIG, ["train.batch_size=128", "train.detector.batch_size=4"], profile="rtx5080")
     assert [getattr(settings.train, task).batch_size for task in TASKS] == [128, 4]
 
@@ -104,45 +126,50 @@ def test_all_blocks_load_and_survive_saving(tmp_path, profile, stage):
 
 def test_paths_are_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    settings = load_settings(CONFIG, ["paths.cache_root=here", "paths.run_root=${paths.cache_root}/runs"], data_root="pills")
+    settings = load_settings(
+        CONFIG, ["paths.cache_root=here", "paths.run_root=${paths.cache_root}/runs"], data_root="pills"
+    )
     assert settings.paths.sample_root == ROOT / "data/sample"
     assert settings.paths.data_root == tmp_path / "pills" and settings.paths.run_root == tmp_path / "here/runs"
     assert load_settings(CONFIG, ["paths.data_root=null"]).paths.data_root is None
 
 
-@pytest.mark.parametrize(("override", "parts"), [
-    ("train.bach_size=8", ["train.bach_size", "command line", "did you mean train.batch_size?"]),
-    ("num_workers=8", ["num_workers", "did you mean dataloader.num_workers?"]),
-    ("profile_reason=x", ["profile_reason", "not a setting"]),
-    ("train.batch_size=many", ["train.batch_size", "'many'", "number of images from 1 on, or auto"]),
-    ("train.batch_size=1.5", ["train.batch_size", "1.5", "number of images from 1 on, or auto"]),
-    ("train.batch_size=0", ["train.batch_size", "number of images from 1 on"]),
-    ("train.lr=fast", ["train.lr", "'fast'", "valid number"]),
-    ("train.lr=.nan", ["train.lr", "finite number"]),
-    ("train.tf32=yes", ["train.tf32", "'yes'", "valid boolean"]),
-    ("seed=true", ["seed", "True", "valid integer"]),
-    ("train.amp=fp8", ["train.amp", "'fp8'", "'bf16'", "'off'"]),
-    ("paths.run_root=5", None),
-    ("paths.run_root=null", ["paths.run_root", "None", "path"]),
-    ("train=5", ["train", "section"]),
-    ("train.lr", ["train.lr", "key=value"]),
-    ("train.interleave_ratio=[0,0]", ["train.interleave_ratio", "[0, 0]", "train.only"]),
-    ("train.interleave_ratio=[-1,2]", ["train.interleave_ratio", "from 1 on"]),
-    ("train.interleave_ratio=[1]", ["train.interleave_ratio", "[1]", "required"]),
-    ("train.interleave_ratio=[1.5,1]", ["train.interleave_ratio", "1.5", "valid integer"]),
-    ("model.detector.image_size=500", ["model.detector.image_size", "500", "multiple of 32"]),
-    ("data.test_share=0.9", ["data.test_share", "data.validation_share", "less than 1"]),
-    ("data.combination_share=1.2", ["data.combination_share", "less than or equal to 1"]),
-    ("stage=9", ["stage", "9", "1, 2, 3, 4"]),
-    ("profile=laptop", ["profile", "laptop", "cpu, rtx5080, h200"]),
-    (r"paths.data_root=C:\data\pills", ["paths.data_root", "Windows path", "write /mnt/c/data/pills"]),
-    (r"serve.model_path=d:models", ["serve.model_path", "write /mnt/d/models"]),
-    (r"paths.data_root=\\server\pills", ["paths.data_root", "network path", "/mnt/server/pills"]),
-    (r"paths.data_root=/mnt/c\pills", ["paths.data_root", "backslashes", "write /mnt/c/pills"]),
-    ("train.lr=${train.speed}", ["train.lr", "train.speed"]),
-    ("train.lr=${train.lr}", ["train.lr", "refers to something unusable"]),
-])
-def test_mistakes_are_said_in_one_sentence(override, parts):
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("train.bach_size=8", ["train.bach_size", "command line", "did you mean train.batch_size?"]),
+        ("num_workers=8", ["num_workers", "did you mean dataloader.num_workers?"]),
+        ("profile_reason=x", ["profile_reason", "not a setting"]),
+        ("train.batch_size=many", ["train.batch_size", "'many'", "number of images from 1 on, or auto"]),
+        ("train.batch_size=1.5", ["train.batch_size", "1.5", "number of images from 1 on, or auto"]),
+        ("train.batch_size=0", ["train.batch_size", "number of images from 1 on"]),
+        ("train.lr=fast", ["train.lr", "'fast'", "valid number"]),
+        ("train.lr=.nan", ["train.lr", "finite number"]),
+        ("train.tf32=yes", ["train.tf32", "'yes'", "valid boolean"]),
+        ("seed=true", ["seed", "True", "valid integer"]),
+        ("train.amp=fp8", ["train.amp", "'fp8'", "'bf16'", "'off'"]),
+        ("paths.run_root=5", None),
+        ("paths.run_root=null", ["paths.run_root", "None", "path"]),
+        ("train=5", ["train", "section"]),
+        ("train.lr", ["train.lr", "key=value"]),
+        ("train.interleave_ratio=[0,0]", ["train.interleave_ratio", "[0, 0]", "train.only"]),
+        ("train.interleave_ratio=[-1,2]", ["train.interleave_ratio", "from 1 on"]),
+        ("train.interleave_ratio=[1]", ["train.interleave_ratio", "[1]", "required"]),
+        ("train.interleave_ratio=[1.5,1]", ["train.interleave_ratio", "1.5", "valid integer"]),
+        ("model.detector.image_size=500", ["model.detector.image_size", "500", "multiple of 32"]),
+        ("data.test_fraction=0.9", ["data.test_fraction", "data.validation_fraction", "less than 1"]),
+        ("data.combination_fraction=1.2", ["data.combination_fraction", "less than or equal to 1"]),
+        ("stage=9", ["stage", "9", "1, 2, 3, 4"]),
+        ("profile=laptop", ["profile", "laptop", "cpu, rtx5080, h200"]),
+        (r"paths.data_root=C:\data\pills", ["paths.data_root", "Windows path", "write /mnt/c/data/pills"]),
+        (r"serve.model_path=d:models", ["serve.model_path", "write /mnt/d/models"]),
+        (r"paths.data_root=\\server\pills", ["paths.data_root", "network path", "/mnt/server/pills"]),
+        (r"paths.data_root=/mnt/c\pills", ["paths.data_root", "backslashes", "write /mnt/c/pills"]),
+        ("train.lr=${train.speed}", ["train.lr", "train.speed"]),
+        ("train.lr=${train.lr}", ["train.lr", "refers to something unusable"]),
+    ],
+)
+def test_mistakes_are_reported_in_one_sentence(override, parts):
     if parts is None:
         assert load_settings(CONFIG, [override]).paths.run_root == Path.cwd() / "5"
         return
@@ -155,22 +182,25 @@ def test_arguments_are_checked_like_the_command_line():
     assert "1, 2, 3, 4" in sentence(stage=7)
 
 
-@pytest.mark.parametrize(("text", "parts"), [
-    ("seed: 1\nseed: 2\n", ["seed", "written twice", "line 2"]),
-    ("train:\n  lr: 0.1\n  lr: 0.2\n", ["lr", "written twice", "line 3"]),
-    ("train:\n  lr: 0.1\ntrain.lr: 0.2\n", ["train.lr", "given twice"]),
-    ("train:\n  bach_size: 8\n", ["train.bach_size", "did you mean train.batch_size?"]),
-    ("profiles:\n  h200: {train.batchsize: 8}\n  cpu:\n", ["profiles.h200", "did you mean train.batch_size?"]),
-    ("train: {lr: fast}\n", ["train.lr", "'fast'", "valid number"]),
-    ("serve: {API_KEY: hush-hush}\n", ["serve.API_KEY", ".env"]),
-    ("API_KEY: hush-hush\n", ["API_KEY", ".env"]),
-    ('paths: {data_root: "C:\\data"}\n', ["cannot be read in line 1"]),
-    ("paths: {data_root: C:\\data}\n", ["Windows path", "/mnt/c/data"]),
-    ("a: [1\n", ["cannot be read"]),
-    ("- 1\n", ["keys with values"]),
-    ("stages: [1, 2]\n", ["stages", "named blocks"]),
-])
-def test_mistakes_in_the_file_name_the_file(tmp_path, text, parts):
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("seed: 1\nseed: 2\n", ["seed", "written twice", "line 2"]),
+        ("train:\n  lr: 0.1\n  lr: 0.2\n", ["lr", "written twice", "line 3"]),
+        ("train:\n  lr: 0.1\ntrain.lr: 0.2\n", ["train.lr", "given twice"]),
+        ("train:\n  bach_size: 8\n", ["train.bach_size", "did you mean train.batch_size?"]),
+        ("profiles:\n  h200: {train.batchsize: 8}\n  cpu:\n", ["profiles.h200", "did you mean train.batch_size?"]),
+        ("train: {lr: fast}\n", ["train.lr", "'fast'", "valid number"]),
+        ("serve: {API_KEY: hush-hush}\n", ["serve.API_KEY", ".env"]),
+        ("API_KEY: hush-hush\n", ["API_KEY", ".env"]),
+        ('paths: {data_root: "C:\\data"}\n', ["cannot be read in line 1"]),
+        ("paths: {data_root: C:\\data}\n", ["Windows path", "/mnt/c/data"]),
+        ("a: [1\n", ["cannot be read"]),
+        ("- 1\n", ["keys with values"]),
+        ("stages: [1, 2]\n", ["stages", "named blocks"]),
+    ],
+)
+def test_mistakes_in_a_file_are_reported_with_its_path(tmp_path, text, parts):
     file = write(tmp_path, text)
     message = sentence(path=file)
     assert all(part in message for part in [*parts, str(file)]), message
@@ -188,15 +218,21 @@ def test_secrets_are_refused_on_the_command_line():
     assert ".env" in message and "hush" not in message
 
 
-def test_off_and_short_exponents_mean_what_they_look_like(tmp_path):
+def test_off_is_a_word_and_short_exponents_are_numbers(tmp_path):
     settings = load_settings(write(tmp_path, "train: {amp: off, lr: 2e-4, compile: none}\n"))
     assert (settings.train.amp, settings.train.lr, settings.train.compile) == ("off", 2e-4, "none")
 
 
-@pytest.mark.parametrize(("gpu", "profile"), [
-    (None, "cpu"), (("NVIDIA GeForce RTX 5080", 16303.0), "rtx5080"), (("NVIDIA H200", 143771.0), "h200"),
-    (("NVIDIA GeForce RTX 4090", 24564.0), "rtx5080"), (("NVIDIA L40S", 46068.0), "h200"),
-])
+@pytest.mark.parametrize(
+    ("gpu", "profile"),
+    [
+        (None, "cpu"),
+        (("NVIDIA GeForce RTX 5080", 16303.0), "rtx5080"),
+        (("NVIDIA H200", 143771.0), "h200"),
+        (("NVIDIA GeForce RTX 4090", 24564.0), "rtx5080"),
+        (("NVIDIA L40S", 46068.0), "h200"),
+    ],
+)
 def test_profile_follows_the_machine(monkeypatch, gpu, profile):
     monkeypatch.setattr(config, "find_gpu", lambda: gpu)
     settings = load_settings(CONFIG)
@@ -204,17 +240,20 @@ def test_profile_follows_the_machine(monkeypatch, gpu, profile):
     assert load_settings(CONFIG, profile="cpu").profile_reason == "named in the command line"
 
 
-@pytest.mark.parametrize(("visible", "answer", "gpu"), [
-    (None, "echo NVIDIA H200, 143771", ("NVIDIA H200", 143771.0)),
-    ("1", "echo NVIDIA A, 8192; echo NVIDIA B, 16384", ("NVIDIA B", 16384.0)),
-    ("GPU-5f", "echo NVIDIA GB10, [N/A]", ("NVIDIA GB10", 0.0)),
-    ("-1", "echo NVIDIA H200, 143771", None),
-    (None, "echo driver mismatch; exit 9", None),
-    (None, "true", None),
-])
-def test_the_gpu_is_found_by_asking_its_driver(tmp_path, monkeypatch, visible, answer, gpu):
+@pytest.mark.parametrize(
+    ("visible", "script", "gpu"),
+    [
+        (None, "echo NVIDIA H200, 143771", ("NVIDIA H200", 143771.0)),
+        ("1", "echo NVIDIA A, 8192; echo NVIDIA B, 16384", ("NVIDIA B", 16384.0)),
+        ("GPU-5f", "echo NVIDIA GB10, [N/A]", ("NVIDIA GB10", 0.0)),
+        ("-1", "echo NVIDIA H200, 143771", None),
+        (None, "echo driver mismatch; exit 9", None),
+        (None, "true", None),
+    ],
+)
+def test_gpu_is_found_with_nvidia_smi(tmp_path, monkeypatch, visible, script, gpu):
     program = tmp_path / "nvidia-smi"
-    program.write_text(f"#!/bin/sh\n{answer}\n", encoding="utf-8")
+    program.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -229,7 +268,9 @@ def test_settings_cannot_be_changed():
 
 
 def test_misspelt_papermill_parameter():
-    check_parameters({"stage": 1, "profile": None, "Path": Path, "In": [], "Out": {}, "_i1": "stage"}, ["stage", "profile"])
+    check_parameters(
+        {"stage": 1, "profile": None, "Path": Path, "In": [], "Out": {}, "_i1": "stage"}, ["stage", "profile"]
+    )
     with pytest.raises(SettingsError, match="stgae is not a parameter of this notebook: did you mean stage?"):
         check_parameters({"stage": 1, "stgae": 2}, ["stage", "profile"])
 
@@ -247,10 +288,16 @@ def test_command_line(capsys):
     assert ended.value.code == 2
 
 
-def test_command_line_as_a_process_loads_no_torch():
-    code = "import sys, pillsnap.cli, pillsnap.config, pillsnap.runlog; sys.exit('torch' in sys.modules)"
+def test_command_line_process_imports_no_torch():
+    code = "import sys, pillsnap.cli, pillsnap.config.load, pillsnap.runlog; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-    ended = subprocess.run([sys.executable, "-m", "pillsnap", "config", "--stage", "9"], cwd=ROOT, capture_output=True, text=True, check=False)
+    ended = subprocess.run(
+        [sys.executable, "-m", "pillsnap", "config", "--stage", "9"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert ended.returncode == 2 and ended.stderr.count("\n") == 1 and "1, 2, 3, 4" in ended.stderr
 
 
@@ -263,7 +310,7 @@ def test_every_setting_is_in_the_file():
             value = value[part]
 
 
-def test_a_command_that_needs_training_software_says_what_to_install(monkeypatch, capsys):
+def test_command_without_training_packages_reports_what_to_install(monkeypatch, capsys):
     from pillsnap import cli
 
     def without_torch(arguments):
@@ -274,7 +321,7 @@ def test_a_command_that_needs_training_software_says_what_to_install(monkeypatch
     assert "pip install 'pillsnap[train]'" in capsys.readouterr().err
 
 
-def test_an_interrupted_command_says_so_without_a_traceback(monkeypatch, capsys):
+def test_interrupted_command_prints_no_traceback(monkeypatch, capsys):
     def interrupted(arguments):
         raise KeyboardInterrupt
 

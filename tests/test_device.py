@@ -1,4 +1,5 @@
-"""Which device torch computes on: the fastest that is there, unless the environment asks for the processor."""
+"""Choice of the torch device: the fastest one available, unless the environment selects the CPU."""
+
 from __future__ import annotations
 
 import logging
@@ -9,13 +10,14 @@ import sys
 import pytest
 import torch
 
-from pillsnap.config import load_settings
-from pillsnap.training import hardware
+from pillsnap.config.load import load_settings
+from pillsnap.training.device import hardware
 
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch):
-    """Say what this machine has."""
+    """A function that fakes the devices of this machine."""
+
     def has(cuda: bool, mps: bool, visible: str | None = None) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
@@ -28,33 +30,44 @@ def machine(monkeypatch: pytest.MonkeyPatch):
     return has
 
 
-@pytest.mark.parametrize(("cuda", "mps", "visible", "chosen", "reason"), [
-    (True, True, None, "cuda:1", "an example GPU, number 1"),
-    (True, False, "0,1", "cuda:1", "an example GPU, number 1"),
-    (False, True, None, "mps", "no CUDA device found, Apple GPU"),
-    (False, True, "0", "mps", "no CUDA device found, Apple GPU"),
-    (False, True, "", "cpu", "CUDA_VISIBLE_DEVICES names no GPU"),
-    (False, True, "-1", "cpu", "CUDA_VISIBLE_DEVICES names no GPU"),
-    (False, False, None, "cpu", "no CUDA device found and no Apple GPU"),
-])
-def test_cuda_before_mps_before_cpu(machine, caplog: pytest.LogCaptureFixture, cuda: bool, mps: bool, visible: str | None, chosen: str, reason: str):
+@pytest.mark.parametrize(
+    ("cuda", "mps", "visible", "chosen", "reason"),
+    [
+        (True, True, None, "cuda:1", "an example GPU, number 1"),
+        (True, False, "0,1", "cuda:1", "an example GPU, number 1"),
+        (False, True, None, "mps", "no CUDA device found, Apple GPU"),
+        (False, True, "0", "mps", "no CUDA device found, Apple GPU"),
+        (False, True, "", "cpu", "CUDA_VISIBLE_DEVICES names no GPU"),
+        (False, True, "-1", "cpu", "CUDA_VISIBLE_DEVICES names no GPU"),
+        (False, False, None, "cpu", "no CUDA device found and no Apple GPU"),
+    ],
+)
+def test_cuda_before_mps_before_cpu(
+    machine, caplog: pytest.LogCaptureFixture, cuda: bool, mps: bool, visible: str | None, chosen: str, reason: str
+):
     machine(cuda, mps, visible)
     with caplog.at_level(logging.INFO, logger="pillsnap"):
         assert str(hardware.choose_device()) == chosen
-    line, = [record.getMessage() for record in caplog.records if record.getMessage().startswith("device: ")]
+    (line,) = [record.getMessage() for record in caplog.records if record.getMessage().startswith("device: ")]
     assert line.startswith(f"device: {chosen.partition(':')[0]} (") and reason in line
 
 
-def test_an_apple_gpu_trains_in_float32_and_says_so(machine, caplog: pytest.LogCaptureFixture):
+def test_apple_gpu_trains_in_float32_with_a_warning(machine, caplog: pytest.LogCaptureFixture):
     machine(cuda=False, mps=True)
     with caplog.at_level(logging.INFO, logger="pillsnap"):
-        asked, plain = (hardware.choose_hardware(load_settings(profile="cpu"), amp) for amp in ("bf16", "auto"))
-    assert asked.device.type == plain.device.type == "mps" and asked.amp is plain.amp is None
-    assert [record.levelname for record in caplog.records if record.getMessage().startswith("amp: float32")] == ["WARNING", "INFO"]
+        requested, automatic = (hardware.choose_hardware(load_settings(profile="cpu"), amp) for amp in ("bf16", "auto"))
+    assert requested.device.type == automatic.device.type == "mps" and requested.amp is automatic.amp is None
+    assert [record.levelname for record in caplog.records if record.getMessage().startswith("amp: float32")] == [
+        "WARNING",
+        "INFO",
+    ]
 
 
-def test_torch_takes_its_threads_from_the_environment():
-    code = "from pillsnap.training.hardware import choose_device, device_name; print(choose_device(), device_name(choose_device()))"
+def test_torch_reads_its_threads_from_the_environment():
+    code = (
+        "from pillsnap.training.device.hardware import choose_device, device_name; "
+        "print(choose_device(), device_name(choose_device()))"
+    )
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "cpu 1 processor threads"

@@ -1,10 +1,12 @@
-"""The exported files answer like the networks they were made from, and a file that does not is refused."""
+"""Exported files compute the same output as their network, and a file that does not is rejected."""
+
 from __future__ import annotations
 
 import errno
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -12,16 +14,16 @@ import pytest
 import timm
 
 from pillsnap import cli
-from pillsnap.config import load_settings
+from pillsnap.answer.classes import ClassMap, Drug
+from pillsnap.answer.factory import load_identifier
+from pillsnap.config.load import load_settings
 from pillsnap.data.manifest import load_dataset
-from pillsnap.evaluation import identifier_of, true_photos
+from pillsnap.evaluation.evaluate import identifier_of, true_photos
 from pillsnap.export import report as export_report
 from pillsnap.export.formats import FORMATS as ALL_FORMATS
-from pillsnap.export.model_info import get_model_info
 from pillsnap.export.onnx import model_opset
 from pillsnap.export.report import export_run
-from pillsnap.runtime.classes import ClassMap, Drug
-from pillsnap.runtime.load import load_identifier
+from pillsnap.registry.model_info import get_model_info
 from pillsnap.runtime.images import decode_image
 from pillsnap.training.checkpoint import load_checkpoint, load_trained, save_checkpoint
 
@@ -29,11 +31,11 @@ FORMATS = dict(ALL_FORMATS)
 
 
 @pytest.fixture(scope="module")
-def exported(trained_run: Path) -> dict:
+def exported(trained_run: Path) -> dict[str, Any]:
     return export_run(trained_run, load_settings(trained_run / "config.yaml"), tuple(FORMATS))
 
 
-def test_tolerances_are_kept_by_every_format(exported: dict):
+def test_every_format_is_within_the_tolerances(exported: dict[str, Any]):
     for name, parts in exported["formats"].items():
         classifier, detector = parts["classifier"], parts["detector"]
         if name == "torchscript-script":
@@ -43,29 +45,46 @@ def test_tolerances_are_kept_by_every_format(exported: dict):
             assert parts["passed"], (name, parts)
             assert classifier["mse"] <= 1e-6 and classifier["top1_match"] == 1, name
             assert detector["map_difference"] <= 0.01 and detector["min_iou"] >= 0.95, name
-        assert detector["boxes"] > 0 and classifier["images"] > 0 and classifier["bytes"] > 1000 and classifier["latency_ms"] > 0, name
-    assert exported["formats"]["onnx"]["passed"] and len(exported["samples"]["classifier"]) == exported["formats"]["onnx"]["classifier"]["images"]
+        assert (
+            detector["boxes"] > 0
+            and classifier["images"] > 0
+            and classifier["bytes"] > 1000
+            and classifier["latency_ms"] > 0
+        ), name
+    assert (
+        exported["formats"]["onnx"]["passed"]
+        and len(exported["samples"]["classifier"]) == exported["formats"]["onnx"]["classifier"]["images"]
+    )
 
 
-def test_released_files_are_those_that_passed(exported: dict, trained_run: Path):
+def test_released_files_are_those_that_passed(exported: dict[str, Any], trained_run: Path):
     for name, parts in exported["formats"].items():
         for task in ("classifier", "detector"):
             for file in FORMATS[name].files(task):
                 rejected = trained_run / "export-rejected" / file
                 assert (trained_run / "export" / file).exists() == parts["passed"], file
-                assert rejected.exists() == (not parts["passed"] and not (name == "torchscript-script" and task == "detector")), file
+                assert rejected.exists() == (
+                    not parts["passed"] and not (name == "torchscript-script" and task == "detector")
+                ), file
     assert not (trained_run / "export-before").exists() and not (trained_run / "export-aside").exists()
 
 
-def test_every_file_says_what_it_is(exported: dict, trained_run: Path):
+def test_every_file_carries_its_metadata(exported: dict[str, Any], trained_run: Path):
     for name in FORMATS:
-        path = trained_run / ("export" if exported["formats"][name]["passed"] else "export-rejected") / FORMATS[name].files("classifier")[0]
+        path = (
+            trained_run
+            / ("export" if exported["formats"][name]["passed"] else "export-rejected")
+            / FORMATS[name].files("classifier")[0]
+        )
         info = get_model_info(path)
-        assert info["model_type"] == "classifier" and info["file_size_bytes"] > 1000 and info["param_count"] > 10_000, (name, info)
+        assert info["model_type"] == "classifier" and info["file_size_bytes"] > 1000 and info["param_count"] > 10_000, (
+            name,
+            info,
+        )
         assert info["model_config"]["class_map_hash"] == load_dataset(trained_run).class_map.hash, name
 
 
-def test_files_carry_opset_17_a_dynamic_batch_and_the_rules(exported: dict, trained_run: Path):
+def test_files_carry_opset_17_a_dynamic_batch_and_the_rules(exported: dict[str, Any], trained_run: Path):
     rules = load_trained(trained_run).rules
     for task, size in (("classifier", rules.classifier_size), ("detector", rules.detector_size)):
         model = onnx.load(trained_run / "export" / f"{task}.onnx")
@@ -79,7 +98,7 @@ def test_files_carry_opset_17_a_dynamic_batch_and_the_rules(exported: dict, trai
 
 
 @pytest.mark.parametrize("pipeline", ["single", "combo"])
-def test_checkpoint_and_files_name_the_same_drugs(exported: dict, trained_run: Path, pipeline: str):
+def test_checkpoint_and_files_identify_the_same_drugs(exported: dict[str, Any], trained_run: Path, pipeline: str):
     photos = true_photos(load_dataset(trained_run).manifest)[:6]
     reference, served = identifier_of(load_trained(trained_run)), load_identifier(trained_run / "export")
     for photo in photos:
@@ -89,12 +108,14 @@ def test_checkpoint_and_files_name_the_same_drugs(exported: dict, trained_run: P
         assert np.allclose([pill.box for pill in first.pills], [pill.box for pill in second.pills], atol=0.5)
 
 
-def test_a_file_that_answers_differently_is_not_released(exported: dict, trained_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+def test_a_file_with_other_predictions_is_not_released(
+    exported: dict[str, Any], trained_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
     before = (trained_run / "export" / "classifier.onnx").read_bytes()
 
     def open_wrong(path: Path):
-        model, told = FORMATS["onnx"].open(path)
-        return (lambda batch: -model(batch)) if path.name == "classifier.onnx" else model, told
+        model, metadata = FORMATS["onnx"].open(path)
+        return (lambda batch: -model(batch)) if path.name == "classifier.onnx" else model, metadata
 
     monkeypatch.setitem(export_report.FORMATS, "onnx", replace(FORMATS["onnx"], open=open_wrong))
     status = cli.main(["export", "--run", str(trained_run)])
@@ -104,7 +125,9 @@ def test_a_file_that_answers_differently_is_not_released(exported: dict, trained
     assert not json.loads((trained_run / "export-rejected" / "export_report.json").read_text())["passed"]
 
 
-def test_a_full_disk_leaves_the_good_files(exported: dict, trained_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+def test_a_full_disk_leaves_the_good_files(
+    exported: dict[str, Any], trained_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
     before = (trained_run / "export" / "classifier.onnx").read_bytes()
 
     def full(source: object, path: Path) -> None:
@@ -118,13 +141,19 @@ def test_a_full_disk_leaves_the_good_files(exported: dict, trained_run: Path, mo
     assert not (trained_run / "export-rejected").exists()
 
 
-def test_bad_requests_get_one_sentence(exported: dict, trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+def test_bad_options_end_with_one_sentence(
+    exported: dict[str, Any],
+    trained_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+):
     content = load_checkpoint(trained_run / "best.pt")
     content["rules"]["class_map"] = ClassMap([Drug("K-999999", "another")]).to_json()
     content["classifier"] = timm.create_model("test_efficientnet", num_classes=1).state_dict()
     save_checkpoint(content, tmp_path / "other.pt")
     run = ["export", "--run", str(trained_run)]
-    for words, said in {
+    for words, message in {
         (*run, "--checkpoint", str(tmp_path / "other.pt")): "was trained for another class map",
         (*run, "--checkpoint", str(trained_run / "last.pt")): "does not hold both networks",
         (*run, "--checkpoint", str(tmp_path / "none.pt")): "There is no checkpoint",
@@ -135,7 +164,7 @@ def test_bad_requests_get_one_sentence(exported: dict, trained_run: Path, tmp_pa
         before = (trained_run / "export" / "classifier.onnx").stat().st_size
         assert cli.main(list(words)) in (1, 2), words
         errors = capsys.readouterr().err
-        assert said in errors and "Traceback" not in errors, errors
+        assert message in errors and "Traceback" not in errors, errors
         assert (trained_run / "export" / "classifier.onnx").stat().st_size == before
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "executorch" else object())
     assert cli.main([*run, "--format", "executorch"]) == 1

@@ -1,17 +1,19 @@
-"""The notebooks, the package and config.yaml hold together."""
+"""Consistency of the notebooks, the package and config.yaml."""
+
 import ast
 import json
 import re
+import subprocess
 from pathlib import Path
 
-from pillsnap.schema import LEAF_KEYS
+from pillsnap.config.schema import LEAF_KEYS
 
 ROOT = Path(__file__).parents[1]
-ABOUT_SETTINGS = {"config.py", "schema.py", "layers.py"}  # they handle all settings and use none
+GENERIC = {"config/load.py", "config/schema.py", "config/layers.py"}  # they process all settings and use none
 
 
 def names_read(file: Path) -> tuple[set[str], set[str]]:
-    """Attributes that a module reads, and all names it knows (attributes, variables, parameters)."""
+    """Attributes that a module reads, and all its names (attributes, variables, parameters)."""
     nodes = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
     attributes = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
     variables = {node.id for node in nodes if isinstance(node, ast.Name)}
@@ -19,8 +21,13 @@ def names_read(file: Path) -> tuple[set[str], set[str]]:
 
 
 def test_no_setting_is_dead():
-    """Each setting is read as an attribute by a module that also knows its section (`settings.train`, `train: Train`)."""
-    modules = [names_read(file) for file in (ROOT / "pillsnap").rglob("*.py") if file.name not in ABOUT_SETTINGS]
+    """Each setting is an attribute in a module that also has the name of its section.
+
+    For example `settings.train` or `train: Train`.
+    """
+    package = ROOT / "pillsnap"
+    files = [file for file in package.rglob("*.py") if file.relative_to(package).as_posix() not in GENERIC]
+    modules = [names_read(file) for file in files]
     dead = []
     for key in LEAF_KEYS:
         section, _, name = key.rpartition(".")
@@ -30,14 +37,17 @@ def test_no_setting_is_dead():
     assert not dead, f"nothing reads {', '.join(dead)}"
 
 
-def test_every_key_says_its_type_and_meaning():
-    """Each value line of config.yaml reads `key: value  # (type) meaning`; blocks of profiles and stages repeat keys explained above."""
+def test_every_key_has_its_type_and_meaning():
+    """Each value line of config.yaml reads `key: value  # (type) meaning`.
+
+    Blocks of profiles and stages repeat keys explained above.
+    """
     settings = (ROOT / "config.yaml").read_text(encoding="utf-8").split("\nprofiles:")[0]
     lines = [line for line in settings.splitlines() if line.strip() and not line.startswith("#")]
     section = re.compile(r"^ *\w+:( +#.*)?$")
     value = re.compile(r"^ *\w+: +\S.* # \([^()]+\) \S")
-    silent = [line for line in lines if not section.match(line) and not value.match(line)]
-    assert not silent, f"without `# (type) meaning`: {silent}"
+    undocumented = [line for line in lines if not section.match(line) and not value.match(line)]
+    assert not undocumented, f"without `# (type) meaning`: {undocumented}"
     assert sum(bool(value.match(line)) for line in lines) == len(LEAF_KEYS)
 
 
@@ -57,8 +67,16 @@ def source(cell: dict) -> str:
 
 
 def test_every_module_has_its_notebook_and_every_chapter_its_module():
-    exported = {re.search(r"#\| *default_exp +(\S+)", source(cell)).group(1) for book in notebooks() for cell in cells(book, "code") if "default_exp" in source(cell)}
-    modules = {".".join(path.relative_to(ROOT / "pillsnap").with_suffix("").parts) for path in (ROOT / "pillsnap").rglob("*.py")}
+    exported = {
+        re.search(r"#\| *default_exp +(\S+)", source(cell)).group(1)
+        for book in notebooks()
+        for cell in cells(book, "code")
+        if "default_exp" in source(cell)
+    }
+    modules = {
+        ".".join(path.relative_to(ROOT / "pillsnap").with_suffix("").parts)
+        for path in (ROOT / "pillsnap").rglob("*.py")
+    }
     modules = {name for name in modules if not name.split(".")[-1].startswith("_")}
     assert modules == exported
 
@@ -77,12 +95,12 @@ def test_run_notebooks_have_parameters_and_export_nothing():
         assert not re.search(r"^(def|class) ", code, re.M), f"{book.name} defines something: that belongs to a chapter"
 
 
-def test_every_notebook_names_the_kernel_that_everyone_has():
+def test_every_notebook_has_the_default_kernel():
     for book in notebooks():
         assert json.loads(book.read_text(encoding="utf-8"))["metadata"]["kernelspec"]["name"] == "python3", book.name
 
 
-def test_no_notebook_holds_an_error_or_a_path_of_a_machine():
+def test_no_notebook_has_an_error_or_a_local_path():
     for book in notebooks():
         for cell in cells(book, "code"):
             text = json.dumps(cell.get("outputs", []))
@@ -93,22 +111,38 @@ def test_no_notebook_holds_an_error_or_a_path_of_a_machine():
 def test_package_imports_neither_nbdev_nor_fastcore():
     for path in (ROOT / "pillsnap").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            assert path.name == "_modidx.py" or not {name.split(".")[0] for name in names} & {"nbdev", "fastcore", "execnb"}, path
+            names = (
+                [node.module or ""]
+                if isinstance(node, ast.ImportFrom)
+                else [alias.name for alias in node.names]
+                if isinstance(node, ast.Import)
+                else []
+            )
+            assert path.name == "_modidx.py" or not {name.split(".")[0] for name in names} & {
+                "nbdev",
+                "fastcore",
+                "execnb",
+            }, path
 
 
-def test_imports_point_down_only():
-    """A wing imports only from wings above it in this list."""
-    wings = [{"files", "schema", "layers", "environment", "config", "runlog"}, {"runtime"}, {"metrics", "runs"}, {"data"}, {"models"}, {"training"}, {"evaluation"}, {"export"}, {"service"}, {"serve"}, {"demo"}, {"bench"}, {"commands"}, {"cli"}]
-    level = {name: number for number, names in enumerate(wings) for name in names}
-    for path in (ROOT / "pillsnap").rglob("*.py"):
-        parts = path.relative_to(ROOT / "pillsnap").with_suffix("").parts
-        if parts[-1].startswith("_"):
+def test_lines_hold_at_most_120_characters():
+    """Sources and texts; tables of Markdown, addresses and what nbdev itself writes (`__all__`) can't be broken."""
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    long = []
+    for name in tracked.splitlines():
+        path = ROOT / name
+        if path.suffix == ".ipynb":
+            text = "\n".join(source(cell) for kind in ("code", "markdown") for cell in cells(path, kind))
+        elif path.suffix in (".py", ".md", ".yaml", ".ini", ".toml", ".sh", ".js", ".css") and path.is_file():
+            text = path.read_text(encoding="utf-8")
+        else:
             continue
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if not isinstance(node, ast.ImportFrom) or not node.level:
-                continue
-            base = parts[:len(parts) - node.level]
-            target = (*base, *(node.module or "").split("."))[0] or next(iter(alias.name for alias in node.names))
-            if target in level:
-                assert level[target] <= level[parts[0]], f"{path.name} imports {target}"
+        generated = re.compile(r"^(__all__ = \[| {11}')") if name.startswith("pillsnap/") else re.compile("(?!)")
+        long += [
+            f"{name}: {line[:100]}..."
+            for line in text.splitlines()
+            if len(line) > 120
+            and path.name != "_modidx.py"
+            and not (line.startswith("|") or "://" in line or generated.match(line))
+        ]
+    assert not long, "\n".join(long)

@@ -1,4 +1,5 @@
-"""Lack of memory: it is recognised under all its names, and the ladder goes down one stage at a time."""
+"""Memory ladder: every out-of-memory error is recognised, and actions are taken one at a time."""
+
 from __future__ import annotations
 
 import io
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from pillsnap.training.oom import Action, Ladder, free_memory, give_up_message, is_out_of_memory
+from pillsnap.training.device.memory_ladder import Action, MemoryLadder, free_memory, give_up_message, is_out_of_memory
 
 
 def caught(function: Callable[[], object]) -> BaseException:
@@ -21,7 +22,7 @@ def caught(function: Callable[[], object]) -> BaseException:
     raise AssertionError("nothing was raised")
 
 
-def until_given_up(ladder: Ladder, step: int = 1) -> list[tuple[str, int | None]]:
+def actions_of_step(ladder: MemoryLadder, step: int = 1) -> list[tuple[str, int | None]]:
     """Kinds and values of all actions of a step that never succeeds."""
     taken = []
     while not taken or taken[-1][0] != "give up":
@@ -30,40 +31,48 @@ def until_given_up(ladder: Ladder, step: int = 1) -> list[tuple[str, int | None]
     return taken
 
 
-@pytest.mark.parametrize("text", [
-    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 15.92 GiB",
-    "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
-    "CUDA driver error: out of memory",
-    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
-    "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
-    "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED",
-    "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 400 bytes. Error code 12 (Cannot allocate memory)",
-    "[enforce fail at alloc_cpu.cpp:80] data. DefaultCPUAllocator: not enough memory: you tried to allocate 400 bytes.",
-])
-def test_texts_that_mean_a_lack_of_memory(text: str):
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 15.92 GiB",
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
+        "CUDA driver error: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED",
+        "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: "
+        "you tried to allocate 400 bytes. Error code 12 (Cannot allocate memory)",
+        "[enforce fail at alloc_cpu.cpp:80] data. DefaultCPUAllocator: not enough memory: "
+        "you tried to allocate 400 bytes.",
+    ],
+)
+def test_messages_of_out_of_memory_errors(text: str):
     assert is_out_of_memory(RuntimeError(text))
 
 
-@pytest.mark.parametrize("error", [
-    RuntimeError("CUDA error: an illegal memory access was encountered"),
-    RuntimeError("CUDA error: device-side assert triggered"),
-    RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
-    RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"),
-    ValueError("out of memory"),
-    KeyboardInterrupt(),
-    StopIteration(),
-])
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("CUDA error: device-side assert triggered"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
+        RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"),
+        ValueError("out of memory"),
+        KeyboardInterrupt(),
+        StopIteration(),
+    ],
+)
 def test_other_errors(error: BaseException):
     assert not is_out_of_memory(error)
 
 
-def test_real_lacks_of_memory():
+def test_real_out_of_memory_errors():
     assert is_out_of_memory(caught(lambda: torch.empty(2**58)))
     assert is_out_of_memory(caught(lambda: np.empty(2**58)))
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
 
 
-def test_errors_that_a_lack_of_memory_led_to():
+def test_errors_caused_by_a_lack_of_memory():
     def compiled() -> None:
         try:
             raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -76,7 +85,7 @@ def test_errors_that_a_lack_of_memory_led_to():
         finally:
             raise KeyError("left over")
 
-    def said_in_a_sentence() -> None:
+    def reported_from_none() -> None:
         try:
             compiled()
         except ValueError:
@@ -89,10 +98,10 @@ def test_errors_that_a_lack_of_memory_led_to():
             raise KeyboardInterrupt
 
     assert is_out_of_memory(caught(compiled)) and is_out_of_memory(caught(cleaning_up))
-    assert not is_out_of_memory(caught(said_in_a_sentence)) and not is_out_of_memory(caught(interrupted))
+    assert not is_out_of_memory(caught(reported_from_none)) and not is_out_of_memory(caught(interrupted))
 
 
-def test_errors_that_lead_to_each_other_come_to_an_end():
+def test_errors_that_cause_each_other_end_the_search():
     first, second = KeyError("first"), KeyError("second")
     first.__context__, second.__context__ = second, first
     assert not is_out_of_memory(first)
@@ -115,41 +124,67 @@ def test_a_gpu_without_memory_is_recognised_and_freed():
     assert torch.cuda.memory_reserved(device) <= before - 2**28
 
 
-def test_the_whole_way_down():
-    ladder = Ladder(half=False, pieces=1, batch=16, most_pieces=4)
-    assert until_given_up(ladder) == [
-        ("empty_cache", None), ("half precision", None), ("grad_accum", 2), ("grad_accum", 3), ("grad_accum", 4),
-        ("batch_size", 8), ("batch_size", 4), ("batch_size", 2), ("batch_size", 1), ("give up", None)]
+def test_all_actions_in_order():
+    ladder = MemoryLadder(half=False, pieces=1, batch=16, most_pieces=4)
+    assert actions_of_step(ladder) == [
+        ("empty_cache", None),
+        ("half precision", None),
+        ("grad_accum", 2),
+        ("grad_accum", 3),
+        ("grad_accum", 4),
+        ("batch_size", 8),
+        ("batch_size", 4),
+        ("batch_size", 2),
+        ("batch_size", 1),
+        ("give up", None),
+    ]
     assert (ladder.half, ladder.pieces, ladder.batch) == (True, 1, 1)
-    assert ladder.next_action(1).kind == "give up", "there is nothing after the end"
+    assert ladder.next_action(1).kind == "give up", "giving up is final"
 
 
-def test_half_precision_in_use_is_skipped_and_the_event_says_so():
-    ladder = Ladder(half=True, pieces=1, batch=4, most_pieces=2)
-    assert until_given_up(ladder) == [("empty_cache", None), ("grad_accum", 2), ("batch_size", 2), ("batch_size", 1), ("give up", None)]
-    assert ["half precision is in use already" in event["reason"] for event in ladder.history] == [False, True, False, False, False]
+def test_half_precision_in_use_is_skipped_and_the_event_has_the_reason():
+    ladder = MemoryLadder(half=True, pieces=1, batch=4, most_pieces=2)
+    assert actions_of_step(ladder) == [
+        ("empty_cache", None),
+        ("grad_accum", 2),
+        ("batch_size", 2),
+        ("batch_size", 1),
+        ("give up", None),
+    ]
+    assert ["half precision is in use already" in event["reason"] for event in ladder.history] == [
+        False,
+        True,
+        False,
+        False,
+        False,
+    ]
 
 
-@pytest.mark.parametrize("batch, most_pieces, expected", [
-    (1, 8, ["empty_cache", "give up"]),
-    (8, 1, ["empty_cache", "batch_size", "batch_size", "batch_size", "give up"]),
-    (2, 8, ["empty_cache", "grad_accum", "batch_size", "give up"]),
-    (3, 8, ["empty_cache", "grad_accum", "grad_accum", "batch_size", "give up"]),
-])
-def test_minibatches_are_never_more_than_images_or_than_allowed(batch: int, most_pieces: int, expected: list[str]):
-    assert [kind for kind, _ in until_given_up(Ladder(True, 1, batch, most_pieces))] == expected
+@pytest.mark.parametrize(
+    "batch, most_pieces, expected",
+    [
+        (1, 8, ["empty_cache", "give up"]),
+        (8, 1, ["empty_cache", "batch_size", "batch_size", "batch_size", "give up"]),
+        (2, 8, ["empty_cache", "grad_accum", "batch_size", "give up"]),
+        (3, 8, ["empty_cache", "grad_accum", "grad_accum", "batch_size", "give up"]),
+    ],
+)
+def test_micro_batches_are_never_more_than_images_or_than_allowed(batch: int, most_pieces: int, expected: list[str]):
+    assert [kind for kind, _ in actions_of_step(MemoryLadder(True, 1, batch, most_pieces))] == expected
 
 
-def test_every_ladder_ends_and_keeps_its_bounds():
+def test_every_ladder_ends_within_its_bounds():
     random_numbers = random.Random(42)
     for _ in range(200):
         batch, most = random_numbers.randint(1, 300), random_numbers.randint(1, 40)
-        ladder = Ladder(random_numbers.random() < 0.5, random_numbers.randint(1, min(batch, most)), batch, most)
+        ladder = MemoryLadder(random_numbers.random() < 0.5, random_numbers.randint(1, min(batch, most)), batch, most)
         for step in range(400):
             before = (ladder.half, ladder.pieces, ladder.batch)
             action = ladder.next_action(step)
             assert 1 <= ladder.pieces <= min(most, ladder.batch)
-            assert (action.kind in ("empty_cache", "give up")) == (before == (ladder.half, ladder.pieces, ladder.batch)), "every other action changes something"
+            assert (action.kind in ("empty_cache", "give up")) == (
+                before == (ladder.half, ladder.pieces, ladder.batch)
+            ), "every other action changes something"
             assert action.to == {"grad_accum": ladder.pieces, "batch_size": ladder.batch}.get(action.kind)
             if action.kind == "give up":
                 break
@@ -158,18 +193,24 @@ def test_every_ladder_ends_and_keeps_its_bounds():
         assert action.kind == "give up" and ladder.batch == 1
 
 
-def test_a_later_step_begins_with_an_empty_cache_and_remembers_what_was_reached():
-    ladder = Ladder(half=False, pieces=1, batch=8, most_pieces=2)
+def test_a_later_step_begins_with_an_empty_cache_and_keeps_the_sizes_reached():
+    ladder = MemoryLadder(half=False, pieces=1, batch=8, most_pieces=2)
     kinds = [ladder.next_action(10).kind for _ in range(4)]
     assert kinds == ["empty_cache", "half precision", "grad_accum", "batch_size"] == ladder.tried
     ladder.succeeded()
     assert ladder.tried == [] and (ladder.half, ladder.pieces, ladder.batch) == (True, 2, 4)
-    assert [(action.kind, action.to) for action in (ladder.next_action(25), ladder.next_action(25))] == [("empty_cache", None), ("batch_size", 2)]
-    assert [(event["step"], event["action"]) for event in ladder.history][-2:] == [(25, "empty_cache"), (25, "batch_size")]
+    assert [(action.kind, action.to) for action in (ladder.next_action(25), ladder.next_action(25))] == [
+        ("empty_cache", None),
+        ("batch_size", 2),
+    ]
+    assert [(event["step"], event["action"]) for event in ladder.history][-2:] == [
+        (25, "empty_cache"),
+        (25, "batch_size"),
+    ]
 
 
 def test_half_precision_is_tried_once_per_run():
-    ladder = Ladder(half=False, pieces=1, batch=8, most_pieces=8)
+    ladder = MemoryLadder(half=False, pieces=1, batch=8, most_pieces=8)
     for step in range(5):
         for _ in range(3):
             ladder.next_action(step)
@@ -177,46 +218,57 @@ def test_half_precision_is_tried_once_per_run():
     assert [event["action"] for event in ladder.history].count("half precision") == 1
 
 
-def test_a_restored_ladder_goes_on_where_the_run_was():
-    ladder = Ladder(half=False, pieces=1, batch=8, most_pieces=2)
+def test_a_restored_ladder_continues_the_run():
+    ladder = MemoryLadder(half=False, pieces=1, batch=8, most_pieces=2)
     for _ in range(4):
         ladder.next_action(3)
     file = io.BytesIO()
     torch.save({"ladder": ladder.state()}, file)
     file.seek(0)
-    restored = Ladder(half=False, pieces=1, batch=8, most_pieces=2)
+    restored = MemoryLadder(half=False, pieces=1, batch=8, most_pieces=2)
     restored.next_action(0)
     restored.restore(torch.load(file, weights_only=True)["ladder"])
     ladder.succeeded()
     assert restored == ladder
-    assert until_given_up(restored, 9) == [("empty_cache", None), ("batch_size", 2), ("batch_size", 1), ("give up", None)]
+    assert actions_of_step(restored, 9) == [
+        ("empty_cache", None),
+        ("batch_size", 2),
+        ("batch_size", 1),
+        ("give up", None),
+    ]
 
 
 def test_a_state_does_not_change_with_its_ladder():
-    ladder = Ladder(half=True, pieces=1, batch=8, most_pieces=2)
+    ladder = MemoryLadder(half=True, pieces=1, batch=8, most_pieces=2)
     ladder.next_action(1)
     state = ladder.state()
     ladder.next_action(1)
     assert len(state["history"]) == 1 and state["pieces"] == 1
-    other = Ladder(half=True, pieces=1, batch=8, most_pieces=2)
+    other = MemoryLadder(half=True, pieces=1, batch=8, most_pieces=2)
     other.restore(state)
     other.next_action(2)
     assert len(state["history"]) == 1
 
 
-def test_the_end_names_what_this_step_tried_and_what_to_do():
-    ladder = Ladder(half=False, pieces=1, batch=4, most_pieces=2)
+def test_the_final_message_names_actions_of_this_step_and_remedies():
+    ladder = MemoryLadder(half=False, pieces=1, batch=4, most_pieces=2)
     for _ in range(3):
         ladder.next_action(1)
     ladder.succeeded()
-    until_given_up(ladder, 50)
+    actions_of_step(ladder, 50)
     message = give_up_message("classifier", ladder)
-    assert "(tried: empty_cache, batch_size 1)" in message, "half precision and minibatches belong to an earlier step"
-    for hint in ("model.classifier.image_size", "model.classifier.name", "train.compile=none", "other programs on the GPU", "train.resume=last"):
+    assert "(tried: empty_cache, batch_size 1)" in message, "half precision and micro-batches belong to an earlier step"
+    for hint in (
+        "model.classifier.image_size",
+        "model.classifier.name",
+        "train.compile=none",
+        "other programs on the GPU",
+        "train.resume=last",
+    ):
         assert hint in message
     assert message.count(". ") == 0 and message.endswith(".")
 
 
 def test_actions_are_plain_data():
-    action = Ladder(True, 1, 2, 2).next_action(0)
+    action = MemoryLadder(True, 1, 2, 2).next_action(0)
     assert action == Action("empty_cache", None, action.reason) and action.reason

@@ -1,4 +1,5 @@
-"""The service's page as a person meets it: a real browser, a real server, two real, tiny ONNX models."""
+"""The page of the service in a real browser, with a real server and two real, tiny ONNX models."""
+
 from __future__ import annotations
 
 import io
@@ -34,31 +35,51 @@ from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.wait import WebDriverWait
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
-
-from pillsnap.config import Environment, load_settings
-from pillsnap.runtime.classes import ClassMap, Drug
-from pillsnap.runtime.identify import Identifier
-from pillsnap.serve import create_app
-from pillsnap.service.shield import HEADERS
 from tiny_models import CONFIG, DRUGS, KEY, RIGHT, photo_jpeg, save_classifier, save_detector
 
-FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync")
+from pillsnap.answer.classes import ClassMap, Drug
+from pillsnap.answer.identify import Identifier
+from pillsnap.config.environment import Environment
+from pillsnap.config.load import load_settings
+from pillsnap.serve import create_app
+from pillsnap.service.guard.security_headers import HEADERS
+
+FLAGS = (
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
 WITHOUT_NAME = (155, 137, 165)  # a colour as far from one drug's as from the others'
 
 
 # ---- The browser, the server and the photos
 
+
 @pytest.fixture(scope="session")
 def programs() -> tuple[str, str]:
-    """Chromium and its driver, installed where that may be done."""
+    """Paths of Chromium and its driver; installs them where it may."""
+
     def find() -> list[str]:
         return [path for path in (shutil.which("chromium"), shutil.which("chromedriver")) if path]
 
     if len(find()) < 2 and os.geteuid() == 0 and shutil.which("apt-get"):
-        for command in (["apt-get", "update"], ["apt-get", "install", "--yes", "--no-install-recommends", "chromium", "chromium-driver"]):
-            subprocess.run(command, env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"}, capture_output=True, check=False)
+        for command in (
+            ["apt-get", "update"],
+            ["apt-get", "install", "--yes", "--no-install-recommends", "chromium", "chromium-driver"],
+        ):
+            subprocess.run(
+                command, env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"}, capture_output=True, check=False
+            )
     if len(find()) < 2:
-        advice = "The page is tested in Chromium, and there is none: install the Debian packages chromium and chromium-driver."
+        advice = (
+            "The page is tested in Chromium, and there is none: "
+            "install the Debian packages chromium and chromium-driver."
+        )
         (pytest.fail if os.environ.get("CI") else pytest.skip)(advice)
     chromium, driver = find()
     return chromium, driver
@@ -77,27 +98,38 @@ def chromium(programs: tuple[str, str], tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture
 def browser(chromium: WebDriver) -> WebDriver:
-    """A window of a desk's size, light, English."""
+    """A desktop window, light colours, English."""
     look(chromium, 1280, 900)
     speak(chromium, "en-US")
     return chromium
 
 
 def look(browser: WebDriver, width: int, height: int, scheme: str = "light") -> None:
-    """Set the size of the window, CSS pixels, and the colours that a person prefers, one who wants nothing to move."""
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600})
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}, {"name": "prefers-reduced-motion", "value": "reduce"}]})
+    """Set the window size in CSS pixels and the colour scheme, with reduced motion."""
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600},
+    )
+    browser.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia",
+        {
+            "features": [
+                {"name": "prefers-color-scheme", "value": scheme},
+                {"name": "prefers-reduced-motion", "value": "reduce"},
+            ]
+        },
+    )
 
 
 def speak(browser: WebDriver, language: str) -> None:
-    """Set the language that a person's browser asks for."""
+    """Set the language of the browser."""
     agent = browser.execute_script("return navigator.userAgent")
     browser.execute_cdp_cmd("Emulation.setUserAgentOverride", {"userAgent": agent, "acceptLanguage": language})
 
 
 @contextmanager
 def serving(app: ASGIApp) -> Iterator[str]:
-    """A real server on a free port; its address."""
+    """Run a real server on a free port and yield its address."""
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=2))
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -105,14 +137,17 @@ def serving(app: ASGIApp) -> Iterator[str]:
         while not server.started:
             assert thread.is_alive(), "the server did not start"
             time.sleep(0.05)
-        yield "http://127.0.0.1:{}".format(server.servers[0].sockets[0].getsockname()[1])
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:
         server.should_exit = True
         thread.join(20)
 
 
 def app_for(folder: Path, per_minute: int = 0, features: str = "production") -> ASGIApp:
-    return create_app(load_settings(CONFIG, [f"serve.requests_per_minute={per_minute}", f"serve.features={features}"]), Environment(api_keys=(RIGHT,), model_path=folder))
+    return create_app(
+        load_settings(CONFIG, [f"serve.requests_per_minute={per_minute}", f"serve.features={features}"]),
+        Environment(api_keys=(RIGHT,), model_path=folder),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -128,21 +163,24 @@ def address(models: Path) -> Iterator[str]:
 
 @pytest.fixture
 def photo(jpeg: bytes, tmp_path: Path) -> Path:
-    """A white and a red pill."""
+    """A photo of a white and a red pill."""
     path = tmp_path / "photo.jpg"
     path.write_bytes(jpeg)
     return path
 
 
-def ask(address: str, photo: Path, pipeline: str = "single") -> httpx.Response:
-    """What a program is told about the same photo."""
-    return httpx.post(f"{address}/predict", params={"pipeline": pipeline}, headers=KEY, files={"image": photo.read_bytes()})
+def post_photo(address: str, photo: Path, pipeline: str = "single") -> httpx.Response:
+    """The response of the API for the same photo."""
+    return httpx.post(
+        f"{address}/predict", params={"pipeline": pipeline}, headers=KEY, files={"image": photo.read_bytes()}
+    )
 
 
-# ---- What a person does and sees
+# ---- Tests in the browser
+
 
 def visit(browser: WebDriver, address: str, key: str = RIGHT) -> None:
-    """Come to the page for the first time, and type a key."""
+    """Open the page for the first time and type a key."""
     browser.get(address)
     browser.execute_script("localStorage.clear(); sessionStorage.clear()")
     browser.refresh()
@@ -164,58 +202,72 @@ def wait(browser: WebDriver, condition: Callable[[], object]) -> object:
 
 
 def see(browser: WebDriver, selector: str, count: int = 1) -> list[WebElement]:
-    """Wait for so many of something."""
-    wait(browser, lambda: len(browser.find_elements(By.CSS_SELECTOR, selector)) == count and not browser.find_elements(By.CSS_SELECTOR, ".busy"))
+    """Wait for a number of elements."""
+    wait(
+        browser,
+        lambda: (
+            len(browser.find_elements(By.CSS_SELECTOR, selector)) == count
+            and not browser.find_elements(By.CSS_SELECTOR, ".busy")
+        ),
+    )
     return browser.find_elements(By.CSS_SELECTOR, selector)
 
 
 def texts(browser: WebDriver, selector: str) -> list[str]:
-    return browser.execute_script("return [...document.querySelectorAll(arguments[0])].map((node) => node.textContent)", selector)
+    return browser.execute_script(
+        "return [...document.querySelectorAll(arguments[0])].map((node) => node.textContent)", selector
+    )
 
 
 def requests(browser: WebDriver) -> list[dict]:
-    """What the page has asked for since the last look."""
+    """Requests of the page since the last call."""
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     return [message["params"]["request"] for message in messages if message["method"] == "Network.requestWillBeSent"]
 
 
-def asked(browser: WebDriver) -> list[str]:
-    """Photos sent since the last look: the query of each."""
+def sent_queries(browser: WebDriver) -> list[str]:
+    """Queries of the photos that were sent since the last call."""
     return [urlsplit(request["url"]).query for request in requests(browser) if request["method"] == "POST"]
 
 
 def quiet(browser: WebDriver) -> bool:
-    """The console says nothing: no error, and nothing that the policy had to forbid."""
-    said = browser.get_log("browser")
-    assert not said, said
+    """Check that the console is empty: no error, no violation of the content security policy."""
+    messages = browser.get_log("browser")
+    assert not messages, messages
     return True
 
 
 def boxes_on_the_photo(browser: WebDriver) -> list[list[float]]:
-    """Each box as shares of the photo as it is shown: x1, y1, x2, y2."""
+    """Each box as fractions of the displayed photo: x1, y1, x2, y2."""
     return browser.execute_script("""
         const photo = document.querySelector(".photo img").getBoundingClientRect();
         return [...document.querySelectorAll(".photo rect")].map((node) => {
           const box = node.getBoundingClientRect();
-          return [(box.left - photo.left) / photo.width, (box.top - photo.top) / photo.height, (box.right - photo.left) / photo.width, (box.bottom - photo.top) / photo.height];
+          return [
+            (box.left - photo.left) / photo.width, (box.top - photo.top) / photo.height,
+            (box.right - photo.left) / photo.width, (box.bottom - photo.top) / photo.height
+          ];
         });""")
 
 
 def check_boxes(browser: WebDriver, answer: dict) -> None:
-    """The boxes lie where the server has found the pills."""
+    """Check that the boxes are drawn where the server has found the pills."""
     width, height = answer["photo"]["width"], answer["photo"]["height"]
     shown = boxes_on_the_photo(browser)
-    wanted = [[pill["box"]["x1"] / width, pill["box"]["y1"] / height, pill["box"]["x2"] / width, pill["box"]["y2"] / height] for pill in answer["pills"]]
+    wanted = [
+        [pill["box"]["x1"] / width, pill["box"]["y1"] / height, pill["box"]["x2"] / width, pill["box"]["y2"] / height]
+        for pill in answer["pills"]
+    ]
     assert len(shown) == len(wanted) > 0
     for one, other in zip(shown, wanted, strict=True):
         assert one == pytest.approx(other, abs=0.01), "a box lies in the wrong place"
 
 
-def test_a_photo_is_named_where_the_pill_lies(browser: WebDriver, address: str, photo: Path) -> None:
+def test_a_pill_is_identified_and_its_box_drawn(browser: WebDriver, address: str, photo: Path) -> None:
     visit(browser, address)
     send(browser, photo)
     shown = see(browser, ".pill")[0].text
-    answer = ask(address, photo).json()
+    answer = post_photo(address, photo).json()
     pill = answer["pills"][0]
     check_boxes(browser, answer)
     assert pill["code"] == "K-000030" and pill["name"] in shown and "Sure" in shown
@@ -223,28 +275,42 @@ def test_a_photo_is_named_where_the_pill_lies(browser: WebDriver, address: str, 
         assert (value or "") in shown, value
     candidates = texts(browser, ".pill details li")
     assert len(candidates) == len(pill["candidates"]) == len(DRUGS)
-    assert all(one["name"] in text and one["code"] in text for one, text in zip(pill["candidates"], candidates, strict=True))
-    levels = [float(node.get_attribute("aria-valuenow")) for node in browser.find_elements(By.CSS_SELECTOR, "[role=meter]")]
+    assert all(
+        one["name"] in text and one["code"] in text for one, text in zip(pill["candidates"], candidates, strict=True)
+    )
+    levels = [
+        float(node.get_attribute("aria-valuenow")) for node in browser.find_elements(By.CSS_SELECTOR, "[role=meter]")
+    ]
     assert levels == pytest.approx([pill["confidence"], *(one["confidence"] for one in pill["candidates"])], abs=1e-5)
     said = " ".join(texts(browser, ".card"))
-    assert all(note in said for note in answer["notes"]) and answer["notice"] in said and len(texts(browser, ".timings dd")) == 5
+    assert (
+        all(note in said for note in answer["notes"])
+        and answer["notice"] in said
+        and len(texts(browser, ".timings dd")) == 5
+    )
     assert texts(browser, ".photo text") == [f"1 {pill['name'][:15]}…"]
-    assert pill["name"] in browser.find_element(By.CSS_SELECTOR, ".photo img").get_attribute("alt") and pill["name"] in texts(browser, "[aria-live=polite]")[0]
+    assert (
+        pill["name"] in browser.find_element(By.CSS_SELECTOR, ".photo img").get_attribute("alt")
+        and pill["name"] in texts(browser, "[aria-live=polite]")[0]
+    )
     assert quiet(browser)
 
 
-def test_all_pills_of_a_photo(browser: WebDriver, address: str, photo: Path) -> None:
+def test_combo_shows_all_pills(browser: WebDriver, address: str, photo: Path) -> None:
     visit(browser, address)
     choose(browser, "combo")
     send(browser, photo)
     see(browser, ".pill", 2)
-    answer = ask(address, photo, "combo").json()
+    answer = post_photo(address, photo, "combo").json()
     check_boxes(browser, answer)
-    assert [pill["name"] in text for pill, text in zip(answer["pills"], texts(browser, ".pill h4"), strict=True)] == [True, True]
-    assert asked(browser) == ["pipeline=combo"] and quiet(browser)
+    assert [pill["name"] in text for pill, text in zip(answer["pills"], texts(browser, ".pill h4"), strict=True)] == [
+        True,
+        True,
+    ]
+    assert sent_queries(browser) == ["pipeline=combo"] and quiet(browser)
 
 
-def test_a_photo_that_was_taken_sideways(browser: WebDriver, address: str, jpeg: bytes, tmp_path: Path) -> None:
+def test_a_photo_with_exif_rotation(browser: WebDriver, address: str, jpeg: bytes, tmp_path: Path) -> None:
     sideways, exif = tmp_path / "sideways.jpg", Image.Exif()
     exif[0x0112] = 6  # the camera was turned: show it turned by 90 degrees to the right
     Image.open(io.BytesIO(jpeg)).transpose(Image.Transpose.ROTATE_90).save(sideways, quality=95, exif=exif)
@@ -252,42 +318,46 @@ def test_a_photo_that_was_taken_sideways(browser: WebDriver, address: str, jpeg:
     choose(browser, "combo")
     send(browser, sideways)
     see(browser, ".pill", 2)
-    answer = ask(address, sideways, "combo").json()
+    answer = post_photo(address, sideways, "combo").json()
     assert answer["photo"] == {"width": 640, "height": 480}
-    assert browser.execute_script("const photo = document.querySelector('.photo img'); return [photo.naturalWidth, photo.naturalHeight]") == [640, 480]
+    assert browser.execute_script(
+        "const photo = document.querySelector('.photo img'); return [photo.naturalWidth, photo.naturalHeight]"
+    ) == [640, 480]
     check_boxes(browser, answer)
 
 
-def test_a_recommendation_is_followed_by_a_person_only(browser: WebDriver, address: str, photo: Path) -> None:
+def test_a_hint_is_followed_only_by_a_click(browser: WebDriver, address: str, photo: Path) -> None:
     visit(browser, address)
     send(browser, photo)
     hint = see(browser, ".hint")[0]
-    answer = ask(address, photo).json()
+    answer = post_photo(address, photo).json()
     assert answer["hint"]["pipeline"] == "combo" and answer["hint"]["reason"] in hint.text
     time.sleep(0.5)
-    assert asked(browser) == ["pipeline=single"], "nothing was asked by itself"
+    assert sent_queries(browser) == ["pipeline=single"], "no request without the user"
     hint.find_element(By.TAG_NAME, "button").click()
     see(browser, ".pill", 2)
-    assert not browser.find_elements(By.CSS_SELECTOR, ".hint") and asked(browser) == ["pipeline=combo"]
+    assert not browser.find_elements(By.CSS_SELECTOR, ".hint") and sent_queries(browser) == ["pipeline=combo"]
     assert browser.find_element(By.CSS_SELECTOR, "[value=single]").is_selected(), "the choice for the next photo stays"
 
 
-def test_what_a_service_cannot_do_is_not_offered(browser: WebDriver, models: Path, photo: Path) -> None:
+def test_inactive_pipelines_are_not_offered(browser: WebDriver, models: Path, photo: Path) -> None:
     with serving(app_for(models, features="mvp")) as small:
         visit(browser, small)
         wait(browser, lambda: not browser.find_element(By.TAG_NAME, "fieldset").is_displayed())
         send(browser, photo)
         see(browser, ".pill")
-        assert not browser.find_elements(By.CSS_SELECTOR, ".actions") and asked(browser) == ["pipeline=single"]
+        assert not browser.find_elements(By.CSS_SELECTOR, ".actions") and sent_queries(browser) == ["pipeline=single"]
 
 
-def test_not_sure_is_said_in_words(browser: WebDriver, address: str, tmp_path: Path) -> None:
+def test_unsure_is_shown_in_words(browser: WebDriver, address: str, tmp_path: Path) -> None:
     Image.new("RGB", (320, 320), WITHOUT_NAME).save(tmp_path / "unclear.png")
     visit(browser, address)
     send(browser, tmp_path / "unclear.png")
     see(browser, ".pill.unsure")
     assert "Not sure" in texts(browser, ".verdict")[0] and texts(browser, ".photo text")[0].endswith("?")
-    assert browser.find_element(By.CSS_SELECTOR, ".pill details").get_attribute("open"), "the other candidates are worth a look"
+    assert browser.find_element(By.CSS_SELECTOR, ".pill details").get_attribute("open"), (
+        "the other candidates are worth a look"
+    )
 
 
 def test_several_photos_at_once_and_one_dropped(browser: WebDriver, address: str, photo: Path, tmp_path: Path) -> None:
@@ -301,7 +371,7 @@ def test_several_photos_at_once_and_one_dropped(browser: WebDriver, address: str
         browser.execute_cdp_cmd("Input.dispatchDragEvent", {"type": kind, "x": 20, "y": 20, "data": dropped})
     see(browser, ".pill", 3)
     assert [text.split("One pill")[0] for text in texts(browser, ".card h3")] == ["photo.jpg", "front.jpg", "back.jpg"]
-    assert asked(browser) == ["pipeline=single"] * 3 and urlsplit(browser.current_url).path == "/"
+    assert sent_queries(browser) == ["pipeline=single"] * 3 and urlsplit(browser.current_url).path == "/"
     for left in (2, 1, 0):
         browser.find_element(By.CSS_SELECTOR, ".card > header button").click()
         assert len(browser.find_elements(By.CSS_SELECTOR, ".card")) == left
@@ -312,50 +382,70 @@ def test_a_wrong_key_leads_to_its_field(browser: WebDriver, address: str, photo:
     visit(browser, address, key="wrong")
     send(browser, photo)
     alert = see(browser, "[role=alert]")[0].text
-    told = httpx.post(f"{address}/predict", headers={"X-API-Key": "wrong"}, files={"image": photo.read_bytes()}).json()
-    assert told["detail"] in alert and re.search(r"\b[0-9a-f]{32}\b", alert)
+    response = httpx.post(
+        f"{address}/predict", headers={"X-API-Key": "wrong"}, files={"image": photo.read_bytes()}
+    ).json()
+    assert response["detail"] in alert and re.search(r"\b[0-9a-f]{32}\b", alert)
     field = browser.switch_to.active_element
-    assert field.get_attribute("id") == "key" and field.get_attribute("aria-invalid") == "true" and browser.find_element(By.ID, "key-problem").is_displayed()
+    assert (
+        field.get_attribute("id") == "key"
+        and field.get_attribute("aria-invalid") == "true"
+        and browser.find_element(By.ID, "key-problem").is_displayed()
+    )
     field.send_keys(Keys.CONTROL, "a"), field.send_keys("\u00fcnknown", Keys.ENTER)
     see(browser, "[role=alert]")
     assert "no key has" in texts(browser, "[role=alert]")[0]
     field.send_keys(Keys.CONTROL, "a"), field.send_keys(RIGHT, Keys.ENTER)
     see(browser, ".pill")
-    assert not browser.find_elements(By.CSS_SELECTOR, "[role=alert]") and not browser.find_element(By.ID, "key-problem").is_displayed()
+    assert (
+        not browser.find_elements(By.CSS_SELECTOR, "[role=alert]")
+        and not browser.find_element(By.ID, "key-problem").is_displayed()
+    )
     browser.refresh()
     assert browser.find_element(By.ID, "key").get_attribute("value") == RIGHT, "kept for this tab"
-    stored = browser.execute_script("return [JSON.stringify({...localStorage}), JSON.stringify({...sessionStorage}), document.cookie]")
+    stored = browser.execute_script(
+        "return [JSON.stringify({...localStorage}), JSON.stringify({...sessionStorage}), document.cookie]"
+    )
     assert RIGHT not in stored[0] and RIGHT in stored[1] and stored[2] == "" and RIGHT not in browser.current_url
 
 
 @pytest.mark.parametrize("content, status", [(b"two white tablets", 415), (bytes(25_000_000), 413)])
-def test_what_is_no_photo_is_refused_in_the_servers_words(browser: WebDriver, address: str, tmp_path: Path, content: bytes, status: int) -> None:
+def test_bad_files_show_the_error_of_the_server(
+    browser: WebDriver, address: str, tmp_path: Path, content: bytes, status: int
+) -> None:
     (tmp_path / "letter.jpg").write_bytes(content)
     visit(browser, address)
     send(browser, tmp_path / "letter.jpg")
     alert = see(browser, "[role=alert]")[0].text
-    told = ask(address, tmp_path / "letter.jpg")
-    assert told.status_code == status and told.json()["detail"] in alert and re.search(r"\b[0-9a-f]{32}\b", alert)
+    response = post_photo(address, tmp_path / "letter.jpg")
+    assert (
+        response.status_code == status and response.json()["detail"] in alert and re.search(r"\b[0-9a-f]{32}\b", alert)
+    )
 
 
-def test_a_key_that_asks_too_often_waits(browser: WebDriver, models: Path, photo: Path) -> None:
+def test_a_rate_limited_key_waits(browser: WebDriver, models: Path, photo: Path) -> None:
     with serving(app_for(models, per_minute=1)) as address:
         visit(browser, address)
         send(browser, photo)
         see(browser, ".pill")
         send(browser, photo)
         alert = see(browser, "[role=alert]")[0].text
-        told = ask(address, photo)
-        assert told.status_code == 429 and re.sub(r"\d+", "N", told.json()["detail"]) in re.sub(r"\d+", "N", alert)
+        response = post_photo(address, photo)
+        assert response.status_code == 429 and re.sub(r"\d+", "N", response.json()["detail"]) in re.sub(
+            r"\d+", "N", alert
+        )
         button = browser.find_element(By.CSS_SELECTOR, ".card .actions button")
         first = int(re.search(r"\d+", texts(browser, "[role=timer]")[0]).group())
         assert 1 <= first <= 60 and not button.is_enabled()
         wait(browser, lambda: int(re.search(r"\d+", texts(browser, "[role=timer]")[0]).group()) < first)
-        assert asked(browser) == ["pipeline=single"] * 2, "nobody is asked before the time"
+        assert sent_queries(browser) == ["pipeline=single"] * 2, "no request before the time"
 
 
-def test_a_busy_server_is_asked_again_after_the_time_it_names(browser: WebDriver, models: Path, photo: Path) -> None:
-    app, refusals = app_for(models), [{"detail": "Busy: ask again in 1 second.", "code": "busy", "request_id": "0" * 32}]
+def test_a_busy_server_is_retried_after_retry_after(browser: WebDriver, models: Path, photo: Path) -> None:
+    app, refusals = (
+        app_for(models),
+        [{"detail": "Busy: ask again in 1 second.", "code": "busy", "request_id": "0" * 32}],
+    )
 
     async def busy_once(scope: Scope, receive: Receive, send: Send) -> None:
         refuse = scope["type"] == "http" and scope["path"] == "/predict" and refusals
@@ -365,10 +455,10 @@ def test_a_busy_server_is_asked_again_after_the_time_it_names(browser: WebDriver
         visit(browser, address)
         send(browser, photo)
         see(browser, ".pill")
-        assert not refusals and asked(browser) == ["pipeline=single"] * 2
+        assert not refusals and sent_queries(browser) == ["pipeline=single"] * 2
 
 
-def test_a_server_that_is_gone(browser: WebDriver, models: Path, photo: Path) -> None:
+def test_an_unreachable_server(browser: WebDriver, models: Path, photo: Path) -> None:
     with serving(app_for(models)) as address:
         visit(browser, address)
     send(browser, photo)
@@ -379,25 +469,34 @@ def test_a_server_that_is_gone(browser: WebDriver, models: Path, photo: Path) ->
 def test_korean_and_english(browser: WebDriver, address: str, photo: Path) -> None:
     speak(browser, "ko-KR")
     visit(browser, address)
-    assert browser.find_element(By.TAG_NAME, "html").get_attribute("lang") == "ko" and "알약" in browser.find_element(By.TAG_NAME, "h1").text and "알약" in browser.title
+    assert (
+        browser.find_element(By.TAG_NAME, "html").get_attribute("lang") == "ko"
+        and "알약" in browser.find_element(By.TAG_NAME, "h1").text
+        and "알약" in browser.title
+    )
     send(browser, photo)
     assert "확실함" in see(browser, ".pill")[0].text
     browser.find_element(By.CSS_SELECTOR, "[data-language=en]").click()
-    assert "Sure" in see(browser, ".pill")[0].text and browser.find_element(By.TAG_NAME, "html").get_attribute("lang") == "en"
+    assert (
+        "Sure" in see(browser, ".pill")[0].text
+        and browser.find_element(By.TAG_NAME, "html").get_attribute("lang") == "en"
+    )
     browser.refresh()
     assert browser.find_element(By.TAG_NAME, "h1").text == "Which pill is it?", "remembered"
     assert browser.find_element(By.CSS_SELECTOR, "[data-language=en]").get_attribute("aria-pressed") == "true"
     browser.find_element(By.CSS_SELECTOR, "[data-language=ko]").click()
     browser.find_element(By.ID, "key").send_keys("x")
     send(browser, photo)
-    told = see(browser, "[role=alert]")[0].text
-    assert "API 키가 맞지 않습니다" in told and "key is wrong" in told
+    alert = see(browser, "[role=alert]")[0].text
+    assert "API 키가 맞지 않습니다" in alert and "key is wrong" in alert
     assert not [text for text in texts(browser, "[data-text]") if not text.strip()]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_narrow_screen_and_everyones_eyes(browser: WebDriver, address: str, photo: Path, tmp_path: Path, scheme: str) -> None:
-    """360 pixels without scrolling sideways; names, roles and contrasts as axe-core wants them."""
+def test_narrow_screen_and_accessibility(
+    browser: WebDriver, address: str, photo: Path, tmp_path: Path, scheme: str
+) -> None:
+    """360 pixels without horizontal scrolling; names, roles and contrasts pass axe-core."""
     shutil.copy(photo, tmp_path / f"{'a-long-name-without-any-space' * 4}.jpg")
     Image.new("RGB", (320, 320), WITHOUT_NAME).save(tmp_path / "unclear.png")
 
@@ -414,7 +513,12 @@ def test_a_narrow_screen_and_everyones_eyes(browser: WebDriver, address: str, ph
         browser.find_element(By.CSS_SELECTOR, f"[data-language={language}]").click()
         choose(browser, "combo" if language == "ko" else "single")
         send(browser, *tmp_path.glob("*.jpg"), tmp_path / "unclear.png")
-        wait(browser, lambda: not browser.find_elements(By.CSS_SELECTOR, ".busy") and browser.find_elements(By.CSS_SELECTOR, ".pill"))
+        wait(
+            browser,
+            lambda: (
+                not browser.find_elements(By.CSS_SELECTOR, ".busy") and browser.find_elements(By.CSS_SELECTOR, ".pill")
+            ),
+        )
         for node in browser.find_elements(By.CSS_SELECTOR, "details:not([open]) summary"):
             browser.execute_script("arguments[0].click()", node)
         check(f"results, {language}")
@@ -424,7 +528,7 @@ def test_a_narrow_screen_and_everyones_eyes(browser: WebDriver, address: str, ph
     check("error")
 
 
-def test_with_the_keyboard_only(browser: WebDriver, address: str) -> None:
+def test_keyboard_only(browser: WebDriver, address: str) -> None:
     def press(*keys: str) -> WebElement:
         ActionChains(browser).send_keys(*keys).perform()
         return browser.switch_to.active_element
@@ -432,27 +536,44 @@ def test_with_the_keyboard_only(browser: WebDriver, address: str) -> None:
     def has_visible_focus() -> bool:
         return browser.execute_script("""
             const node = document.activeElement, shown = node.matches("[type=radio]") ? node.closest("label") : node;
-            return getComputedStyle(shown).outlineStyle === "solid" && parseFloat(getComputedStyle(shown).outlineWidth) >= 2;""")
+            const { outlineStyle, outlineWidth } = getComputedStyle(shown);
+            return outlineStyle === "solid" && parseFloat(outlineWidth) >= 2;""")
 
     visit(browser, address, key="")
-    way = []
+    path = []
     for _ in range(9):
         here = press(Keys.TAB)
         assert has_visible_focus(), here.get_attribute("outerHTML")
         if here.get_attribute("id") == "key":
             press(RIGHT)
-        way.append(here.get_attribute("id") or here.get_attribute("data-language") or here.get_attribute("value") or here.get_attribute("data-text"))
-    assert way == ["skip", "ko", "en", "single", "choose", "shoot", "key", "key_use", "docs"]
-    browser.execute_script("for (const id of ['photos', 'camera']) document.getElementById(id).addEventListener('click', (event) => { event.preventDefault(); event.target.dataset.opened = 'yes'; })")
+        path.append(
+            here.get_attribute("id")
+            or here.get_attribute("data-language")
+            or here.get_attribute("value")
+            or here.get_attribute("data-text")
+        )
+    assert path == ["skip", "ko", "en", "single", "choose", "shoot", "key", "key_use", "docs"]
+    browser.execute_script("""
+        for (const id of ["photos", "camera"])
+          document.getElementById(id).addEventListener("click", (event) => {
+            event.preventDefault();
+            event.target.dataset.opened = "yes";
+          });""")
     for button, field in (("choose", "photos"), ("shoot", "camera")):
         browser.execute_script("document.getElementById(arguments[0]).focus()", button)
         press(Keys.ENTER)
         assert browser.find_element(By.ID, field).get_attribute("data-opened") == "yes"
-    browser.execute_cdp_cmd("Browser.grantPermissions", {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"], "origin": address})
+    browser.execute_cdp_cmd(
+        "Browser.grantPermissions",
+        {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"], "origin": address},
+    )
     browser.execute_async_script("""
-        const done = arguments[0], canvas = Object.assign(document.createElement("canvas"), {width: 640, height: 480}), brush = canvas.getContext("2d");
+        const done = arguments[0];
+        const canvas = Object.assign(document.createElement("canvas"), {width: 640, height: 480});
+        const brush = canvas.getContext("2d");
         brush.fillStyle = "rgb(238, 234, 224)"; brush.fillRect(0, 0, 640, 480);
-        canvas.toBlob((blob) => navigator.clipboard.write([new ClipboardItem({"image/png": blob})]).then(() => done(), done));""")
+        const copy = (blob) => navigator.clipboard.write([new ClipboardItem({"image/png": blob})]);
+        canvas.toBlob((blob) => copy(blob).then(() => done(), done));""")
     ActionChains(browser).key_down(Keys.CONTROL).send_keys("v").key_up(Keys.CONTROL).perform()
     see(browser, ".hint")
     for _ in range(12):
@@ -461,14 +582,19 @@ def test_with_the_keyboard_only(browser: WebDriver, address: str) -> None:
             break
     press(Keys.ENTER)
     see(browser, ".pill", 2)
-    assert browser.switch_to.active_element.tag_name == "h3", "whoever asked is still at this photo"
-    assert asked(browser) == ["pipeline=single", "pipeline=combo"] and press(Keys.TAB).text == "Remove"
+    assert browser.switch_to.active_element.tag_name == "h3", "the focus is still at this photo"
+    assert sent_queries(browser) == ["pipeline=single", "pipeline=combo"] and press(Keys.TAB).text == "Remove"
     press(Keys.ENTER)
-    assert not browser.find_elements(By.CSS_SELECTOR, ".card") and browser.switch_to.active_element.get_attribute("id") == "choose"
+    assert (
+        not browser.find_elements(By.CSS_SELECTOR, ".card")
+        and browser.switch_to.active_element.get_attribute("id") == "choose"
+    )
     assert quiet(browser)
 
 
-def test_names_are_text_and_never_markup(browser: WebDriver, tmp_path: Path, photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_are_text_and_never_markup(
+    browser: WebDriver, tmp_path: Path, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     name = "<img src=x onerror=\"document.title='taken over'\"><b>Tablet</b>"
     drugs = ClassMap([Drug(code, name) for code in DRUGS.codes])
     monkeypatch.setattr(tiny_models, "RULES", replace(tiny_models.RULES, class_map=drugs))
@@ -478,11 +604,17 @@ def test_names_are_text_and_never_markup(browser: WebDriver, tmp_path: Path, pho
         visit(browser, address)
         send(browser, tmp_path / "<i>photo<i>.jpg")
         see(browser, ".pill")
-        assert texts(browser, ".pill h4") == [f"1{name}"] and texts(browser, ".card h3")[0].startswith("<i>photo<i>.jpg")
-        assert len(browser.find_elements(By.CSS_SELECTOR, ".card img")) == 1 and browser.title.startswith("pillsnap") and quiet(browser)
+        assert texts(browser, ".pill h4") == [f"1{name}"] and texts(browser, ".card h3")[0].startswith(
+            "<i>photo<i>.jpg"
+        )
+        assert (
+            len(browser.find_elements(By.CSS_SELECTOR, ".card img")) == 1
+            and browser.title.startswith("pillsnap")
+            and quiet(browser)
+        )
 
 
-def test_the_page_talks_to_its_own_server_only(browser: WebDriver, address: str, photo: Path) -> None:
+def test_the_page_sends_requests_to_its_own_server_only(browser: WebDriver, address: str, photo: Path) -> None:
     visit(browser, address)
     browser.refresh()
     send(browser, photo)
@@ -492,11 +624,17 @@ def test_the_page_talks_to_its_own_server_only(browser: WebDriver, address: str,
     browser.find_element(By.CSS_SELECTOR, "[data-path='/health']").click()
     see(browser, ".try-out__btn")[0].click()
     see(browser, ".execute")[0].click()
-    assert '"ok"' in wait(browser, lambda: texts(browser, ".live-responses-table pre"))[0], "the API can be tried out there"
+    assert '"ok"' in wait(browser, lambda: texts(browser, ".live-responses-table pre"))[0], (
+        "the API can be tried out there"
+    )
     made = requests(browser)
-    hosts = {urlsplit(request["url"]).netloc for request in made if urlsplit(request["url"]).scheme not in ("data", "blob")}
+    hosts = {
+        urlsplit(request["url"]).netloc for request in made if urlsplit(request["url"]).scheme not in ("data", "blob")
+    }
     assert hosts == {urlsplit(address).netloc} and not [request for request in made if RIGHT in request["url"]]
-    assert {"/", "/page.css", "/page.js", "/predict", "/docs", "/openapi.json"} <= {urlsplit(request["url"]).path for request in made}
+    assert {"/", "/page.css", "/page.js", "/predict", "/docs", "/openapi.json"} <= {
+        urlsplit(request["url"]).path for request in made
+    }
     assert quiet(browser)
 
 
@@ -504,29 +642,62 @@ def test_an_installed_package_has_the_page(tmp_path: Path) -> None:
     for name in ("setup.py", "settings.ini"):
         shutil.copy(CONFIG.parent / name, tmp_path)
     shutil.copytree(CONFIG.parent / "pillsnap", tmp_path / "pillsnap", ignore=shutil.ignore_patterns("__pycache__"))
-    subprocess.run([sys.executable, "setup.py", "--quiet", "bdist_wheel", "--dist-dir", "wheels"], cwd=tmp_path, capture_output=True, check=True)
+    subprocess.run(
+        [sys.executable, "setup.py", "--quiet", "bdist_wheel", "--dist-dir", "wheels"],
+        cwd=tmp_path,
+        capture_output=True,
+        check=True,
+    )
     with ZipFile(next((tmp_path / "wheels").glob("*.whl"))) as wheel:
-        assert {f"pillsnap/service/page_files/{name}" for name in ("page.html", "page.css", "page.js")} < set(wheel.namelist())
+        assert {f"pillsnap/service/page/files/{name}" for name in ("page.html", "page.css", "page.js")} < set(
+            wheel.namelist()
+        )
 
 
-def test_every_answer_has_the_headers(models: Path, jpeg: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_response_has_the_security_headers(models: Path, jpeg: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("nobody expected this")
 
     client = TestClient(app_for(models), raise_server_exceptions=False)
-    asked = {"Origin": "https://pillsnap.co.kr", "Access-Control-Request-Method": "POST"}
-    answers = [client.get(path) for path in ("/", "/page.css", "/page.js", "/docs", "/docs/swagger-ui.css", "/openapi.json", "/health", "/nowhere", "/classes")]
-    answers += [client.get("/page.js", headers={"If-None-Match": client.get("/page.js").headers["etag"]}), client.options("/predict", headers=asked), client.put("/predict")]
-    answers += [client.post("/predict", headers=KEY, files={"image": content}) for content in (jpeg, b"a letter", bytes(25_000_000))]
-    monkeypatch.setattr(Identifier, "cut", fail)
-    answers.append(client.post("/predict", headers=KEY, files={"image": jpeg}))
-    assert [answer.status_code for answer in answers] == [200] * 7 + [404, 401, 304, 200, 405, 200, 415, 413, 500]
-    for answer in answers:
-        assert {name.lower() for name in HEADERS} <= set(answer.headers), answer.request.url
-        assert "strict-transport-security" not in answer.headers
+    preflight = {"Origin": "https://pillsnap.co.kr", "Access-Control-Request-Method": "POST"}
+    responses = [
+        client.get(path)
+        for path in (
+            "/",
+            "/page.css",
+            "/page.js",
+            "/docs",
+            "/docs/swagger-ui.css",
+            "/openapi.json",
+            "/health",
+            "/nowhere",
+            "/classes",
+        )
+    ]
+    responses += [
+        client.get("/page.js", headers={"If-None-Match": client.get("/page.js").headers["etag"]}),
+        client.options("/predict", headers=preflight),
+        client.put("/predict"),
+    ]
+    responses += [
+        client.post("/predict", headers=KEY, files={"image": content})
+        for content in (jpeg, b"a letter", bytes(25_000_000))
+    ]
+    monkeypatch.setattr(Identifier, "crop_pills", fail)
+    responses.append(client.post("/predict", headers=KEY, files={"image": jpeg}))
+    assert [response.status_code for response in responses] == [200] * 7 + [404, 401, 304, 200, 405, 200, 415, 413, 500]
+    for response in responses:
+        assert {name.lower() for name in HEADERS} <= set(response.headers), response.request.url
+        assert "strict-transport-security" not in response.headers
     kept = {"/", "/page.css", "/page.js", "/docs/swagger-ui.css"}
-    assert {answer.request.url.path for answer in answers if answer.headers["cache-control"] != "no-store"} == kept
-    policies = {answer.request.url.path: answer.headers["content-security-policy"] for answer in answers}
+    assert {
+        response.request.url.path for response in responses if response.headers["cache-control"] != "no-store"
+    } == kept
+    policies = {response.request.url.path: response.headers["content-security-policy"] for response in responses}
     assert not [path for path, policy in policies.items() if "unsafe" in policy]
     assert {path for path, policy in policies.items() if policy != HEADERS["Content-Security-Policy"]} == {"/docs"}
-    assert client.get("/health", headers={"X-Forwarded-Proto": "https"}).headers["strict-transport-security"].startswith("max-age=")
+    assert (
+        client.get("/health", headers={"X-Forwarded-Proto": "https"})
+        .headers["strict-transport-security"]
+        .startswith("max-age=")
+    )

@@ -1,4 +1,5 @@
 """The run notebooks as a user starts them: papermill, from another folder, with parameters right and wrong."""
+
 from __future__ import annotations
 
 import json
@@ -11,7 +12,7 @@ import pytest
 from conftest import TINY
 from papermill import inspect_notebook
 
-from pillsnap.runtime.load import load_identifier
+from pillsnap.answer.factory import load_identifier
 
 ROOT = Path(__file__).parents[1]
 
@@ -24,12 +25,32 @@ def papermill(folder: Path, notebook: str, *arguments: str) -> subprocess.Comple
 
 def test_train_evaluate_and_export_run_one_after_the_other(tiny_data: Path, tmp_path: Path):
     overrides = shlex.join([*TINY, f"paths.cache_root={tmp_path / 'cache'}"])
-    trained = papermill(tmp_path, "10_train.ipynb", "-p", "stage", "1", "-p", "data_root", str(tiny_data), "-p", "profile", "cpu", "-p", "run_dir", str(tmp_path / "run"), "-p", "overrides", overrides)
+    trained = papermill(
+        tmp_path,
+        "10_train.ipynb",
+        "-p",
+        "stage",
+        "1",
+        "-p",
+        "data_root",
+        str(tiny_data),
+        "-p",
+        "profile",
+        "cpu",
+        "-p",
+        "run_dir",
+        str(tmp_path / "run"),
+        "-p",
+        "overrides",
+        overrides,
+    )
     assert trained.returncode == 0, trained.stderr[-2000:]
     book = json.loads((tmp_path / "out.ipynb").read_text())
     outputs = [output for cell in book["cells"] for output in cell.get("outputs", [])]
-    assert sum("image/png" in output.get("data", {}) for output in outputs) == 4, "the curves while it went on, and three pictures of them at the end"
-    assert sum("image/jpeg" in output.get("data", {}) for output in outputs) >= 1, "a batch as the networks saw it"
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 4, (
+        "the curves during the training, and three plots at the end"
+    )
+    assert sum("image/jpeg" in output.get("data", {}) for output in outputs) >= 1, "a training batch"
     advice = tmp_path / "run" / "reports" / "stage_1_evaluation.json"
     assert json.loads(advice.read_text())["measured_on"] == "validation"
     evaluated = papermill(tmp_path, "11_evaluate.ipynb", "-p", "run_dir", str(tmp_path / "run"))
@@ -41,20 +62,23 @@ def test_train_evaluate_and_export_run_one_after_the_other(tiny_data: Path, tmp_
     assert len(load_identifier(tmp_path / "run" / "export").rules.class_map) == 3
 
 
-@pytest.mark.parametrize("arguments, sentence", [
-    (["-p", "stgae", "1"], "stgae is not a parameter of this notebook"),
-    (["-p", "stage", "9"], "stage"),
-    (["-p", "data_root", "/nowhere/pills"], "There is no folder /nowhere/pills"),
-    (["-p", "overrides", "train.lrr=1"], "train.lr"),
-])
-def test_wrong_parameters_train_nothing_and_say_why(arguments: list[str], sentence: str, tmp_path: Path):
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["-p", "stgae", "1"], "stgae is not a parameter of this notebook"),
+        (["-p", "stage", "9"], "stage"),
+        (["-p", "data_root", "/nowhere/pills"], "There is no folder /nowhere/pills"),
+        (["-p", "overrides", "train.lrr=1"], "train.lr"),
+    ],
+)
+def test_wrong_parameters_train_nothing_and_raise_the_reason(arguments: list[str], sentence: str, tmp_path: Path):
     result = papermill(tmp_path, "10_train.ipynb", "-p", "run_dir", str(tmp_path / "run"), *arguments)
     assert result.returncode != 0
     assert sentence in result.stderr
     assert not (tmp_path / "run" / "last.pt").exists()
 
 
-def test_evaluating_a_folder_without_a_model_says_so(tmp_path: Path):
+def test_evaluating_a_folder_without_a_model_raises_the_reason(tmp_path: Path):
     result = papermill(tmp_path, "11_evaluate.ipynb", "-p", "run_dir", str(tmp_path))
     assert result.returncode != 0
     assert "SettingsError" in result.stderr and "config.yaml" in result.stderr
@@ -62,8 +86,10 @@ def test_evaluating_a_folder_without_a_model_says_so(tmp_path: Path):
 
 @pytest.mark.parametrize("notebook", ["10_train.ipynb", "11_evaluate.ipynb", "12_export.ipynb"])
 def test_papermill_understands_every_parameter(notebook: str):
-    """papermill skips a parameter line with a second `=` in it, and then warns about a parameter that is there."""
-    found = {parameter["name"]: parameter["help"] for parameter in inspect_notebook(str(ROOT / "nbs" / notebook)).values()}
+    """papermill skips a parameter line with a second `=` in it, and then warns about an unknown parameter."""
+    found = {
+        parameter["name"]: parameter["help"] for parameter in inspect_notebook(str(ROOT / "nbs" / notebook)).values()
+    }
     book = json.loads((ROOT / "nbs" / notebook).read_text(encoding="utf-8"))
     cell = next(cell for cell in book["cells"] if "parameters" in cell["metadata"].get("tags", []))
     assert len(found) == len([line for line in "".join(cell["source"]).splitlines() if line.strip()])

@@ -1,4 +1,5 @@
-"""Photos as people and phones send them: odd modes, turned, cut off, far too large, or no photos at all."""
+"""Photos as users and phones send them: unusual modes, turned, truncated, far too large, or no photos at all."""
+
 from __future__ import annotations
 
 import io
@@ -14,28 +15,17 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps, PngImagePlugin
 
+from pillsnap.answer.crops import crop_pill
 from pillsnap.runtime import images
 from pillsnap.runtime.boxes import Box
-from pillsnap.runtime.images import (
-    GREY,
-    DamagedImage,
-    ImageError,
-    NotAnImage,
-    Placement,
-    TooManyPixels,
-    crop_pill,
-    decode_image,
-    letterbox,
-    normalise,
-    to_letterbox,
-    to_photo,
-)
+from pillsnap.runtime.images import DamagedImage, ImageError, NotAnImage, TooManyPixels, decode_image
+from pillsnap.runtime.letterbox import GREY, Placement, letterbox, normalise, to_letterbox, to_photo
 
 WIDTH, HEIGHT = 96, 64
 
 
-def picture() -> Image.Image:
-    """A smooth picture without any symmetry, so that a wrong turn shows."""
+def smooth_image() -> Image.Image:
+    """A smooth image without any symmetry, so that a wrong orientation shows."""
     across, down = np.linspace(20, 230, WIDTH), np.linspace(0, 120, HEIGHT)
     red = np.broadcast_to(across, (HEIGHT, WIDTH))
     green = np.broadcast_to(down[:, None], (HEIGHT, WIDTH))
@@ -54,7 +44,7 @@ def png_chunk(kind: bytes, body: bytes) -> bytes:
 
 
 def one_bit_png(width: int, height: int) -> bytes:
-    """A whole, valid PNG of any size in a few kilobytes."""
+    """A valid PNG of any size in a few kilobytes."""
     rows = zlib.compress(bytes((width + 7) // 8 + 1) * height, 9)
     header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", rows) + png_chunk(b"IEND", b"")
@@ -65,21 +55,39 @@ def difference(first: np.ndarray, second: np.ndarray) -> float:
     return float(np.abs(first.astype(int) - second.astype(int)).mean())
 
 
-@pytest.mark.parametrize("kind, options, largest", [
-    ("PNG", {}, 0), ("BMP", {}, 0), ("WEBP", {"lossless": True}, 0), ("WEBP", {"quality": 95}, 3),
-    ("JPEG", {"quality": 95}, 2), ("JPEG", {"quality": 95, "progressive": True}, 2),
-])
-def test_ordinary_pictures(kind: str, options: dict, largest: float) -> None:
-    decoded = decode_image(saved(picture(), kind, **options))
+@pytest.mark.parametrize(
+    "kind, options, largest",
+    [
+        ("PNG", {}, 0),
+        ("BMP", {}, 0),
+        ("WEBP", {"lossless": True}, 0),
+        ("WEBP", {"quality": 95}, 3),
+        ("JPEG", {"quality": 95}, 2),
+        ("JPEG", {"quality": 95, "progressive": True}, 2),
+    ],
+)
+def test_ordinary_images(kind: str, options: dict, largest: float) -> None:
+    decoded = decode_image(saved(smooth_image(), kind, **options))
     assert decoded.dtype == np.uint8 and decoded.flags.c_contiguous
-    assert difference(decoded, np.asarray(picture())) <= largest
+    assert difference(decoded, np.asarray(smooth_image())) <= largest
 
 
-@pytest.mark.parametrize("mode, kind", [
-    ("L", "PNG"), ("L", "JPEG"), ("1", "PNG"), ("P", "PNG"), ("RGBA", "PNG"), ("LA", "PNG"), ("RGBA", "WEBP"), ("CMYK", "JPEG"), ("P", "BMP"),
-])
-def test_odd_modes_become_rgb(mode: str, kind: str) -> None:
-    source = picture().convert(mode)
+@pytest.mark.parametrize(
+    "mode, kind",
+    [
+        ("L", "PNG"),
+        ("L", "JPEG"),
+        ("1", "PNG"),
+        ("P", "PNG"),
+        ("RGBA", "PNG"),
+        ("LA", "PNG"),
+        ("RGBA", "WEBP"),
+        ("CMYK", "JPEG"),
+        ("P", "BMP"),
+    ],
+)
+def test_unusual_modes_become_rgb(mode: str, kind: str) -> None:
+    source = smooth_image().convert(mode)
     decoded = decode_image(saved(source, kind))
     assert decoded.shape == (HEIGHT, WIDTH, 3) and decoded.dtype == np.uint8
     assert difference(decoded, np.asarray(source.convert("RGB"))) < 4
@@ -98,13 +106,13 @@ def test_sixteen_bits_keep_the_upper_eight(shape: tuple[int, ...]) -> None:
 
 
 def test_transparent_becomes_white() -> None:
-    source = picture().convert("RGBA")
+    source = smooth_image().convert("RGBA")
     source.paste((200, 0, 0, 0), (0, 0, 10, 10))
     source.paste((0, 0, 0, 128), (20, 0, 30, 10))
     decoded = decode_image(saved(source, "PNG"))
     assert decoded[5, 5].tolist() == [255, 255, 255]
     assert np.abs(decoded[5, 25].astype(int) - 127).max() <= 1
-    palette = picture().convert("P")
+    palette = smooth_image().convert("P")
     palette.info["transparency"] = palette.getpixel((0, 0))
     assert decode_image(saved(palette, "PNG"))[0, 0].tolist() == [255, 255, 255]
 
@@ -115,12 +123,14 @@ def test_exif_orientation_is_applied_once(orientation: int, kind: str) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     options = {"lossless": True} if kind == "WEBP" else {}
-    data = saved(picture(), kind, exif=exif, **options)
+    data = saved(smooth_image(), kind, exif=exif, **options)
     expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"))
     assert difference(decode_image(data), expected) <= 1
 
 
-@pytest.mark.parametrize("options", [{}, {"compress_level": 9}, {"gamma": True}, {"icc_profile": b"not a real profile"}, {"dpi": (300, 300)}])
+@pytest.mark.parametrize(
+    "options", [{}, {"compress_level": 9}, {"gamma": True}, {"icc_profile": b"not a real profile"}, {"dpi": (300, 300)}]
+)
 def test_a_png_has_the_same_pixels_for_every_decoder(options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     pixels = np.random.default_rng(3).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
     info = PngImagePlugin.PngInfo()
@@ -140,36 +150,40 @@ def test_a_png_has_the_same_pixels_for_every_decoder(options: dict, monkeypatch:
 def test_exif_behind_the_pixels_of_a_png() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
-    plain = saved(picture(), "PNG")
+    plain = saved(smooth_image(), "PNG")
     late = plain[:-12] + png_chunk(b"eXIf", exif.tobytes().removeprefix(b"Exif\x00\x00")) + plain[-12:]
     assert decode_image(late).shape == (WIDTH, HEIGHT, 3)
 
 
-def test_damaged_exif_does_not_matter() -> None:
+def test_damaged_exif_is_ignored() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
-    data = bytearray(saved(picture(), "JPEG", exif=exif))
+    data = bytearray(saved(smooth_image(), "JPEG", exif=exif))
     start = data.index(b"Exif\x00\x00") + 6
-    data[start:start + 8] = b"\xff" * 8
+    data[start : start + 8] = b"\xff" * 8
     assert decode_image(bytes(data)).shape == (HEIGHT, WIDTH, 3)
 
 
-@pytest.mark.parametrize("kind, mode", [("JPEG", "RGB"), ("JPEG", "CMYK"), ("PNG", "RGB"), ("PNG", "RGBA"), ("WEBP", "RGB"), ("BMP", "RGB")])
-@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
-def test_cut_off_pictures_are_refused(kind: str, mode: str, share: float) -> None:
+@pytest.mark.parametrize(
+    "kind, mode", [("JPEG", "RGB"), ("JPEG", "CMYK"), ("PNG", "RGB"), ("PNG", "RGBA"), ("WEBP", "RGB"), ("BMP", "RGB")]
+)
+@pytest.mark.parametrize("fraction", [0.1, 0.5, 0.9])
+def test_truncated_images_are_refused(kind: str, mode: str, fraction: float) -> None:
     noise = np.random.default_rng(1).integers(0, 255, (HEIGHT, WIDTH, 3)).astype(np.uint8)
     data = saved(Image.fromarray(noise).convert(mode), kind)
     with pytest.raises(DamagedImage, match="damaged"):
-        decode_image(data[: int(len(data) * share)])
+        decode_image(data[: int(len(data) * fraction)])
 
 
-def test_bytes_behind_the_picture_do_not_matter() -> None:
+def test_bytes_behind_the_image_are_ignored() -> None:
     for kind in ("JPEG", "PNG"):
-        plain = saved(picture(), kind)
+        plain = saved(smooth_image(), kind)
         assert np.array_equal(decode_image(plain + bytes(300) + b"trailer of a phone"), decode_image(plain))
 
 
-@pytest.mark.parametrize("data", [b"", b"x", b"two white tablets\n" * 400, b"%PDF-1.7\n", b"GIF89a" + bytes(60), bytes(5000)])
+@pytest.mark.parametrize(
+    "data", [b"", b"x", b"two white tablets\n" * 400, b"%PDF-1.7\n", b"GIF89a" + bytes(60), bytes(5000)]
+)
 def test_other_files_are_refused(data: bytes) -> None:
     with pytest.raises(NotAnImage):
         decode_image(data)
@@ -186,15 +200,15 @@ def test_hundred_megapixels_are_refused_before_decoding() -> None:
     with pytest.raises(TooManyPixels):
         decode_image(one_bit_png(60_000, 60_000))
     with pytest.raises(TooManyPixels):
-        decode_image(saved(picture(), "JPEG"), max_pixels=WIDTH * HEIGHT - 1)
-    assert decode_image(saved(picture(), "JPEG"), max_pixels=WIDTH * HEIGHT).shape == (HEIGHT, WIDTH, 3)
+        decode_image(saved(smooth_image(), "JPEG"), max_pixels=WIDTH * HEIGHT - 1)
+    assert decode_image(saved(smooth_image(), "JPEG"), max_pixels=WIDTH * HEIGHT).shape == (HEIGHT, WIDTH, 3)
 
 
 def test_paths_are_named_in_the_message(tmp_path: Path) -> None:
     good, bad = tmp_path / "알약 사진.png", tmp_path / "notes.jpg"
-    good.write_bytes(saved(picture(), "PNG"))
+    good.write_bytes(saved(smooth_image(), "PNG"))
     bad.write_text("not a photo")
-    assert np.array_equal(decode_image(good), np.asarray(picture()))
+    assert np.array_equal(decode_image(good), np.asarray(smooth_image()))
     for path in (bad, tmp_path / "missing.png", tmp_path):
         with pytest.raises(ImageError, match=str(path.name)):
             decode_image(path)
@@ -204,11 +218,11 @@ def test_random_damage_never_raises_anything_else() -> None:
     random = np.random.default_rng(2)
     kinds = [("JPEG", "RGB"), ("JPEG", "CMYK"), ("PNG", "RGB"), ("PNG", "P"), ("WEBP", "RGBA"), ("BMP", "RGB")]
     for kind, mode in kinds:
-        whole = saved(picture().convert(mode), kind)
+        intact = saved(smooth_image().convert(mode), kind)
         for _ in range(80):
-            broken = bytearray(whole)
-            for place in random.integers(0, len(broken), 3):
-                broken[place] = random.integers(0, 256)
+            broken = bytearray(intact)
+            for offset in random.integers(0, len(broken), 3):
+                broken[offset] = random.integers(0, 256)
             try:
                 decoded = decode_image(bytes(broken), max_pixels=1_000_000)
             except ImageError:
@@ -216,11 +230,12 @@ def test_random_damage_never_raises_anything_else() -> None:
             assert decoded.dtype == np.uint8 and decoded.ndim == 3 and decoded.shape[2] == 3
 
 
-def test_module_needs_nothing_from_its_chapter() -> None:
+def test_module_imports_all_that_it_needs() -> None:
     """Every error path works in a fresh process, where no notebook has imported anything."""
     check = (
         "import sys; from pillsnap.runtime.images import decode_image, ImageError\n"
-        "for data in (b'', b'text', b'\\x89PNG\\r\\n\\x1a\\n' + bytes(40), b'\\xff\\xd8\\xff\\xe0' + bytes(40), b'BM' + bytes(60)):\n"
+        "png, jpeg = b'\\x89PNG\\r\\n\\x1a\\n' + bytes(40), b'\\xff\\xd8\\xff\\xe0' + bytes(40)\n"
+        "for data in (b'', b'text', png, jpeg, b'BM' + bytes(60)):\n"
         "    try:\n        decode_image(data)\n"
         "    except ImageError as error:\n        print(type(error).__name__)\n"
         "assert 'torch' not in sys.modules"
@@ -235,9 +250,20 @@ def test_crop_is_square_padded_and_never_outside() -> None:
     crop = crop_pill(photo, Box(80, 40, 120, 60), margin=0.1)
     assert crop.shape == (48, 48, 3) and (crop == 200).all()
     corner = crop_pill(photo, Box(0, 0, 40, 40), margin=0.25)
-    assert corner.shape == (60, 60, 3) and (corner[:10] == GREY).all() and (corner[:, :10] == GREY).all() and (corner[10:, 10:] == 200).all()
+    assert (
+        corner.shape == (60, 60, 3)
+        and (corner[:10] == GREY).all()
+        and (corner[:, :10] == GREY).all()
+        and (corner[10:, 10:] == 200).all()
+    )
     assert crop_pill(photo, Box(-500, -500, 9000, 9000)).shape[0] == 248
-    for bad in (Box(200, 0, 220, 20), Box(0, 100, 9, 120), Box(5, 5, 5, 9), Box(9, 9, 5, 5), Box(0, 0, float("inf"), 9)):
+    for bad in (
+        Box(200, 0, 220, 20),
+        Box(0, 100, 9, 120),
+        Box(5, 5, 5, 9),
+        Box(9, 9, 5, 5),
+        Box(0, 0, float("inf"), 9),
+    ):
         with pytest.raises(ValueError, match="box"):
             crop_pill(photo, bad)
 

@@ -1,4 +1,4 @@
-"""The embedded sample: layout, labels, pictures that are always the same, and a write that survives an interruption."""
+"""The embedded sample: layout, labels, reproducible photos, and a write that survives an interruption."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import cv2
 import numpy as np
 import pytest
 
-from pillsnap.data import sample
-from pillsnap.data.aihub_layout import looks_like_aihub
-from pillsnap.data.aihub_names import parse_photo_name
-from pillsnap.data.readers import read_all
-from pillsnap.data.sample import SampleError, draw_photo, write_sample
-from pillsnap.data.sample_drugs import sample_drugs
-from pillsnap.data.sample_plan import PlannedPhoto, arrange, gap, plan_sample, random_of, turned
-from pillsnap.data.sample_relief import relief
+from pillsnap.data.readers.aihub_layout import looks_like_aihub
+from pillsnap.data.readers.aihub_names import parse_photo_name
+from pillsnap.data.readers.layouts import read_all
+from pillsnap.sample import write as sample
+from pillsnap.sample.drugs import sample_drugs
+from pillsnap.sample.plan import PlannedPhoto, arrange, gap, plan_sample, random_of, turned
+from pillsnap.sample.relief import relief
+from pillsnap.sample.write import SampleError, draw_photo, write_sample
 
 
 def few_of_each(seed: int = 42) -> list[PlannedPhoto]:
@@ -35,7 +35,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return write_sample(tmp_path_factory.mktemp("sample") / "set", workers=1)
 
 
-def pictures(root: Path) -> dict[str, bytes]:
+def files_of(root: Path) -> dict[str, bytes]:
     """Every file of a sample by its path."""
     return {path.relative_to(root).as_posix(): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
 
@@ -55,7 +55,9 @@ def test_plan_has_two_photos_of_each_session_and_all_drugs_in_combinations() -> 
     plan = plan_sample()
     singles = [photo for photo in plan if photo.split == "train" and photo.single]
     assert set(Counter(photo.drugs[0].code for photo in singles).values()) == {34}
-    sessions = Counter((photo.codes, photo.side, photo.view.background, photo.view.light, photo.view.elevation) for photo in singles)
+    sessions = Counter(
+        (photo.codes, photo.side, photo.view.background, photo.view.light, photo.view.elevation) for photo in singles
+    )
     assert set(sessions.values()) == {2}
     used = Counter(drug.code for photo in plan if photo.split == "train" and not photo.single for drug in photo.drugs)
     assert len(used) == 50 and max(used.values()) - min(used.values()) <= 6
@@ -63,10 +65,12 @@ def test_plan_has_two_photos_of_each_session_and_all_drugs_in_combinations() -> 
     assert len(arrangements) == 100 and set(arrangements.values()) == {3}
 
 
-def test_layout_and_names_are_those_of_the_original(small: Path) -> None:
+def test_layout_and_names_match_the_original(small: Path) -> None:
     expected = {
-        "train/images/single/TS_1_single/K-000012", "train/labels/single/TL_1_single/K-000012_json",
-        "val/images/single/VS_1_single/K-000901", "val/labels/single/VL_1_single/K-000901_json",
+        "train/images/single/TS_1_single/K-000012",
+        "train/labels/single/TL_1_single/K-000012_json",
+        "val/images/single/VS_1_single/K-000901",
+        "val/labels/single/VL_1_single/K-000901_json",
     }
     folders = {path.relative_to(small).as_posix() for path in small.rglob("*") if path.is_dir()}
     assert expected <= folders
@@ -74,7 +78,11 @@ def test_layout_and_names_are_those_of_the_original(small: Path) -> None:
     for path in small.rglob("*.png"):
         if not path.name.endswith("index.png"):
             _, session = parse_photo_name(path.stem)
-            assert session.elevation in (60, 70, 75, 90) and session.azimuth % 20 == 0 and session.side in ("front", "back")
+            assert (
+                session.elevation in (60, 70, 75, 90)
+                and session.azimuth % 20 == 0
+                and session.side in ("front", "back")
+            )
 
 
 def test_labels_match_their_photo(small: Path) -> None:
@@ -82,14 +90,14 @@ def test_labels_match_their_photo(small: Path) -> None:
     for path in small.rglob("*_json/**/*.json"):
         content = json.loads(path.read_text(encoding="utf-8"))
         facts, annotation = content["images"][0], content["annotations"][0]
-        picture = cv2.imread(str(images[path.stem]))
-        assert (facts["width"], facts["height"]) == (488, 640) == picture.shape[1::-1]
+        image = cv2.imread(str(images[path.stem]))
+        assert (facts["width"], facts["height"]) == (488, 640) == image.shape[1::-1]
         assert facts["file_name"] == images[path.stem].name and facts["drug_N"][2:] in path.stem
         x, y, width, height = annotation["bbox"]
         assert x >= 0 and y >= 0 and x + width <= 488 and y + height <= 640 and 60 <= max(width, height) <= 260
 
 
-def test_the_original_reader_takes_every_photo(small: Path) -> None:
+def test_the_aihub_reader_reads_every_photo(small: Path) -> None:
     assert looks_like_aihub(small)
     result = read_all(small)
     assert not result.quarantined
@@ -99,12 +107,16 @@ def test_the_original_reader_takes_every_photo(small: Path) -> None:
 
 
 def test_box_is_tight() -> None:
-    photo = next(photo for photo in plan_sample() if photo.drugs[0].colors == ("yellow",) and photo.view.background == 0)
-    picture, ((x, y, width, height),) = draw_photo(photo)
-    red, green, blue = (picture[..., channel].astype(int) for channel in range(3))
+    photo = next(
+        photo for photo in plan_sample() if photo.drugs[0].colors == ("yellow",) and photo.view.background == 0
+    )
+    image, ((x, y, width, height),) = draw_photo(photo)
+    red, green, blue = (image[..., channel].astype(int) for channel in range(3))
     rows, columns = np.nonzero((red - blue > 60) & (green > 60))
     assert abs(columns.min() - x) <= 4 and abs(rows.min() - y) <= 4
-    assert abs(columns.max() + 1 - x - width) <= 4 and abs(rows.max() + 1 - y - height) <= 8, "the foot of a pill may be in the dark"
+    assert abs(columns.max() + 1 - x - width) <= 4 and abs(rows.max() + 1 - y - height) <= 8, (
+        "the foot of a pill may be in the dark"
+    )
 
 
 def test_pills_touch_but_do_not_overlap() -> None:
@@ -117,33 +129,35 @@ def test_pills_touch_but_do_not_overlap() -> None:
     assert 25 <= sum(distance < 0.05 for distance in closest) <= 65
 
 
-def test_same_bytes_whatever_the_order_and_the_workers(tmp_path: Path) -> None:
+def test_same_bytes_for_any_order_and_number_of_workers(tmp_path: Path) -> None:
     one = write_sample(tmp_path / "one", workers=1, _limit=20)
     two = write_sample(tmp_path / "two", workers=2, _limit=20)
-    assert pictures(one) == pictures(two)
+    assert files_of(one) == files_of(two)
     photos = plan_sample()[:2]
     assert not np.array_equal(draw_photo(photos[0], 42)[0], draw_photo(photos[0], 43)[0])
     assert np.array_equal(draw_photo(photos[1])[0], cv2.imread(str(photos[1].image(one)))[..., ::-1])
 
 
-def test_finished_sample_is_reused_and_a_lost_photo_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_sample_is_reused_and_a_lost_photo_is_rewritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = write_sample(tmp_path / "set", workers=1, _limit=6)
-    before = pictures(root)
+    before = files_of(root)
     monkeypatch.setattr(sample, "_write_photos", lambda *_: pytest.fail("a finished sample is written again"))
     write_sample(root, workers=1, _limit=6)
     write_sample(root, workers=1, _limit=3)
     monkeypatch.undo()
     plan_sample()[2].image(root).unlink()
     write_sample(root, workers=1, _limit=6)
-    assert pictures(root) == before
+    assert files_of(root) == before
 
 
 def test_interrupted_write_is_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = tmp_path / "set"
-    whole = pictures(write_sample(tmp_path / "whole", workers=1, _limit=5))
+    whole = files_of(write_sample(tmp_path / "whole", workers=1, _limit=5))
     real, done = sample.draw_photo, []
 
-    def stops(photo: PlannedPhoto, seed: int) -> tuple:
+    def stops(photo: PlannedPhoto, seed: int) -> tuple[np.ndarray, list[tuple[int, int, int, int]]]:
         if len(done) == 3:
             raise KeyboardInterrupt
         done.append(photo)
@@ -155,10 +169,10 @@ def test_interrupted_write_is_completed(tmp_path: Path, monkeypatch: pytest.Monk
     assert not (root / "sample.json").exists() and len(list(root.rglob("*.png"))) == 3
     monkeypatch.undo()
     write_sample(root, workers=1, _limit=5)
-    assert pictures(root) == whole
+    assert files_of(root) == whole
 
 
-def test_a_relief_is_the_same_to_the_last_bit_wherever_it_lies_in_memory() -> None:
+def test_a_relief_is_bitwise_reproducible_at_any_memory_address() -> None:
     threads, held = cv2.getNumThreads(), []
     cv2.setNumThreads(1)  # as in the processes that write the sample
     try:
@@ -174,18 +188,18 @@ def test_a_relief_is_the_same_to_the_last_bit_wherever_it_lies_in_memory() -> No
         cv2.setNumThreads(threads)
 
 
-def test_another_version_or_seed_is_written_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sample_of_another_version_or_seed_is_rewritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = write_sample(tmp_path / "set", workers=1, _limit=2)
-    first = pictures(root)
+    first = files_of(root)
     write_sample(root, seed=43, workers=1, _limit=2)
-    assert pictures(root) != first
+    assert files_of(root) != first
     assert len(list(root.rglob("*.png"))) == 2
     monkeypatch.setattr(sample, "GENERATOR", sample.GENERATOR + 1)
     write_sample(root, workers=1, _limit=2)
     assert json.loads((root / "sample.json").read_text())["generator"] == sample.GENERATOR
 
 
-def test_photos_of_somebody_else_are_left_alone(tmp_path: Path) -> None:
+def test_foreign_photos_are_not_touched(tmp_path: Path) -> None:
     precious = tmp_path / "train" / "precious.png"
     precious.parent.mkdir()
     precious.write_bytes(b"not ours")

@@ -1,4 +1,5 @@
-"""What leaves the house works where it arrives: the container's packages, a package for the model hub, an archive for SageMaker."""
+"""Shipped files work where they arrive: in the container, as a package of the model hub, as an archive of SageMaker."""
+
 from __future__ import annotations
 
 import base64
@@ -28,18 +29,18 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from pillsnap import cli
-from pillsnap.config import load_settings
+from pillsnap.answer.factory import load_identifier
+from pillsnap.config.load import load_settings
 from pillsnap.data.manifest import load_dataset
-from pillsnap.evaluation import evaluate_run
-from pillsnap.export.hub import build_package
+from pillsnap.evaluation.evaluate import evaluate_run
 from pillsnap.export.report import export_run
-from pillsnap.export.sagemaker import build_archive
-from pillsnap.export.shipped import ShipError
-from pillsnap.runtime.load import load_identifier
+from pillsnap.packaging.hub import build_package
+from pillsnap.packaging.sagemaker import build_archive
+from pillsnap.packaging.shipped import ShipError
 from pillsnap.runtime.images import decode_image
 
 ROOT = Path(__file__).parents[1]
-# Put before a program: packages that the machine has and the place where it will run has not can't be imported.
+# Prepended to a program: packages that are installed here but not at the destination can't be imported.
 ONLY = """
 import importlib.util
 import sys
@@ -47,27 +48,27 @@ from importlib.metadata import packages_distributions
 from packaging.utils import canonicalize_name
 allowed, owners = set({allowed!r}), packages_distributions()
 
-class Only:
+class AllowedOnly:
     def find_spec(self, name, path=None, target=None):
         top = name.partition(".")[0]
         if top in owners and not allowed & set(map(canonicalize_name, owners[top])):
             raise ModuleNotFoundError(f"No module named {{name!r}}: it is not installed there", name=top)
 
-sys.meta_path.insert(0, Only())
+sys.meta_path.insert(0, AllowedOnly())
 there = importlib.util.find_spec
 
 def find_spec(name, package=None):
     try:
         return there(name, package)
     except ModuleNotFoundError:
-        return None  # what packages hear that only ask whether another one is there
+        return None  # for packages that only test for another one
 
 importlib.util.find_spec = find_spec
 """
 
 
-def with_what_they_need(names: list[str]) -> list[str]:
-    """Distributions that come with these, themselves included."""
+def with_dependencies(names: list[str]) -> list[str]:
+    """These distributions and all that they depend on."""
     found, waiting = set(), [Requirement(name) for name in names]
     while waiting:
         requirement = waiting.pop()
@@ -101,22 +102,28 @@ def photo(run: Path) -> Path:
 
 def instructions(name: str) -> list[tuple[str, str]]:
     """Instructions of a Dockerfile with their arguments."""
-    lines = [line for line in (ROOT / name).read_text(encoding="utf-8").splitlines() if line.strip() and not line.startswith("#")]
+    lines = [
+        line
+        for line in (ROOT / name).read_text(encoding="utf-8").splitlines()
+        if line.strip() and not line.startswith("#")
+    ]
     return [tuple(line.split(maxsplit=1)) for line in "\n".join(lines).replace("\\\n", " ").splitlines()]
 
 
 def last(name: str, instruction: str) -> str:
-    """The arguments that hold in the end."""
-    return [words for found, words in instructions(name) if found == instruction][-1]
+    """The arguments of the last such instruction."""
+    return [arguments for found, arguments in instructions(name) if found == instruction][-1]
 
 
 def installed_by(name: str) -> list[str]:
-    """What the first `pip install` of a Dockerfile asks for; "." stands for the package, .[extra] for one of its extras."""
-    command = next(words for found, words in instructions(name) if found == "RUN" and "pip install" in words)
+    """Arguments of the first `pip install` of a Dockerfile; "." is the package, .[extra] one of its extras."""
+    command = next(
+        arguments for found, arguments in instructions(name) if found == "RUN" and "pip install" in arguments
+    )
     assert "--constraint constraints.txt" in command
-    asked = command.partition("--constraint constraints.txt")[2].replace("'", "").split()
+    requested = command.partition("--constraint constraints.txt")[2].replace("'", "").split()
     defaults = dict(words.split("=", 1) for found, words in instructions(name) if found == "ARG")
-    return " ".join(defaults[word[1:]] if word.startswith("$") else word for word in asked).split()
+    return " ".join(defaults[word[1:]] if word.startswith("$") else word for word in requested).split()
 
 
 def settings_ini(key: str) -> list[str]:
@@ -126,20 +133,29 @@ def settings_ini(key: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.train"])
-def test_images_are_built_from_what_git_has_and_run_as_nobody_in_particular(name: str):
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+def test_images_are_built_from_git_and_run_without_root(name: str):
+    tracked = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
     assert name in tracked
     ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
-    sources = [source for found, words in instructions(name) if found == "COPY" and "--from" not in words for source in words.split()[:-1]]
+    sources = [
+        source
+        for found, words in instructions(name)
+        if found == "COPY" and "--from" not in words
+        for source in words.split()[:-1]
+    ]
     assert {"pillsnap", "setup.py", "settings.ini", "constraints.txt"} <= set(sources)
     for source in sources:
         assert any(file == source or file.startswith(f"{source}/") for file in tracked), f"{source} is not in git"
         assert "*" in ignored and f"!{source}" in ignored, f"{source} is not sent to the builder"
     user = last(name, "USER")
-    assert user not in ("0", "root") and any(found == "RUN" and f"--uid {user} " in words for found, words in instructions(name))
+    assert user not in ("0", "root") and any(
+        found == "RUN" and f"--uid {user} " in arguments for found, arguments in instructions(name)
+    )
 
 
-def test_the_training_image_has_cuda_and_everything_for_training():
+def test_training_image_has_cuda_and_all_requirements():
     assert last("Dockerfile.train", "FROM").startswith("nvidia/cuda:13.")
     assert installed_by("Dockerfile.train") == [".[train,formats]"]
     assert json.loads(last("Dockerfile.train", "CMD")) == ["python", "-m", "pillsnap", "train"]
@@ -147,15 +163,24 @@ def test_the_training_image_has_cuda_and_everything_for_training():
 
 def test_compose_reserves_a_gpu_and_keeps_the_key_out():
     services = yaml.safe_load((ROOT / "compose.yaml").read_text(encoding="utf-8"))["services"]
-    device, = services["train"]["deploy"]["resources"]["reservations"]["devices"]
+    (device,) = services["train"]["deploy"]["resources"]["reservations"]["devices"]
     assert device == {"driver": "nvidia", "count": "${GPUS:-1}", "capabilities": ["gpu"]}
     assert "deploy" not in services["serve"] and services["serve"]["environment"]["API_KEY"] == "${API_KEY:-}"
-    assert services["serve"]["volumes"][0]["target"] == dict(pair.split("=", 1) for pair in last("Dockerfile", "ENV").split())["MODEL_PATH"] == "/models"
+    assert (
+        services["serve"]["volumes"][0]["target"]
+        == dict(pair.split("=", 1) for pair in last("Dockerfile", "ENV").split())["MODEL_PATH"]
+        == "/models"
+    )
     for service in services.values():
-        assert "CUDA_VISIBLE_DEVICES" in service["environment"] and service["environment"]["CUDA_VISIBLE_DEVICES"] is None, "an empty value would switch the GPU off"
+        assert (
+            "CUDA_VISIBLE_DEVICES" in service["environment"] and service["environment"]["CUDA_VISIBLE_DEVICES"] is None
+        ), "an empty value would switch the GPU off"
         build = service["build"] if isinstance(service["build"], dict) else {}
         assert (ROOT / build.get("dockerfile", "Dockerfile")).is_file()
-    assert all(any(volume.endswith(place) for volume in services["train"]["volumes"]) for place in (":/app/data", ":/app/models", ":/app/runs", ":/photos:ro"))
+    assert all(
+        any(volume.endswith(place) for volume in services["train"]["volumes"])
+        for place in (":/app/data", ":/app/models", ":/app/runs", ":/photos:ro")
+    )
 
 
 def free_port() -> int:
@@ -164,28 +189,50 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def test_the_serving_image_answers_with_what_it_has_installed(run: Path, photo: Path, tmp_path: Path):
-    """Its command and its health check, with no package but those that it installs."""
-    asked = installed_by("Dockerfile")
-    assert asked == [".", "openvino"] and "torch" not in (allowed := with_what_they_need([*settings_ini("requirements"), *asked[1:]]))
+def test_serving_image_needs_only_its_requirements(run: Path, photo: Path, tmp_path: Path):
+    """Run its command and its health check with no packages but those that it installs."""
+    requested = installed_by("Dockerfile")
+    assert requested == [".", "openvino"] and "torch" not in (
+        allowed := with_dependencies([*settings_ini("requirements"), *requested[1:]])
+    )
     port = free_port()
-    command = [word.replace("8000", str(port)).replace("0.0.0.0", "127.0.0.1") for word in json.loads(last("Dockerfile", "CMD"))]
+    command = [
+        word.replace("8000", str(port)).replace("0.0.0.0", "127.0.0.1")
+        for word in json.loads(last("Dockerfile", "CMD"))
+    ]
     check = last("Dockerfile", "HEALTHCHECK").partition("CMD")[2].replace(":8000", f":{port}")
     check = [sys.executable, *json.loads(check)[1:]]
     assert command[:2] == ["uvicorn", "pillsnap.serve:app"] and str(port) in command and "/health" in check[-1]
-    program = ONLY.format(allowed=[*allowed, "pillsnap"]) + f"import runpy\nsys.argv = {command!r}\nrunpy.run_module('uvicorn', run_name='__main__')\n"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MODEL_PATH": str(run / "export"), "API_KEY": "jC2-9wqXr_LmT4vYd0Ks"}
+    program = (
+        ONLY.format(allowed=[*allowed, "pillsnap"])
+        + f"import runpy\nsys.argv = {command!r}\nrunpy.run_module('uvicorn', run_name='__main__')\n"
+    )
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "MODEL_PATH": str(run / "export"),
+        "API_KEY": "jC2-9wqXr_LmT4vYd0Ks",
+    }
     assert subprocess.run(check, capture_output=True).returncode != 0, "nothing listens yet"
-    server = subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    server = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
+    )
     try:
         ends = time.monotonic() + 60
         while subprocess.run(check, capture_output=True).returncode:
-            assert server.poll() is None and time.monotonic() < ends, server.stderr.read() if server.poll() is not None else "no answer"
+            assert server.poll() is None and time.monotonic() < ends, (
+                server.stderr.read() if server.poll() is not None else "no answer"
+            )
             time.sleep(0.2)
         address = f"http://127.0.0.1:{port}"
         with urllib.request.urlopen(f"{address}/health", timeout=10) as answer:
             assert json.load(answer)["status"] == "ok"
-        answer = httpx.post(f"{address}/predict", headers={"X-API-Key": environment["API_KEY"]}, files={"image": photo.read_bytes()}, timeout=30)
+        answer = httpx.post(
+            f"{address}/predict",
+            headers={"X-API-Key": environment["API_KEY"]},
+            files={"image": photo.read_bytes()},
+            timeout=30,
+        )
         assert answer.status_code == 200 and len(answer.json()["pills"]) == 1
     finally:
         server.terminate()
@@ -193,14 +240,14 @@ def test_the_serving_image_answers_with_what_it_has_installed(run: Path, photo: 
         server.stderr.close()
 
 
-def test_the_check_on_imports_bites():
+def test_import_check_detects_missing_packages():
     program = ONLY.format(allowed=["packaging"]) + "import torch\n"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode and "it is not installed there" in done.stderr
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As much of the Hub as an upload needs: repositories, large files beside git, commits."""
+    """The part of the Hub that an upload needs: repositories, large files, commits."""
 
     def body(self) -> bytes:
         if "chunked" not in self.headers.get("Transfer-Encoding", ""):
@@ -231,17 +278,39 @@ class Hub(BaseHTTPRequestHandler):
         if self.headers.get("Authorization") != "Bearer hf_example":
             self.answer({"error": "Invalid username or password."}, 401)
         elif self.path == "/api/repos/create":
-            asked = json.loads(data)
-            server.made.append(asked)
-            self.answer({"url": f"{endpoint}/{asked['organization']}/{asked['name']}"}, 200 if len(server.made) == 1 else 409)
+            requested = json.loads(data)
+            server.made.append(requested)
+            self.answer(
+                {"url": f"{endpoint}/{requested['organization']}/{requested['name']}"},
+                200 if len(server.made) == 1 else 409,
+            )
         elif self.path == "/api/validate-yaml":
             self.answer({"errors": [], "warnings": []})
         elif "/preupload/" in self.path:
             files = json.loads(data)["files"]
-            self.answer({"files": [{"path": file["path"], "uploadMode": "lfs" if file["path"].endswith((".onnx", ".safetensors")) else "regular", "shouldIgnore": False} for file in files]})
+            self.answer(
+                {
+                    "files": [
+                        {
+                            "path": file["path"],
+                            "uploadMode": "lfs" if file["path"].endswith((".onnx", ".safetensors")) else "regular",
+                            "shouldIgnore": False,
+                        }
+                        for file in files
+                    ]
+                }
+            )
         elif self.path.endswith(".git/info/lfs/objects/batch"):
             objects = json.loads(data)["objects"]
-            self.answer({"transfer": "basic", "objects": [{**entry, "actions": {"upload": {"href": f"{endpoint}/upload/{entry['oid']}"}}} for entry in objects]})
+            self.answer(
+                {
+                    "transfer": "basic",
+                    "objects": [
+                        {**entry, "actions": {"upload": {"href": f"{endpoint}/upload/{entry['oid']}"}}}
+                        for entry in objects
+                    ],
+                }
+            )
         elif "/commit/" in self.path:
             for entry in map(json.loads, data.splitlines()):
                 if entry["key"] == "file":
@@ -253,7 +322,7 @@ class Hub(BaseHTTPRequestHandler):
             self.answer({"error": f"no such place: {self.path}"}, 404)
 
     def log_message(self, *words: object) -> None:
-        """Say nothing."""
+        """Disable the log."""
 
 
 @pytest.fixture
@@ -268,24 +337,42 @@ def hub() -> Iterator[ThreadingHTTPServer]:
     server.server_close()
 
 
-def ship_hub(run: Path, out: Path, endpoint: str, *more: str, token: str | None = "hf_example") -> subprocess.CompletedProcess:
-    """`pillsnap ship hub` as someone calls it, with an address and a token of the Hub."""
+def ship_hub(
+    run: Path, out: Path, endpoint: str, *more: str, token: str | None = "hf_example"
+) -> subprocess.CompletedProcess:
+    """Run `pillsnap ship hub` with an address and a token of the Hub."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-    environment |= {"PYTHONPATH": str(ROOT), "HF_HOME": str(out.parent / "hf"), "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1", **({"HF_TOKEN": token} if token else {})}
-    return subprocess.run([sys.executable, "-m", "pillsnap", "ship", "hub", "--run", str(run), "--out", str(out), *more], env=environment, cwd=out.parent, capture_output=True, text=True)
+    environment |= {
+        "PYTHONPATH": str(ROOT),
+        "HF_HOME": str(out.parent / "hf"),
+        "HF_ENDPOINT": endpoint,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "NO_PROXY": "127.0.0.1",
+        **({"HF_TOKEN": token} if token else {}),
+    }
+    return subprocess.run(
+        [sys.executable, "-m", "pillsnap", "ship", "hub", "--run", str(run), "--out", str(out), *more],
+        env=environment,
+        cwd=out.parent,
+        capture_output=True,
+        text=True,
+    )
 
 
-def test_an_upload_brings_the_package_and_nothing_else(run: Path, hub: ThreadingHTTPServer, tmp_path: Path):
+def test_upload_has_only_the_package(run: Path, hub: ThreadingHTTPServer, tmp_path: Path):
     out = tmp_path / "package"
     out.mkdir()
-    (out / "private.txt").write_text("no business of anyone")
+    (out / "private.txt").write_text("not to be uploaded")
     endpoint = f"http://127.0.0.1:{hub.server_port}"
     for _ in range(2):  # the second time the repository is there
         done = ship_hub(run, out, endpoint, "--repo", "someone/pills")
         assert done.returncode == 0, done.stderr
         assert done.stdout.splitlines()[-1] == f"{endpoint}/someone/pills"
     assert hub.made[0] == {"name": "pills", "organization": "someone", "visibility": "private"}
-    names = {f"{task}.{ending}" for task in ("classifier", "detector") for ending in ("onnx", "safetensors", "json")} | {"README.md", "config.json"}
+    names = {
+        f"{task}.{ending}" for task in ("classifier", "detector") for ending in ("onnx", "safetensors", "json")
+    } | {"README.md", "config.json"}
     assert hub.files == {name: (out / name).read_bytes() for name in names}
     (tmp_path / "there").mkdir()
     for name, data in hub.files.items():
@@ -293,29 +380,50 @@ def test_an_upload_brings_the_package_and_nothing_else(run: Path, hub: Threading
     assert load_identifier(tmp_path / "there").rules == load_identifier(run / "export").rules
 
 
-def test_what_keeps_an_upload_from_happening_is_said(run: Path, hub: ThreadingHTTPServer, tmp_path: Path):
+def test_failed_uploads_give_one_sentence(run: Path, hub: ThreadingHTTPServer, tmp_path: Path):
     endpoint = f"http://127.0.0.1:{hub.server_port}"
     out, repo = tmp_path / "package", ("--repo", "someone/pills")
     closed = f"http://127.0.0.1:{free_port()}"
-    for done, words in ((ship_hub(run, out, endpoint, *repo, token=None), "no token"), (ship_hub(run, out, endpoint, *repo, token="hf_wrong"), "the token may not write there, or is wrong"),
-                        (ship_hub(run, out, closed, *repo), "can't be reached"), (ship_hub(run, out, endpoint, "--repo", "not/a/name"), "write USER/NAME")):
+    for done, words in (
+        (ship_hub(run, out, endpoint, *repo, token=None), "no token"),
+        (ship_hub(run, out, endpoint, *repo, token="hf_wrong"), "the token may not write there, or is wrong"),
+        (ship_hub(run, out, closed, *repo), "can't be reached"),
+        (ship_hub(run, out, endpoint, "--repo", "not/a/name"), "write USER/NAME"),
+    ):
         assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert not hub.files
 
 
-def test_the_card_says_what_was_measured_and_nothing_of_the_machine(run: Path, tmp_path: Path):
+def test_card_has_measured_values_and_no_paths(run: Path, tmp_path: Path):
     names = build_package(run, tmp_path)
-    card, evaluation = ModelCard.load(tmp_path / "README.md"), json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
-    assert (card.data.license, card.data.library_name) == ("agpl-3.0", "pillsnap") and "pill-identification" in card.data.tags
+    card, evaluation = (
+        ModelCard.load(tmp_path / "README.md"),
+        json.loads((run / "evaluation.json").read_text(encoding="utf-8")),
+    )
+    assert (card.data.license, card.data.library_name) == (
+        "agpl-3.0",
+        "pillsnap",
+    ) and "pill-identification" in card.data.tags
     measured, compared = re.search(r"## Measured\n(.*?)\n## .*?## Compared[^\n]*\n(.*?)\n## ", card.text, re.S).groups()
     rows = [line.strip("| ").split(" | ") for line in measured.splitlines() if line.startswith("| ")][1:]
-    known = {f"{value:.4g}" if isinstance(value, float) else f"{value:,}" for part in ("single", "combo", "latency") for value in evaluation[part].values() if not isinstance(value, str)}
+    known = {
+        f"{value:.4g}" if isinstance(value, float) else f"{value:,}"
+        for part in ("single", "combo", "latency")
+        for value in evaluation[part].values()
+        if not isinstance(value, str)
+    }
     assert len(rows) >= 10 and {value for _, _, value in rows} <= known
     assert ["one pill", "top-1", f"{evaluation['single']['top1']:.4g}"] in rows
     report = json.loads((run / "export" / "export_report.json").read_text(encoding="utf-8"))["formats"]
-    assert f"| classifier, onnx | mean squared difference of the logits | {report['onnx']['classifier']['mse']:.4g} |" in compared
+    assert (
+        f"| classifier, onnx | mean squared difference of the logits | {report['onnx']['classifier']['mse']:.4g} |"
+        in compared
+    )
     config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
-    assert config["rules"] == load_identifier(tmp_path).rules.to_json() and set(config["networks"]) == {"classifier", "detector"}
+    assert config["rules"] == load_identifier(tmp_path).rules.to_json() and set(config["networks"]) == {
+        "classifier",
+        "detector",
+    }
     for name in ("README.md", "config.json"):
         assert str(run.parent) not in (tmp_path / name).read_text(encoding="utf-8")
     assert sorted(path.name for path in tmp_path.iterdir()) == names
@@ -327,7 +435,7 @@ def test_the_card_says_what_was_measured_and_nothing_of_the_machine(run: Path, t
         (run / "evaluation.aside").rename(run / "evaluation.json")
 
 
-def test_files_that_have_failed_are_not_shipped(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_failed_files_are_not_shipped(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     copy = tmp_path / "run"
     shutil.copytree(run / "export", copy / "export")
     report = json.loads((copy / "export" / "export_report.json").read_text(encoding="utf-8"))
@@ -342,7 +450,12 @@ def test_files_that_have_failed_are_not_shipped(run: Path, tmp_path: Path, capsy
     (copy / "export" / "detector.onnx").unlink()
     assert cli.main(["ship", "sagemaker", "--run", str(copy), "--out", str(tmp_path / "model.tar.gz")]) == 2
     assert "lacks detector.onnx" in capsys.readouterr().err
-    assert cli.main(["ship", "sagemaker", "--run", str(run), "--out", str(tmp_path / "model.tar.gz"), "--repo", "someone/pills"]) == 2
+    assert (
+        cli.main(
+            ["ship", "sagemaker", "--run", str(run), "--out", str(tmp_path / "model.tar.gz"), "--repo", "someone/pills"]
+        )
+        == 2
+    )
     assert not (tmp_path / "package").exists() and not (tmp_path / "model.tar.gz").exists()
 
 
@@ -358,7 +471,7 @@ import pillsnap
 assert Path(pillsnap.__file__).is_relative_to(folder), pillsnap.__file__
 
 
-class Context:  # what SageMaker's toolkit gives to a function that has room for it
+class Context:  # what SageMaker's toolkit passes to a function that takes it
     def __init__(self, attributes):
         self.request_processor = [self]
         self.attributes = attributes
@@ -367,28 +480,44 @@ class Context:  # what SageMaker's toolkit gives to a function that has room for
         return {{"Content-Type": "image/png", "X-Amzn-SageMaker-Custom-Attributes": self.attributes}}
 
 
-def ask(body, content_type, *context):
+def request(body, content_type, *context):
     try:
-        return json.loads(inference.output_fn(inference.predict_fn(inference.input_fn(body, content_type, *context), model), "application/json")[0])
+        prediction = inference.predict_fn(inference.input_fn(body, content_type, *context), model)
+        return json.loads(inference.output_fn(prediction, "application/json")[0])
     except ValueError as error:
         return [error.status_code, str(error)]
 
 
 model = inference.model_fn(str(folder))
-print(json.dumps([ask(photo, "image/png"), ask(photo, "application/x-image", Context("trace=1, pipeline=combo")), ask(photo, "image/png", Context("pipeline=both")),
-                  ask(photo, "text/csv"), ask(b"a letter", "image/jpeg"), ask(photo[:1000], "image/png"), ask(b"", "image/png")]))
+print(json.dumps([
+    request(photo, "image/png"),
+    request(photo, "application/x-image", Context("trace=1, pipeline=combo")),
+    request(photo, "image/png", Context("pipeline=both")),
+    request(photo, "text/csv"),
+    request(b"a letter", "image/jpeg"),
+    request(photo[:1000], "image/png"),
+    request(b"", "image/png"),
+]))
 """
 
 
 def call_endpoint(folder: Path, photo: Path, **variables: str) -> subprocess.CompletedProcess:
-    """Import the code of an unpacked archive where only its requirements are installed."""
-    allowed = with_what_they_need((folder / "code" / "requirements.txt").read_text(encoding="utf-8").split())
-    program = ONLY.format(allowed=[*allowed, "pillsnap", "packaging"]) + ENDPOINT.format(folder=str(folder), photo=str(photo))
+    """Run the code of an unpacked archive with only its requirements installed."""
+    allowed = with_dependencies((folder / "code" / "requirements.txt").read_text(encoding="utf-8").split())
+    program = ONLY.format(allowed=[*allowed, "pillsnap", "packaging"]) + ENDPOINT.format(
+        folder=str(folder), photo=str(photo)
+    )
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PILLSNAP_PIPELINE")}
-    return subprocess.run([sys.executable, "-c", program], env={**environment, **variables}, cwd=folder.parent, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        env={**environment, **variables},
+        cwd=folder.parent,
+        capture_output=True,
+        text=True,
+    )
 
 
-def test_an_unpacked_archive_answers_as_sagemaker_calls_it(run: Path, photo: Path, tmp_path: Path):
+def test_unpacked_archive_works_with_the_toolkit(run: Path, photo: Path, tmp_path: Path):
     assert cli.main(["ship", "sagemaker", "--run", str(run), "--out", str(tmp_path / "model.tar.gz")]) == 0
     folder = tmp_path / "model"
     with tarfile.open(tmp_path / "model.tar.gz") as archive:
@@ -399,15 +528,21 @@ def test_an_unpacked_archive_answers_as_sagemaker_calls_it(run: Path, photo: Pat
     identifier, image = load_identifier(run / "export"), decode_image(photo)
     for answer, pipeline in ((single, "single"), (combo, "combo")):
         expected = identifier.identify(image, pipeline).to_json()
-        assert answer["pipeline"] == pipeline and [pill["code"] for pill in answer["pills"]] == [pill["code"] for pill in expected["pills"]]
+        assert answer["pipeline"] == pipeline and [pill["code"] for pill in answer["pills"]] == [
+            pill["code"] for pill in expected["pills"]
+        ]
     assert [refusal[0] for refusal in (unknown, csv, letter, cut, empty)] == [400, 415, 415, 422, 415]
-    assert "single (one pill) or combo" in unknown[1] and "image/jpeg, image/png, application/x-image" in csv[1] and "cut off" in cut[1]
+    assert (
+        "single (one pill) or combo" in unknown[1]
+        and "image/jpeg, image/png, application/x-image" in csv[1]
+        and "cut off" in cut[1]
+    )
     assert json.loads(call_endpoint(folder, photo, PILLSNAP_PIPELINE="combo").stdout)[0]["pipeline"] == "combo"
     wrong = call_endpoint(folder, photo, PILLSNAP_PIPELINE="both")
     assert wrong.returncode and "the variable PILLSNAP_PIPELINE is unknown" in wrong.stderr
 
 
-def test_one_run_makes_one_archive(run: Path, tmp_path: Path):
+def test_archive_is_reproducible(run: Path, tmp_path: Path):
     names = build_archive(run, tmp_path / "first.tar.gz")
     for path in (run / "export").iterdir():
         os.utime(path, (1, 1))
@@ -416,7 +551,12 @@ def test_one_run_makes_one_archive(run: Path, tmp_path: Path):
     with tarfile.open(tmp_path / "first.tar.gz") as archive:
         members = archive.getmembers()
         pins = archive.extractfile("code/requirements.txt").read().decode().split()
-    assert [member.name for member in members] == names and {"classifier.onnx", "detector.onnx", "code/inference.py", "code/pillsnap/runtime/sagemaker.py"} <= set(names)
+    assert [member.name for member in members] == names and {
+        "classifier.onnx",
+        "detector.onnx",
+        "code/inference.py",
+        "code/pillsnap/packaging/sagemaker_handler.py",
+    } <= set(names)
     assert {(member.mtime, member.uid, member.gid, member.mode) for member in members} == {(0, 0, 0, 0o644)}
     tested = (ROOT / "constraints.txt").read_text(encoding="utf-8").lower().replace("_", "-").splitlines()
     assert all(pin.lower().replace("_", "-") in tested for pin in pins)

@@ -1,4 +1,5 @@
-"""One real epoch on a tiny dataset, with half precision and the compiler switched on, and what must hold after it."""
+"""One real epoch on a tiny dataset with half precision and the compiler, and checks of its run folder."""
+
 from __future__ import annotations
 
 import json
@@ -10,28 +11,40 @@ import polars as pl
 import pytest
 import torch
 
-from pillsnap.config import Settings, load_settings
+from pillsnap.config.load import load_settings
+from pillsnap.config.schema import Settings
 from pillsnap.data.manifest import load_dataset
-from pillsnap.evaluation import evaluate_run
-from pillsnap.training.checkpoint import CheckpointError, load_checkpoint, load_trained
+from pillsnap.evaluation.evaluate import evaluate_run
+from pillsnap.training.checkpoint import CheckpointError, load_trained
 from pillsnap.training.run import train
 
 
-def test_run_folder_holds_the_whole_record(trained_run: Path):
+def test_run_folder_has_all_files(trained_run: Path):
     names = {path.name for path in trained_run.iterdir()}
-    assert {"best.pt", "last.pt", "config.yaml", "run.log", "metrics.jsonl", "decisions.json", "manifest.parquet", "class_map.json", "data_report.json", "tensorboard"} <= names
+    assert {
+        "best.pt",
+        "last.pt",
+        "config.yaml",
+        "run.log",
+        "metrics.jsonl",
+        "decisions.json",
+        "manifest.parquet",
+        "class_map.json",
+        "data_report.json",
+        "tensorboard",
+    } <= names
     assert load_settings(trained_run / "config.yaml").train.compile == "default"
     assert list((trained_run / "tensorboard").iterdir())
 
 
 def test_both_networks_took_steps_and_were_evaluated(trained_run: Path):
     rows = [json.loads(line) for line in (trained_run / "metrics.jsonl").read_text().splitlines()]
-    for task, figure in (("detector", "map50"), ("classifier", "macro_f1")):
+    for task, metric in (("detector", "map50"), ("classifier", "macro_f1")):
         steps = [row for row in rows if row["task"] == task and "loss" in row]
         assert len(steps) >= 3 and [row["step"] for row in steps] == list(range(1, len(steps) + 1))
         assert {"epoch", "loss", "lr", "data_time", "compute_time", "throughput", "cuda_mem"} <= steps[0].keys()
         assert all(row["throughput"] > 0 for row in steps)
-        assert any(figure in row["validation"] for row in rows if row["task"] == task and "validation" in row)
+        assert any(metric in row["validation"] for row in rows if row["task"] == task and "validation" in row)
 
 
 def test_number_format_and_compiler_are_recorded(trained_run: Path):
@@ -39,7 +52,9 @@ def test_number_format_and_compiler_are_recorded(trained_run: Path):
     assert decisions["amp"]["choice"] == "bf16"
     for task in ("detector", "classifier"):
         compiled = decisions[f"{task} compile"]
-        assert compiled["choice"] == "default" or (compiled["choice"] == "eager" and compiled["fallback"] and compiled["reason"])
+        assert compiled["choice"] == "default" or (
+            compiled["choice"] == "eager" and compiled["fallback"] and compiled["reason"]
+        )
     assert decisions["classifier weights"]["choice"] == "random initialisation"
 
 
@@ -54,12 +69,17 @@ def test_checkpoints_load_as_plain_data_with_class_map_and_decisions(trained_run
 def test_evaluation_passes(trained_run: Path):
     report = evaluate_run(trained_run, load_settings(trained_run / "config.yaml"))
     assert report["split"] == "test" and report["single"]["images"] > 0 and report["combo"]["pills"] > 0
-    for part, names in (("single", ("top1", "top5", "macro_f1")), ("combo", ("map50", "map50_95", "precision", "recall", "end_to_end_top1"))):
-        assert all(0 <= report[part][name] <= 1 for name in names)
+    for section, names in (
+        ("single", ("top1", "top5", "macro_f1")),
+        ("combo", ("map50", "map50_95", "precision", "recall", "end_to_end_top1")),
+    ):
+        assert all(0 <= report[section][name] <= 1 for name in names)
     assert json.loads((trained_run / "evaluation.json").read_text()) == report
 
 
-def test_resuming_without_a_checkpoint_starts_anew_and_says_so(tiny_settings: Callable[..., Settings], tmp_path: Path):
+def test_resuming_without_a_checkpoint_starts_anew_with_a_fallback(
+    tiny_settings: Callable[..., Settings], tmp_path: Path
+):
     run = train(tiny_settings("train.resume=last", "train.interleave_ratio=[1,1]", "train.amp=off"), tmp_path / "new")
     decisions = {item["what"]: item for item in json.loads((run / "decisions.json").read_text())}
     assert decisions["resume"]["choice"] == "a new start" and decisions["resume"]["fallback"]
@@ -74,7 +94,9 @@ def test_damaged_and_missing_checkpoints_are_refused(trained_run: Path, tmp_path
 
 
 @pytest.mark.parametrize("overrides", [["data.cache=hotset"], ["data.cache=none", "dataloader.num_workers=2"]])
-def test_a_photo_cut_in_half_is_counted_and_not_trained_on(overrides: list[str], tiny_data: Path, tiny_settings: Callable[..., Settings], tmp_path: Path):
+def test_a_truncated_photo_is_counted_and_not_trained_on(
+    overrides: list[str], tiny_data: Path, tiny_settings: Callable[..., Settings], tmp_path: Path
+):
     data = tmp_path / "data"
     shutil.copytree(tiny_data, data)
     for photo in sorted(data.glob("train/images/single/*/*/*.png"))[::10]:
@@ -84,10 +106,14 @@ def test_a_photo_cut_in_half_is_counted_and_not_trained_on(overrides: list[str],
     assert left_out and all(item["fallback"] and "damaged" in item["reason"] for item in left_out)
     report = evaluate_run(run, load_settings(run / "config.yaml"))
     manifest = load_dataset(run).manifest
-    assert 0 < report["single"]["images"] <= len(manifest.filter((pl.col("split") == "test") & (pl.col("photo_kind") == "single")))
+    assert (
+        0
+        < report["single"]["images"]
+        <= len(manifest.filter((pl.col("split") == "test") & (pl.col("photo_kind") == "single")))
+    )
 
 
-def test_a_folder_that_holds_a_run_is_never_trained_over(trained_run: Path, tiny_settings: Callable[..., Settings]):
+def test_a_folder_that_holds_a_run_is_never_overwritten(trained_run: Path, tiny_settings: Callable[..., Settings]):
     before = (trained_run / "last.pt").read_bytes()
     with pytest.raises(CheckpointError, match="already holds a run"):
         train(tiny_settings("train.amp=off"), trained_run)

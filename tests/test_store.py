@@ -1,4 +1,5 @@
-"""The model store against a real S3 server and a disk: numbers that nobody shares, nothing half-written, one sentence per error."""
+"""The model store on a real S3 server and a disk: unique numbers, atomic versions, one sentence per error."""
+
 from __future__ import annotations
 
 import json
@@ -15,18 +16,28 @@ from pathlib import Path
 import pytest
 
 from pillsnap.cli import main
-from pillsnap.export.store import ModelStore, StoreError, numbers, open_store, tasks, versions
-from pillsnap.export.versions import promote, promoted, pull, push, rollback
+from pillsnap.registry.store import ModelStore, StoreError, list_versions, numbers, open_store, tasks
+from pillsnap.registry.versions import promote, promoted, pull, push, rollback
 
 WEED = Path(sys.executable).parent / "weed"
-IDENTITIES = {"identities": [
-    {"name": "writer", "credentials": [{"accessKey": "writer", "secretKey": "of-models"}], "actions": ["Admin", "Read", "List", "Tagging", "Write"]},
-    {"name": "reader", "credentials": [{"accessKey": "reader", "secretKey": "of-models"}], "actions": ["Read:team", "List:team"]},
-]}
+IDENTITIES = {
+    "identities": [
+        {
+            "name": "writer",
+            "credentials": [{"accessKey": "writer", "secretKey": "of-models"}],
+            "actions": ["Admin", "Read", "List", "Tagging", "Write"],
+        },
+        {
+            "name": "reader",
+            "credentials": [{"accessKey": "reader", "secretKey": "of-models"}],
+            "actions": ["Read:team", "List:team"],
+        },
+    ]
+}
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on."""
+    """Ports that are not in use."""
     taken = [socket.socket() for _ in range(count)]
     try:
         for one in taken:
@@ -39,33 +50,63 @@ def free_ports(count: int) -> list[int]:
 
 @pytest.fixture(scope="session")
 def s3_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """SeaweedFS on the loopback, with two users; it tells nobody about itself."""
-    home, names = tmp_path_factory.mktemp("s3"), ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc", "s3.port", "s3.port.grpc", "s3.port.iceberg", "s3.port.lance")
+    """SeaweedFS on the loopback, with two users, without telemetry."""
+    home, names = (
+        tmp_path_factory.mktemp("s3"),
+        (
+            "master.port",
+            "master.port.grpc",
+            "volume.port",
+            "volume.port.grpc",
+            "filer.port",
+            "filer.port.grpc",
+            "s3.port",
+            "s3.port.grpc",
+            "s3.port.iceberg",
+            "s3.port.lance",
+        ),
+    )
     (home / "identities.json").write_text(json.dumps(IDENTITIES))
     ports = dict(zip(names, free_ports(len(names))))
-    command = [str(WEED), "server", f"-dir={home}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false", "-volume.max=5", "-filer", "-s3", f"-s3.config={home / 'identities.json'}",
-               *(f"-{name}={port}" for name, port in ports.items())]
+    command = [
+        str(WEED),
+        "server",
+        f"-dir={home}",
+        "-ip=127.0.0.1",
+        "-ip.bind=127.0.0.1",
+        "-master.telemetry=false",
+        "-volume.max=5",
+        "-filer",
+        "-s3",
+        f"-s3.config={home / 'identities.json'}",
+        *(f"-{name}={port}" for name, port in ports.items()),
+    ]
     with (home / "server.log").open("w") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log, cwd=home)
     try:
         endpoint = f"http://127.0.0.1:{ports['s3.port']}"
         with pytest.MonkeyPatch.context() as patch:
             as_user(patch, endpoint, "writer")
-            wait_until_it_answers(server, home / "server.log")
+            wait_until_ready(server, home / "server.log")
         yield endpoint
     finally:
-        server.kill()  # it would take half a minute to say goodbye
+        server.kill()  # a graceful end takes half a minute
         server.wait()
 
 
 def as_user(patch: pytest.MonkeyPatch, endpoint: str, name: str) -> None:
-    """Say in the environment where S3 is and who asks."""
-    for key, value in {"AWS_ENDPOINT_URL": endpoint, "AWS_ACCESS_KEY_ID": name, "AWS_SECRET_ACCESS_KEY": "of-models", "AWS_REGION": "us-east-1"}.items():
+    """Set endpoint and credentials in the environment."""
+    for key, value in {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": name,
+        "AWS_SECRET_ACCESS_KEY": "of-models",
+        "AWS_REGION": "us-east-1",
+    }.items():
         patch.setenv(key, value)
 
 
-def wait_until_it_answers(server: subprocess.Popen, log: Path) -> None:
-    """The first write makes the bucket."""
+def wait_until_ready(server: subprocess.Popen, log: Path) -> None:
+    """Write until it succeeds; the first write creates the bucket."""
     import obstore
 
     last = None
@@ -74,7 +115,7 @@ def wait_until_it_answers(server: subprocess.Popen, log: Path) -> None:
         try:
             obstore.put(open_store("s3://team/first").objects, "ready", b"yes")
             return
-        except Exception as error:  # whatever it says while it starts
+        except Exception as error:  # any error while it starts
             last = error
             time.sleep(0.5)
     raise AssertionError(f"the S3 server did not start: {last}\n{log.read_text()[-2000:]}")
@@ -91,34 +132,44 @@ def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.fixture
 def files(tmp_path: Path) -> dict[str, Path]:
-    """Two files of a version, the larger of them is uploaded in parts."""
+    """Two files of a version; the larger one takes a multipart upload."""
     model, report = tmp_path / "model.onnx", tmp_path / "report.json"
     model.write_bytes(os.urandom(12_000_000))
     report.write_text("{}")
     return {"model.onnx": model, "report.json": report}
 
 
-def test_a_model_goes_there_and_comes_back(store: ModelStore, files: dict[str, Path], tmp_path: Path):
+def test_push_promote_and_pull(store: ModelStore, files: dict[str, Path], tmp_path: Path):
     assert push(store, "classifier", files, "the first").number == 1
     assert push(store, "classifier", {"report.json": files["report.json"]}).number == 2
     assert push(store, "detector", files).number == 1
     assert tasks(store) == ["classifier", "detector"] and numbers(store, "classifier") == [1, 2]
-    assert [version.note for version in versions(store, "classifier")] == ["the first", ""]
+    assert [version.note for version in list_versions(store, "classifier")] == ["the first", ""]
     promote(store, "classifier", 1)
     folder = pull(store, "classifier", None, tmp_path / "cache")
     assert (folder / "model.onnx").read_bytes() == files["model.onnx"].read_bytes()
     before = (folder / "model.onnx").stat().st_mtime_ns
-    assert pull(store, "classifier", 1, tmp_path / "cache") == folder and (folder / "model.onnx").stat().st_mtime_ns == before, "what is here is not brought again"
+    assert (
+        pull(store, "classifier", 1, tmp_path / "cache") == folder
+        and (folder / "model.onnx").stat().st_mtime_ns == before
+    ), "an undamaged file is not downloaded again"
 
 
-def test_two_writers_never_share_a_number(store: ModelStore, files: dict[str, Path]):
+def test_concurrent_writers_get_unique_numbers(store: ModelStore, files: dict[str, Path]):
     with ThreadPoolExecutor(8) as pool:
-        pushed = list(pool.map(lambda number: push(store, "classifier", {"report.json": files["report.json"]}, f"writer {number}"), range(16)))
+        pushed = list(
+            pool.map(
+                lambda number: push(store, "classifier", {"report.json": files["report.json"]}, f"writer {number}"),
+                range(16),
+            )
+        )
     assert sorted(version.number for version in pushed) == list(range(1, 17))
-    assert {version.number: version.note for version in versions(store, "classifier")} == {version.number: version.note for version in pushed}
+    assert {version.number: version.note for version in list_versions(store, "classifier")} == {
+        version.number: version.note for version in pushed
+    }
 
 
-def test_promotions_add_up_and_go_back(store: ModelStore, files: dict[str, Path]):
+def test_promote_and_rollback(store: ModelStore, files: dict[str, Path]):
     for _ in range(3):
         push(store, "classifier", {"report.json": files["report.json"]})
     assert promoted(store, "classifier") is None
@@ -131,7 +182,7 @@ def test_promotions_add_up_and_go_back(store: ModelStore, files: dict[str, Path]
         promote(store, "classifier", 4)
 
 
-def test_a_changed_model_is_not_served(store: ModelStore, files: dict[str, Path], tmp_path: Path):
+def test_damaged_model_is_not_pulled(store: ModelStore, files: dict[str, Path], tmp_path: Path):
     import obstore
 
     push(store, "classifier", files)
@@ -146,30 +197,33 @@ def test_a_changed_model_is_not_served(store: ModelStore, files: dict[str, Path]
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from pillsnap.export import versions
-from pillsnap.export.store import open_store
+from pillsnap.registry import versions
+from pillsnap.registry.store import open_store
 upload = versions._upload
 def killed(store, path, place):
     if place.endswith("report.json"):
         os.kill(os.getpid(), signal.SIGKILL)
     return upload(store, path, place)
 versions._upload = killed
-versions.push(open_store(sys.argv[1]), "classifier", {"model.onnx": Path(sys.argv[2]), "report.json": Path(sys.argv[3])})
+files = {"model.onnx": Path(sys.argv[2]), "report.json": Path(sys.argv[3])}
+versions.push(open_store(sys.argv[1]), "classifier", files)
 """
 
 
-def test_a_push_that_is_killed_is_no_version(store: ModelStore, files: dict[str, Path], tmp_path: Path):
+def test_killed_push_is_no_version(store: ModelStore, files: dict[str, Path], tmp_path: Path):
     push(store, "classifier", files)
     ended = subprocess.run([sys.executable, "-c", KILLED, store.url, *map(str, files.values())])
     assert ended.returncode == -signal.SIGKILL
-    assert numbers(store, "classifier") == [1, 2] and [version.number for version in versions(store, "classifier")] == [1]
+    assert numbers(store, "classifier") == [1, 2] and [
+        version.number for version in list_versions(store, "classifier")
+    ] == [1]
     with pytest.raises(StoreError, match="There is no v2 of classifier"):
         pull(store, "classifier", 2, tmp_path / "cache")
     assert push(store, "classifier", files).number == 3
 
 
-def test_a_push_that_fails_leaves_no_files(store: ModelStore, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch):
-    from pillsnap.export import versions as module
+def test_failed_push_leaves_no_files(store: ModelStore, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch):
+    from pillsnap.registry import versions as module
 
     upload = module._upload
 
@@ -183,42 +237,57 @@ def test_a_push_that_fails_leaves_no_files(store: ModelStore, files: dict[str, P
         push(store, "classifier", files)
     import obstore
 
-    assert {entry["path"].rpartition("/")[2] for entry in obstore.list(store.objects, "models").collect()} == {"claim.json"}
+    assert {entry["path"].rpartition("/")[2] for entry in obstore.list(store.objects, "models").collect()} == {
+        "claim.json"
+    }
 
 
-def test_a_reader_may_read_and_not_write(s3_endpoint: str, files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_reader_cannot_write(s3_endpoint: str, files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     as_user(monkeypatch, s3_endpoint, "writer")
     push(open_store(f"s3://team/{tmp_path.name}"), "classifier", files)
     as_user(monkeypatch, s3_endpoint, "reader")
     store = open_store(f"s3://team/{tmp_path.name}")
     assert pull(store, "classifier", 1, tmp_path / "cache").is_dir()
-    with pytest.raises(StoreError, match="Pushing a classifier failed at s3://team") as told:
+    with pytest.raises(StoreError, match="Pushing a classifier failed at s3://team") as caught:
         push(store, "classifier", files)
-    assert len(str(told.value)) < 400 and "\n" not in str(told.value)
+    assert len(str(caught.value)) < 400 and "\n" not in str(caught.value)
 
 
-def test_a_store_that_is_not_there_is_said_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_missing_store_gives_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     as_user(monkeypatch, f"http://127.0.0.1:{free_ports(1)[0]}", "writer")
-    with pytest.raises(StoreError, match="Reading the list of models failed at s3://team/models") as told:
+    with pytest.raises(StoreError, match="Reading the list of models failed at s3://team/models") as caught:
         tasks(open_store("s3://team/models"))
-    assert len(str(told.value)) < 400 and "\n" not in str(told.value)
+    assert len(str(caught.value)) < 400 and "\n" not in str(caught.value)
     (tmp_path / "a file").write_text("no folder")
     with pytest.raises(StoreError, match="can't be opened"):
         open_store(tmp_path / "a file" / "store", writing=True)
 
 
-def test_the_command_takes_a_run_to_the_service(trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_command_pushes_promotes_and_pulls(
+    trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     place = f"store.url={tmp_path / 'store'}"
     assert main(["export", "--run", str(trained_run)]) == 0
     capsys.readouterr()
     assert main(["models", "push", "--run", str(trained_run), "--note", "smoke", place]) == 0, capsys.readouterr().err
-    assert main(["models", "promote", "classifier", "1", place]) == 0 and main(["models", "promote", "detector", "1", place]) == 0
-    assert main(["models", "pull", "--out", str(tmp_path / "served"), place, f"paths.cache_root={tmp_path / 'cache'}"]) == 0, capsys.readouterr().err
+    assert (
+        main(["models", "promote", "classifier", "1", place]) == 0
+        and main(["models", "promote", "detector", "1", place]) == 0
+    )
+    assert (
+        main(["models", "pull", "--out", str(tmp_path / "served"), place, f"paths.cache_root={tmp_path / 'cache'}"])
+        == 0
+    ), capsys.readouterr().err
     assert sorted(path.name for path in (tmp_path / "served").iterdir()) == ["classifier.onnx", "detector.onnx"]
     capsys.readouterr()
     assert main(["models", "list", place]) == 0
     assert capsys.readouterr().out.count("smoke") == 2
     assert main(["models", "info", str(tmp_path / "served" / "classifier.onnx")]) == 0
     assert json.loads(capsys.readouterr().out)["model_type"] == "classifier"
-    for wrong, sentence in ((["show", "classifier", "9"], "There is no v9"), (["promote", "classifier"], "Name which version"), (["promote", "classifier", "two"], "'two' is no version"), (["rollback", "classifier"], "No other classifier")):
-        assert main(["models", *wrong, place]) == 2 and sentence in capsys.readouterr().err
+    for arguments, sentence in (
+        (["show", "classifier", "9"], "There is no v9"),
+        (["promote", "classifier"], "Name which version"),
+        (["promote", "classifier", "two"], "'two' is no version"),
+        (["rollback", "classifier"], "No other classifier"),
+    ):
+        assert main(["models", *arguments, place]) == 2 and sentence in capsys.readouterr().err

@@ -1,4 +1,8 @@
-"""Two real, tiny ONNX models and photos for them: one network always sees the same two pills, the other one goes by the average colour."""
+"""Two real, tiny ONNX models and photos for them.
+
+The detector always returns the same two pills, the classifier compares the average colour of a crop.
+"""
+
 from __future__ import annotations
 
 import io
@@ -13,49 +17,79 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from pillsnap.runtime.classes import ClassMap, Drug
-from pillsnap.runtime.identify import Rules
+from pillsnap.answer.classes import ClassMap, Drug
+from pillsnap.answer.rules import Rules
 
 CONFIG = Path(__file__).parents[1] / "config.yaml"
 RIGHT, ANOTHER = "jC2-9wqXr_LmT4vYd0Ks", "q7Wm2-Lk0vR_t8Yc5n"
 KEY = {"X-API-Key": RIGHT}
-DRUGS = ClassMap([
-    Drug("K-000007", "Red capsule", ("641600010", "641600011"), {"shape": "oblong", "company": "Example Pharma"}),
-    Drug("K-000030", "White round tablet", ("649900030",)),
-    Drug("K-000101", "Blue tablet"),
-])
+DRUGS = ClassMap(
+    [
+        Drug("K-000007", "Red capsule", ("641600010", "641600011"), {"shape": "oblong", "company": "Example Pharma"}),
+        Drug("K-000030", "White round tablet", ("649900030",)),
+        Drug("K-000101", "Blue tablet"),
+    ]
+)
 COLOURS = np.array([[0.68, 0.36, 0.33], [0.83, 0.81, 0.77], [0.3, 0.4, 0.8]], np.float32)
 FOUND = np.array([[110, 140, 86, 86, 0.94], [228, 204, 106, 62, 0.88], [111, 141, 84, 86, 0.6]], np.float32)
-RULES = Rules(class_map=DRUGS, classifier_size=64, detector_size=320, margin=0.12, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0),
-              box_confidence=0.25, nms_iou=0.5, sure_confidence=0.5)
+RULES = Rules(
+    class_map=DRUGS,
+    classifier_size=64,
+    detector_size=320,
+    margin=0.12,
+    mean=(0.0, 0.0, 0.0),
+    std=(1.0, 1.0, 1.0),
+    box_confidence=0.25,
+    nms_iou=0.5,
+    sure_confidence=0.5,
+)
 
 
 def save_model(path: Path, task: str, nodes: list, shapes: tuple[list, list], constants: dict[str, np.ndarray]) -> None:
-    images, output = (helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in zip(("images", "output"), shapes, strict=True))
+    images, output = (
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+        for name, shape in zip(("images", "output"), shapes, strict=True)
+    )
     initial = [numpy_helper.from_array(np.ascontiguousarray(value), name) for name, value in constants.items()]
-    model = helper.make_model(helper.make_graph(nodes, task, [images], [output], initial),
-                              opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    metadata = {"task": task, "rules": RULES.to_json(), "model": f"tiny {task}", "opset": 17, "git_revision": "", "created": ""}
+    model = helper.make_model(
+        helper.make_graph(nodes, task, [images], [output], initial),
+        opset_imports=[helper.make_opsetid("", 17)],
+        ir_version=8,
+    )
+    metadata = {
+        "task": task,
+        "rules": RULES.to_json(),
+        "model": f"tiny {task}",
+        "opset": 17,
+        "git_revision": "",
+        "created": "",
+    }
     helper.set_model_props(model, {"pillsnap": json.dumps(metadata)})
     onnx.save(model, path)
 
 
 def save_classifier(folder: Path) -> None:
-    nodes = [helper.make_node("GlobalAveragePool", ["images"], ["pooled"]), helper.make_node("Flatten", ["pooled"], ["average"]),
-             helper.make_node("Gemm", ["average", "weights", "bias"], ["output"], transB=1)]
+    nodes = [
+        helper.make_node("GlobalAveragePool", ["images"], ["pooled"]),
+        helper.make_node("Flatten", ["pooled"], ["average"]),
+        helper.make_node("Gemm", ["average", "weights", "bias"], ["output"], transB=1),
+    ]
     constants = {"weights": 60 * COLOURS, "bias": -30 * (COLOURS**2).sum(axis=1)}
     save_model(folder / "classifier.onnx", "classifier", nodes, (["n", 3, 64, 64], ["n", 3]), constants)
 
 
 def save_detector(folder: Path) -> None:
-    nodes = [helper.make_node("ReduceMean", ["images"], ["average"], keepdims=0), helper.make_node("Mul", ["average", "nothing"], ["zero"]),
-             helper.make_node("Add", ["found", "zero"], ["output"])]
+    nodes = [
+        helper.make_node("ReduceMean", ["images"], ["average"], keepdims=0),
+        helper.make_node("Mul", ["average", "nothing"], ["zero"]),
+        helper.make_node("Add", ["found", "zero"], ["output"]),
+    ]
     constants = {"found": FOUND.T[None], "nothing": np.zeros(1, np.float32)}
     save_model(folder / "detector.onnx", "detector", nodes, ([1, 3, 320, 320], [1, 5, len(FOUND)]), constants)
 
 
 def photo_jpeg() -> bytes:
-    """A white tablet and a red capsule, where the detector sees them."""
+    """A photo of a white tablet and a red capsule, at the boxes of the detector."""
     photo = np.full((480, 640, 3), (128, 122, 112), np.uint8)
     cv2.ellipse(photo, (220, 200), (84, 84), 0, 0, 360, (238, 234, 224), -1, cv2.LINE_AA)
     cv2.ellipse(photo, (456, 328), (110, 46), 25, 0, 360, (196, 74, 66), -1, cv2.LINE_AA)
@@ -65,7 +99,8 @@ def photo_jpeg() -> bytes:
 
 
 def huge_png() -> bytes:
-    """100 million pixels in a few kilobytes."""
+    """A PNG of 100 million pixels in a few kilobytes."""
+
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 

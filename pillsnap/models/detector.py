@@ -10,17 +10,19 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import cv2
 import torch
 from PIL import Image
 from torch import nn
 
-from ..config import SettingsError
+from ..config.schema import SettingsError
 from ..runlog import decide
 
 # %% auto #0
-__all__ = ['detector_network', 'build_detector', 'detection_loss', 'RawDetections', 'for_one_size', 'for_any_size']
+__all__ = ['detector_network', 'build_detector', 'detection_loss', 'RawDetections', 'for_one_size', 'for_any_size',
+           'DetectionModel']
 
 # %% ../../nbs/models/01_detector.ipynb #3e4e7f63
 _REPLACED = ((Image, ("open",)), (torch, ("save",)), (cv2, ("imread", "imwrite", "imshow")))
@@ -32,66 +34,74 @@ os.environ.setdefault("YOLO_VERBOSE", "false")
 os.environ.setdefault("YOLO_CONFIG_DIR", str(Path(tempfile.gettempdir()) / f"pillsnap-ultralytics-{os.getuid()}"))
 Path(os.environ["YOLO_CONFIG_DIR"]).mkdir(parents=True, exist_ok=True)
 
-from ultralytics.cfg import DEFAULT_CFG_DICT
 from ultralytics.nn.tasks import DetectionModel
-from ultralytics.utils import SETTINGS, IterableSimpleNamespace
+from ultralytics.utils import DEFAULT_CFG_DICT, SETTINGS, IterableSimpleNamespace
 
 if _threads is None:
     os.environ.pop("OMP_NUM_THREADS", None)
 for _owner, _name, _original in _originals:
     setattr(_owner, _name, _original)
 if SETTINGS.get("sync"):
-    SETTINGS.update({"sync": False})
+    SETTINGS.update({"sync": False})  # type: ignore[no-untyped-call]  # ultralytics has no annotations here
+_all_ = ["DetectionModel"]  # imported from here by other modules, because of the protected import
 
 # %% ../../nbs/models/01_detector.ipynb #282eb6a6
 def detector_network(
-    name: str  # ultralytics network description, for example yolo11n.yaml
+    name: str,  # ultralytics network description, for example yolo11n.yaml
 ) -> nn.Module:  # training: dictionary for `detection_loss`; evaluation: (raw (n, 5, anchors), ...)
-    """A one-class detector, its weights still to be loaded or learnt; raises `SettingsError` for an unknown name."""
+    """A one-class detector with random weights; raises `SettingsError` for an unknown name."""
     try:
-        network = DetectionModel(name, nc=1, verbose=False)
+        network = DetectionModel(  # type: ignore[no-untyped-call]  # ultralytics has no annotations here
+            name, nc=1, verbose=False
+        )
     except (FileNotFoundError, KeyError, ValueError) as error:
-        raise SettingsError(f"model.detector.name: ultralytics has no network {name!r}; use for example yolo11n.yaml, yolo11s.yaml or yolo11m.yaml.") from error
-    network.args = IterableSimpleNamespace(**DEFAULT_CFG_DICT)
+        raise SettingsError(
+            f"model.detector.name: ultralytics has no network {name!r}; "
+            "use for example yolo11n.yaml, yolo11s.yaml or yolo11m.yaml."
+        ) from error
+    cast(Any, network).args = IterableSimpleNamespace(**DEFAULT_CFG_DICT)
     return network
 
 
 def build_detector(
-    name: str  # ultralytics network description, for example yolo11n.yaml
+    name: str,  # ultralytics network description, for example yolo11n.yaml
 ) -> nn.Module:  # as `detector_network`
-    """A detector that starts to learn, with random weights; that is recorded."""
+    """A detector to train from random weights, which is recorded as a decision."""
     network = detector_network(name)
     decide("detector weights", "random initialisation", f"{name} describes a network, no weights belong to it")
     return network
 
 # %% ../../nbs/models/01_detector.ipynb #e5dd99ee
 def detection_loss(
-    network: nn.Module,        # from `build_detector`, in training mode
-    images: torch.Tensor,      # float (n, 3, size, size), 0 to 1
-    boxes: torch.Tensor,       # float (boxes, 4): centre x, centre y, width, height; share of the image side
-    photo_index: torch.Tensor, # (boxes,): number of the photo in the batch that each box lies in
-    forward: Callable | None = None  # compiled network, where there is one
-) -> torch.Tensor:             # scalar: mean loss per photo
+    network: nn.Module,  # from `build_detector`, in training mode
+    images: torch.Tensor,  # float (n, 3, size, size), 0 to 1
+    boxes: torch.Tensor,  # float (boxes, 4): centre x, centre y, width, height; fraction of the image side
+    photo_index: torch.Tensor,  # (boxes,): number of the photo in the batch that each box lies in
+    forward: Callable[[torch.Tensor], Any] | None = None,  # compiled network; None: `network` itself
+) -> torch.Tensor:  # scalar: mean loss per photo
     """Box, class and distribution focal loss with task-aligned assignment (Feng et al. 2021, arXiv 2108.07755)."""
-    answers = (network if forward is None else forward)(images)
+    predictions = (network if forward is None else forward)(images)
     batch = {"img": images, "bboxes": boxes, "cls": boxes.new_zeros(len(boxes), 1), "batch_idx": photo_index.float()}
-    loss, _ = network.loss(batch, answers)
-    return loss.sum() / len(images)
+    loss, _ = cast(Any, network).loss(batch, predictions)
+    mean: torch.Tensor = loss.sum() / len(images)
+    return mean
 
 # %% ../../nbs/models/01_detector.ipynb #377514c4
 class RawDetections(nn.Module):
-    """The detector as evaluation and export see it: images in, one array of boxes and scores out."""
+    """The detector for evaluation and export: images in, one array of boxes and scores out."""
 
-    def __init__(self, network: nn.Module):
+    def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
 
     def forward(
         self,
-        images: torch.Tensor  # float (n, 3, size, size), 0 to 1
-    ) -> torch.Tensor:        # float (n, 5, anchors): centre x, centre y, width, height in pixels, score 0 to 1
-        answer = self.network(images)
-        return answer[0] if isinstance(answer, tuple) else answer
+        images: torch.Tensor,  # float (n, 3, size, size), 0 to 1
+    ) -> torch.Tensor:  # float (n, 5, anchors): centre x, centre y, width, height in pixels, score 0 to 1
+        """Boxes and scores of all anchors."""
+        output = self.network(images)
+        detections: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        return detections
 
 # %% ../../nbs/models/01_detector.ipynb #6124e2e7
 class _AnyShape:
@@ -104,23 +114,28 @@ class _AnyShape:
         return False
 
 
+def _head(detector: RawDetections) -> Any:
+    """The last layer, which holds the anchors."""
+    return cast(nn.Sequential, detector.network.model)[-1]
+
+
 def for_one_size(
     detector: RawDetections,  # on the CPU, in evaluation mode
-    size: int                 # side of the pictures, pixels
-) -> RawDetections:           # a copy; any batch of pictures of this size
+    size: int,  # side of the images, pixels
+) -> RawDetections:  # a copy; any batch size, images of this size
     """A copy for exporters, whose anchors belong to one size."""
     fixed = copy.deepcopy(detector)
-    fixed.network.model[-1].shape = None  # anchors of an earlier answer may be tensors of the inference mode
+    _head(fixed).shape = None  # its anchors may be tensors of the inference mode
     with torch.no_grad():  # not inference_mode: its tensors can't be traced
         fixed(torch.zeros(1, 3, size, size))
-    fixed.network.model[-1].shape = _AnyShape()
+    _head(fixed).shape = _AnyShape()
     return fixed
 
 
 def for_any_size(
-    detector: RawDetections  # on the CPU, in evaluation mode
-) -> RawDetections:          # a copy; any batch of pictures of any size
-    """A copy for exporters, whose anchors are computed from each picture's size."""
+    detector: RawDetections,  # on the CPU, in evaluation mode
+) -> RawDetections:  # a copy; any batch size, images of any size
+    """A copy for exporters, whose anchors are computed from each image's size."""
     free = copy.deepcopy(detector)
-    free.network.model[-1].dynamic = True
+    _head(free).dynamic = True
     return free

@@ -13,41 +13,52 @@ from collections.abc import Callable, Iterator
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 import pillsnap
-from ..config import Settings
+from ..answer.rules import Rules
+from ..atomic import write_text
+from ..config.schema import Settings
 from ..data.loaders import report_damaged
 from ..data.manifest import load_dataset, prepare_data, save_dataset
-from ..data.sample import write_sample
-from ..files import write_text
+from ..provenance import git_revision
 from ..runlog import LOGGER, RunLog, decide, open_run
-from ..runtime.identify import Rules
-from .building import build_tasks, earlier_weights
-from .checkpoint import CheckpointError, git_revision, load_checkpoint, newest_checkpoint
-from .group import Group, describe_group, join_group, leave_group
-from .hardware import choose_hardware, seed_everything
+from ..sample.write import write_sample
+from pillsnap.training.checkpoint import (
+    CheckpointError,
+    check_same_settings,
+    earlier_weights,
+    load_checkpoint,
+    newest_checkpoint,
+    resume_run,
+    save_run,
+)
+from .device.distributed import ProcessGroup, describe_group, join_group, leave_group
+from .device.hardware import choose_hardware, seed_everything
 from .loop import train_tasks
-from .record import write_hardest, write_plots
-from .saving import check_same_settings, resume_run, save_run
+from .report.plots import write_hardest, write_plots
+from .setup import build_tasks
 from .tasks import Task
 
 # %% auto #0
-__all__ = ['data_root', 'new_run_folder', 'latest_run', 'train', 'alone_in']
+__all__ = ['data_root', 'new_run_folder', 'latest_run', 'train', 'lock_run_folder']
 
 # %% ../../nbs/training/07_run.ipynb #40e3d69a
 def data_root(
-    settings: Settings  # paths and seed are read
-) -> Path:              # folder with the dataset
-    """The dataset's folder; without one the embedded sample, written if it is not there."""
+    settings: Settings,  # paths and seed are read
+) -> Path:  # folder with the dataset
+    """The dataset's folder, or that of the embedded sample, which is written if it is missing."""
     if settings.paths.data_root is not None:
         return settings.paths.data_root
     return write_sample(settings.paths.sample_root, settings.seed)
 
 
 def new_run_folder(
-    settings: Settings  # paths and stage are read
-) -> Path:              # a folder that does not exist yet
-    """Name of a run: its stage and the time of its start; with train.resume=last the folder in which a checkpoint was written last."""
+    settings: Settings,  # paths and stage are read
+) -> Path:  # a new folder, or that of the run to resume
+    """Folder named by stage and start time; with train.resume=last that of the newest checkpoint."""
     checkpoints = list(settings.paths.run_root.glob("*/last.pt"))
     if settings.train.resume == "last" and checkpoints:
         return max(checkpoints, key=lambda path: path.stat().st_mtime).parent
@@ -55,34 +66,44 @@ def new_run_folder(
 
 
 def latest_run(
-    run_root: Path  # folder with all runs
-) -> Path:          # folder of the newest finished run
+    run_root: Path,  # folder with all runs
+) -> Path:  # folder of the newest finished run
     """The run that finished last; raises `CheckpointError` when there is none."""
     pointer = Path(run_root) / "latest"
     if not pointer.exists():
-        raise CheckpointError(f"There is no finished run in {run_root}: train one first (papermill nbs/10_train.ipynb out.ipynb -p stage 1).")
+        raise CheckpointError(
+            f"There is no finished run in {run_root}: train one first "
+            "(papermill nbs/10_train.ipynb out.ipynb -p stage 1)."
+        )
     return Path(run_root) / pointer.read_text(encoding="utf-8").strip()
 
 # %% ../../nbs/training/07_run.ipynb #5eb3b4a5
 def train(
-    settings: Settings,          # everything a run depends on
+    settings: Settings,  # all settings of the run
     folder: Path | None = None,  # run folder; None: a new one below paths.run_root
-    watch: Callable[[Path], None] | None = None  # called with the run folder after each evaluation
-) -> Path:                       # the run folder
-    """Prepare the data, train the networks, keep the best; raises a `ValueError` of ours with one sentence when that can't be done."""
+    watch: Callable[[Path], None] | None = None,  # called with the run folder after each evaluation
+) -> Path:  # the run folder
+    """Prepare the data, train the networks, keep the best weights.
+
+    Errors that a user can mend are subclasses of `ValueError` whose message is one sentence.
+    """
     group = join_group()
     if group.rank:
-        LOGGER.setLevel(logging.ERROR)  # the first process speaks for all
+        LOGGER.setLevel(logging.ERROR)  # the first process logs for all
     try:
         folder = group.first(lambda: Path(folder) if folder else new_run_folder(settings))
         found = _checkpoint_of(folder, settings)
         with contextlib.ExitStack() as stack:
             if not group.rank:
-                stack.enter_context(alone_in(folder))
-            elsewhere = stack.enter_context(tempfile.TemporaryDirectory())
-            run = stack.enter_context(open_run(Path(elsewhere) if group.rank else folder, settings))
+                stack.enter_context(lock_run_folder(folder))
+            scratch = stack.enter_context(tempfile.TemporaryDirectory())
+            run = stack.enter_context(open_run(Path(scratch) if group.rank else folder, settings))
             describe_group(group)
-            decide("code", git_revision(Path(pillsnap.__file__).parent) or version("pillsnap"), "revision in git, + for changes that are not committed; outside git the version")
+            decide(
+                "code",
+                git_revision(Path(pillsnap.__file__).parent) or version("pillsnap"),
+                "revision in git, + for changes that are not committed; outside git the version",
+            )
             _train(settings, group, run, folder, found, watch)
     finally:
         leave_group()
@@ -91,8 +112,8 @@ def train(
     return folder
 
 
-def _checkpoint_of(folder: Path, settings: Settings) -> tuple[Path, dict, str] | None:
-    """The checkpoint to go on from, looked at before anything is written."""
+def _checkpoint_of(folder: Path, settings: Settings) -> tuple[Path, dict[str, Any], str] | None:
+    """The checkpoint to resume from, checked before anything is written."""
     earlier_weights(settings)
     if settings.train.resume == "last":
         found = newest_checkpoint(folder)
@@ -100,67 +121,103 @@ def _checkpoint_of(folder: Path, settings: Settings) -> tuple[Path, dict, str] |
             check_same_settings(found[1], found[0], settings)
         return found
     if any((folder / name).exists() for name in ("last.pt", "previous.pt")):
-        raise CheckpointError(f"The run folder {folder} already holds a run: name another folder, or go on with train.resume=last.")
+        raise CheckpointError(
+            f"The run folder {folder} already holds a run: name another folder, or go on with train.resume=last."
+        )
     return None
 
 
 @contextlib.contextmanager
-def alone_in(
-    folder: Path  # run folder, made if it is missing
+def lock_run_folder(
+    folder: Path,  # run folder, created if it is missing
 ) -> Iterator[None]:
-    """Keep other trainings out of a run folder; raises `CheckpointError` when there is one."""
+    """Lock a run folder; raises `CheckpointError` when another process trains in it."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "run.lock", "w", encoding="utf-8") as file:  # the system unlocks it when the process ends, however it ends
+    with open(folder / "run.lock", "w", encoding="utf-8") as file:  # unlocked by the system when the process ends
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise CheckpointError(f"Another process trains in {folder}: wait until it has ended, or name another folder.") from None
+            raise CheckpointError(
+                f"Another process trains in {folder}: wait until it has ended, or name another folder."
+            ) from None
         except OSError as error:
-            decide("run folder", "not locked", f"the file system of {folder} has no locks ({error.strerror})", fallback=True)
-        for left in folder.glob(".*.????????.*"):  # half-written by a process that was killed
-            left.unlink()
+            decide(
+                "run folder",
+                "not locked",
+                f"the file system of {folder} has no locks ({error.strerror})",
+                fallback=True,
+            )
+        for leftover in folder.glob(".*.????????.*"):  # half-written by a process that was killed
+            leftover.unlink()
         yield
 
 
-def _train(settings: Settings, group: Group, run: RunLog, folder: Path, found: tuple[Path, dict, str] | None, watch: Callable[[Path], None] | None) -> None:
+def _train(
+    settings: Settings,
+    group: ProcessGroup,
+    run: RunLog,
+    folder: Path,
+    found: tuple[Path, dict[str, Any], str] | None,
+    watch: Callable[[Path], None] | None,
+) -> None:
     if found and found[2]:
         decide("checkpoint", found[0].name, f"the newer one can't be used: {found[2]}", fallback=True)
-    group.first(lambda: None if found and _holds_data(folder) else save_dataset(prepare_data(settings, data_root(settings)), folder))
+    group.first(
+        lambda: (
+            None if found and _holds_data(folder) else save_dataset(prepare_data(settings, data_root(settings)), folder)
+        )
+    )
     dataset = load_dataset(folder)
     before = found[1]["tasks"] if found else {}
     seed_everything(settings.seed)
     hardware = choose_hardware(settings, next((state["amp_at_start"] for state in before.values()), settings.train.amp))
-    tasks, rules = build_tasks(dataset, settings, hardware, group, {name: state["batch_at_start"] for name, state in before.items()})
+    tasks, rules = build_tasks(
+        dataset, settings, hardware, group, {name: state["batch_at_start"] for name, state in before.items()}
+    )
     if found:
         resume_run(tasks, rules, *found[:2])
     elif settings.train.resume == "last":
         decide("resume", "a new start", f"there is no checkpoint in {folder}", fallback=True)
-    run.forget_after({name: task.step for name, task in tasks.items()})  # also of a run that was killed before its first checkpoint
+    # also for a run that was killed before its first checkpoint
+    run.forget_after({name: task.step for name, task in tasks.items()})
 
-    def looked_at(task: Task, best: bool) -> None:
+    def on_evaluation(task: Task, best: bool) -> None:
         if group.rank:
             return
         if best and task.answers is not None:
-            _write_answers(folder, task, rules)
+            _write_hardest(folder, task.answers, task, rules)
         if watch is not None:
             watch(folder)
 
-    train_tasks(tasks, settings, group, run, lambda: save_run(tasks, rules, settings, run, group), looked_at)
+    train_tasks(tasks, settings, group, run, lambda: save_run(tasks, rules, settings, run, group), on_evaluation)
+    _report_damaged(tasks, group)
+    if not group.rank:
+        write_plots(folder)
+
+
+def _report_damaged(tasks: dict[str, Task], group: ProcessGroup) -> None:
+    """Log the samples without pixels that any process has met."""
     for task in tasks.values():
         for samples, what in ((task.samples, task.name), (task.validation, f"{task.name} validation")):
             for damaged in group.gather(samples.damaged):
                 samples.damaged.update(damaged)
             report_damaged(samples, what)
-    if not group.rank:
-        write_plots(folder)
 
 
 def _holds_data(folder: Path) -> bool:
-    """A run that goes on keeps its split, whatever has become of the dataset since."""
+    """Whether the folder has its split already: a resumed run keeps it, even if the dataset has changed."""
     return all((folder / name).exists() for name in ("manifest.parquet", "class_map.json", "data_report.json"))
 
 
-def _write_answers(folder: Path, task: Task, rules: Rules) -> None:
+def _write_hardest(folder: Path, predictions: dict[str, np.ndarray], task: Task, rules: Rules) -> None:
     store = task.validation.store
-    photos = [store.cuts.photo(photo) for photo in store.cuts.photo_of.tolist()]
-    write_hardest(folder, crop_of=store.__getitem__, codes=rules.class_map.codes, images=photos, **task.answers)
+    photos = [store.crops.photo(photo) for photo in store.crops.photo_of.tolist()]
+    write_hardest(
+        folder,
+        logits=predictions["logits"],
+        labels=predictions["labels"],
+        numbers=predictions["numbers"],
+        crop_of=store.__getitem__,
+        codes=rules.class_map.codes,
+        images=photos,
+    )
