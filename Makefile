@@ -3,19 +3,21 @@ PYTHON ?= $(shell command -v python3.11 || echo python3)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 .DEFAULT_GOAL := help
-.PHONY: help demo test lab serve bench-data bench-train bench-infer bench-serve clean
+.PHONY: help demo test lint lab serve bench-data bench-train bench-infer bench-serve clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /|/' | awk -F'|' '{printf "  make %-11s %s\n", $$1, $$2}'
 
-# One environment for everything, always made from nothing: pip's resolver loops when it adds pinned packages to an environment
-# that has some of them. The time that it took goes into the demo's report.
+# One environment for everything, always made from nothing: pip's resolver loops when it adds pinned packages to an
+# environment that has some of them. The time that it took goes into the demo's report.
 .venv/ready: setup.py settings.ini constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "pillsnap needs Python 3.11 or newer: make PYTHON=/path/to/python"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "pillsnap needs Python 3.11 or newer: make PYTHON=/path/to/python"; exit 1; }
 	@echo "installing into .venv, which takes about two minutes"
 	@start=$$(date +%s); set -e; \
 	$(PYTHON) -m venv --clear .venv; \
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[all]'; \
+	if [ -e .git ]; then $(BIN)/pre-commit install > /dev/null; fi; \
 	$(BIN)/python -m ipykernel install --sys-prefix --name python3 > /dev/null 2>&1; \
 	echo $$(( $$(date +%s) - start )) > .venv/install-seconds
 	@touch $@
@@ -26,36 +28,45 @@ demo: .venv/ready  ## train, evaluate, export and serve on the embedded sample, 
 test: .venv/ready  ## check that notebooks are clean and exported, run all notebooks and tests
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash tests/run.sh
 
+lint: .venv/ready  ## check format, style and types of notebooks, tests and package
+	@PATH="$(CURDIR)/$(BIN):$$PATH" bash tests/lint.sh
+
 lab: .venv/ready  ## open JupyterLab
 	@$(BIN)/jupyter lab nbs
 
 .env:
-	@umask 077; $(PYTHON) -c 'import secrets; print(f"API_KEY={secrets.token_urlsafe(24)}\nMODEL_PATH=runs/demo/train/export")' > .env.new && mv .env.new .env || { rm -f .env.new; exit 1; }
+	@umask 077; $(PYTHON) -c 'import secrets; print(f"API_KEY={secrets.token_urlsafe(24)}")' > .env.new \
+		&& echo MODEL_PATH=runs/demo/train/export >> .env.new \
+		&& mv .env.new .env || { rm -f .env.new; exit 1; }
 	@echo "wrote .env with a new API_KEY"
 
 serve: .venv/ready .env  ## serve the demo's model (or MODEL_PATH of .env) on http://127.0.0.1:8000
 	@$(BIN)/uvicorn pillsnap.serve:app
 
-bench-data: .venv/ready  ## measure scan, cache and loaders against other libraries, write runs/bench/data.json (needs 20 GB of disk)
-	@$(BIN)/python -m pillsnap.bench.data --photos 5000 --labels 1000000 --out runs/bench
+bench-data: .venv/ready  ## measure scan, cache and loaders next to others, write runs/bench/data.json (20 GB)
+	@$(BIN)/python -m pillsnap.bench.data.main --photos 5000 --labels 1000000 --out runs/bench
 
-bench-train: .venv/ready  ## measure training against timm, ultralytics and the limit, write runs/bench/train.json (OPTIONS="--classifier-data DIR ...")
-	@$(BIN)/python -m pillsnap.bench.train --out runs/bench $(OPTIONS)
+bench-train: .venv/ready  ## measure training next to timm and ultralytics, write runs/bench/train.json (OPTIONS=)
+	@$(BIN)/python -m pillsnap.bench.training.main --out runs/bench $(OPTIONS)
 
-PRODUCTION := model.classifier.name=tf_efficientnetv2_s.in21k_ft_in1k model.classifier.image_size=384 model.detector.name=yolo11m.yaml model.detector.image_size=640 \
+PRODUCTION := \
+	model.classifier.name=tf_efficientnetv2_s.in21k_ft_in1k model.classifier.image_size=384 \
+	model.detector.name=yolo11m.yaml model.detector.image_size=640 \
 	data.classes=8 data.images=320 identify.box_confidence=0.0005 train.evaluations=1 train.ema_decay=0.98 \
-	train.classifier.epochs=1 train.classifier.min_steps=100 train.classifier.batch_size=8 train.detector.epochs=1 train.detector.min_steps=320 train.detector.batch_size=4
+	train.classifier.epochs=1 train.classifier.min_steps=100 train.classifier.batch_size=8 \
+	train.detector.epochs=1 train.detector.min_steps=320 train.detector.batch_size=4
 # Networks of production size, trained just long enough to know some pills, so that it shows when an engine is wrong.
 runs/bench/production/best.pt: | .venv/ready
 	@$(BIN)/python -m pillsnap train --profile cpu --run-dir runs/bench/production train.resume=last $(PRODUCTION)
 
-bench-infer: .venv/ready runs/bench/production/best.pt  ## measure all engines with networks of production size, write runs/bench/infer.json (RUN=runs/NAME: with that run)
+bench-infer: .venv/ready runs/bench/production/best.pt  ## measure all engines, write runs/bench/infer.json (RUN=)
 	@$(BIN)/python -m pillsnap export --run $(or $(RUN),runs/bench/production) --format onnx-int8 > /dev/null
 	@$(BIN)/python -m pillsnap bench --run $(or $(RUN),runs/bench/production)
 
-bench-serve: .venv/ready runs/bench/production/best.pt  ## measure the service under load next to others, write runs/bench/serve.json (RUN=runs/NAME, OPTIONS="--soak-minutes 0 ...")
-	@test -e $(or $(RUN),runs/bench/production)/export/classifier.onnx || $(BIN)/python -m pillsnap export --run $(or $(RUN),runs/bench/production) > /dev/null
-	@$(BIN)/python -m pillsnap.bench.serve --run $(or $(RUN),runs/bench/production) --out runs/bench $(OPTIONS)
+bench-serve: .venv/ready runs/bench/production/best.pt  ## load the service, write runs/bench/serve.json (RUN=, OPTIONS=)
+	@test -e $(or $(RUN),runs/bench/production)/export/classifier.onnx \
+		|| $(BIN)/python -m pillsnap export --run $(or $(RUN),runs/bench/production) > /dev/null
+	@$(BIN)/python -m pillsnap.bench.serving.main --run $(or $(RUN),runs/bench/production) --out runs/bench $(OPTIONS)
 
 clean:  ## remove caches and build leftovers; runs, models and data stay
 	@rm -rf data/cache build *.egg-info .pytest_cache

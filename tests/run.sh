@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What `make test` runs: notebooks clean and exported, then every notebook, then the tests.
+# What `make test` runs: notebooks clean and exported, format and types, then every notebook, then the tests.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -11,11 +11,15 @@ nbdev_export
 if [ "${CI:-}" ]; then
     git diff --exit-code -- nbs pillsnap
     test -z "$(git status --porcelain -- nbs pillsnap)" || { git status --short -- nbs pillsnap; exit 1; }
-elif [ "$changes" != "$(git diff -- nbs pillsnap | sha256sum)" ] || [ "$before" != "$(git status --porcelain -- nbs pillsnap | sort)" ]; then
+elif [ "$changes" != "$(git diff -- nbs pillsnap | sha256sum)" ] \
+    || [ "$before" != "$(git status --porcelain -- nbs pillsnap | sort)" ]; then
     git status --short -- nbs pillsnap
     echo "nbdev_clean and nbdev_export changed the files above: look at the changes, then run the tests again."
     exit 1
 fi
+
+echo "== format, style and types"
+bash tests/lint.sh
 
 echo "== notebooks run"
 OMP_NUM_THREADS=1 nbdev_test --n_workers 2  # one thread each, or two notebooks at a time would wait for each other
