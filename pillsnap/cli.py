@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .commands import bench, cache, evaluate, export, gate, refuse, runs, sample, scan, show_config, train
+from .errors import PillsnapError
 from .model_commands import archive, demo, models, predict, ship, watch
 from .runlog import setup_logging
 
@@ -256,7 +257,7 @@ def main(
             file=sys.stderr,
         )
         return 2
-    except ValueError as error:
+    except PillsnapError as error:
         return refuse(error, status=2)
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""

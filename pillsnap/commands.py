@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from .config.load import load_settings, settings_as_yaml
 from .config.schema import Settings, SettingsError
+from .errors import PillsnapError
 
 if TYPE_CHECKING:
     import polars as pl
@@ -59,12 +60,10 @@ def words_of(
 
 
 def refuse(
-    error: ValueError,  # of this package
+    error: PillsnapError,
     status: int,  # exit status
 ) -> int:
-    """Print one of our own errors as one sentence; any other error is a defect and is raised again."""
-    if not type(error).__module__.startswith("pillsnap."):
-        raise error
+    """Print an error as one sentence."""
     print(f"pillsnap: {error}", file=sys.stderr)
     return status
 
@@ -223,7 +222,7 @@ def export(arguments: Namespace) -> int:
 
     try:
         report = export_run(arguments.run.resolve(), settings, words_of(arguments.format), arguments.checkpoint)
-    except ValueError as error:
+    except PillsnapError as error:
         return refuse(error, status=1)
     print_json(report)
     for sentence in report["failures"]:

@@ -1,16 +1,20 @@
 """Layers of the package: allowed imports, modules per folder, numbers of the notebooks."""
 
 import ast
+import importlib
 import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+
+from pillsnap.errors import PillsnapError
 
 ROOT = Path(__file__).parents[1]
 MAX_MODULES = 14
 
 # Layers from the bottom up: a layer imports only from layers above it in this list.
 LAYERS = [
+    ["errors"],
     ["atomic"],
     ["config"],
     ["provenance"],
@@ -175,3 +179,21 @@ def test_folders_hold_a_limited_number_of_modules():
     counts = Counter(module.rpartition(".")[0] for module in module_names())
     full = {folder: count for folder, count in counts.items() if count > MAX_MODULES}
     assert not full, f"more than {MAX_MODULES} modules: {full}"
+
+
+OTHER_ERRORS = {
+    "service.errors.ApiError": "a response of HTTP, which FastAPI sends",
+    "bench.training.ultralytics_loop.StopTraining": "leaves the loop of a trainer that is not ours",
+}
+
+
+def test_errors_that_the_user_can_mend_have_one_base():
+    """Commands print the message of a `PillsnapError`; another error class would end them with a traceback."""
+    found = {"errors.PillsnapError"}
+    for module in set(module_names()) - {"serve"}:  # importing it starts the service
+        for value in vars(importlib.import_module(f"pillsnap.{module}")).values():
+            if isinstance(value, type) and issubclass(value, Exception) and value.__module__ == f"pillsnap.{module}":
+                found.add(f"{module}.{value.__name__}")
+                if f"{module}.{value.__name__}" not in OTHER_ERRORS:
+                    assert issubclass(value, PillsnapError), f"{module}.{value.__name__} is no PillsnapError"
+    assert len(found) > 25 and found >= set(OTHER_ERRORS)

@@ -15,6 +15,7 @@ import numpy as np
 from .classes import Drug
 from .crops import crop_pill
 from .rules import ModelMismatch, Rules
+from ..errors import PillsnapError
 from ..runtime.boxes import Box
 from ..runtime.letterbox import letterbox, normalise
 from ..runtime.session import ModelError
@@ -23,7 +24,7 @@ from ..runtime.session import ModelError
 __all__ = ['PIPELINES', 'IdentifyError', 'Candidate', 'Pill', 'Identification', 'softmax', 'PillCrops', 'Identifier']
 
 # %% ../../nbs/answer/03_identify.ipynb #06c0ff0c
-class IdentifyError(ValueError):
+class IdentifyError(PillsnapError):
     """A request that cannot be processed; the message names the reason and what to do."""
 
 

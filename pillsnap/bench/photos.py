@@ -21,6 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..atomic import write_json
+from ..errors import PillsnapError
 from ..sample.drugs import sample_drugs
 from ..sample.plan import ELEVATIONS, PlannedPhoto, random_of
 from ..sample.render import View
@@ -31,7 +32,7 @@ from ..sample.write import draw_photo, label, put_file
 __all__ = ['BenchError', 'plan_photos', 'enlarge', 'png', 'write_photos']
 
 # %% ../../nbs/bench/01_photos.ipynb #5be0db37
-class BenchError(ValueError):
+class BenchError(PillsnapError):
     """A benchmark can't be run as requested, with the reason and what to do."""
 
 

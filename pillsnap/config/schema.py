@@ -14,6 +14,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 
+from ..errors import PillsnapError
+
 # %% auto #0
 __all__ = ['Fraction', 'Positive', 'Count', 'CountOrZero', 'PosixPath', 'BatchSize', 'LEAF_KEYS', 'PATH_KEYS', 'RENAMED',
            'SettingsError', 'closest_name', 'check_path', 'Section', 'Paths', 'Data', 'Dataloader', 'ClassifierModel',
@@ -21,7 +23,7 @@ __all__ = ['Fraction', 'Positive', 'Count', 'CountOrZero', 'PosixPath', 'BatchSi
            'Gate', 'Export', 'Store', 'Serve', 'Settings', 'leaf_fields', 'refuse_old_names']
 
 # %% ../../nbs/config/00_schema.ipynb #6c5bc25c
-class SettingsError(ValueError):
+class SettingsError(PillsnapError):
     """A setting cannot be used; the message is one sentence with the key, the value and the correction."""
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..atomic import sha256
+from ..errors import PillsnapError
 from ..runs import read_run
 from ..runtime.engines import ENGINES, TASKS
 
@@ -18,7 +19,7 @@ from ..runtime.engines import ENGINES, TASKS
 __all__ = ['GateError', 'Check', 'judge', 'served_file', 'differences', 'check_comparison', 'accuracy']
 
 # %% ../../nbs/evaluation/03_checks.ipynb #892e85b9
-class GateError(ValueError):
+class GateError(PillsnapError):
     """Something that can't be checked; the message states why and what to do."""
 
 
@@ -47,13 +48,7 @@ def judge(
     required = f"{key} asks for {'at least' if least else 'at most'} {_format(limit, unit)}"
     try:
         value = measure()
-    except (ValueError, OSError, RuntimeError) as error:
-        if (
-            isinstance(error, ValueError)
-            and not isinstance(error, GateError)
-            and not type(error).__module__.startswith("pillsnap.")
-        ):
-            raise
+    except (PillsnapError, OSError, RuntimeError) as error:
         return Check(
             name,
             key,

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from ..errors import PillsnapError
 from ..models.detector import RawDetections, detection_loss
 from ..training.checkpoint import random_states, restore_random_states
 from ..training.device.autotune import Trial, timed_attempt
@@ -31,7 +32,7 @@ __all__ = ['STEPS', 'HOW_MEMORY', 'PerformanceError', 'plain_hardware', 'inferen
            'estimate_training_time', 'validate_reproducibility', 'run_full_benchmark']
 
 # %% ../../nbs/evaluation/05_performance.ipynb #aedadad9
-class PerformanceError(ValueError):
+class PerformanceError(PillsnapError):
     """Something that can't be measured; the message states why and what to do."""
 
 

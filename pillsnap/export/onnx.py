@@ -18,13 +18,14 @@ import torch
 from torch import nn
 
 from ..atomic import replacing
+from ..errors import PillsnapError
 from ..models.detector import RawDetections, for_any_size, for_one_size
 
 # %% auto #0
 __all__ = ['ExportError', 'Source', 'traceable', 'export_onnx', 'model_opset']
 
 # %% ../../nbs/export/00_onnx.ipynb #2a75a575
-class ExportError(ValueError):
+class ExportError(PillsnapError):
     """A file that can't be written, or does not hold what it should; the message has the reason."""
 
 

@@ -21,6 +21,7 @@ from typing import IO, Any
 import pillsnap
 from ..answer.factory import load_identifier
 from ..atomic import replacing, sha256
+from ..errors import PillsnapError
 from ..runtime.engines import DEFAULT_ENGINE, ENGINE_FILE, ENGINES, TASKS
 
 # %% auto #0
@@ -33,7 +34,7 @@ _NAME = re.compile(r"(models/)?[A-Za-z0-9_][A-Za-z0-9_.-]*")  # of a file in an 
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00")  # creation time, with which the name of a release begins
 
 
-class ArchiveError(ValueError):
+class ArchiveError(PillsnapError):
     """An archive that can't be made or trusted; the message states why and what to do."""
 
 

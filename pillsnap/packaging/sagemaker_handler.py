@@ -14,6 +14,7 @@ import numpy as np
 
 from ..answer.factory import load_identifier
 from ..answer.identify import PIPELINES, Identifier, IdentifyError
+from ..errors import PillsnapError
 from ..runtime.images import ImageError, NotAnImage, decode_image
 
 # %% auto #0
@@ -27,7 +28,7 @@ except ImportError:  # outside of a container
     ToolkitError = Exception
 
 
-class RequestError(ValueError, ToolkitError):  # type: ignore[misc]  # the toolkit has no types
+class RequestError(PillsnapError, ToolkitError):  # type: ignore[misc]  # the toolkit has no types
     """A request that can't be processed; the message states why and what to send."""
 
     def __init__(

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ..errors import PillsnapError
 from ..runtime.engines import TASKS
 
 # %% auto #0
@@ -19,7 +20,7 @@ __all__ = ['ShipError', 'export_report', 'exported_files']
 _ENDINGS = {"onnx": ("onnx",), "safetensors": ("safetensors", "json")}  # format -> endings of its files
 
 
-class ShipError(ValueError):
+class ShipError(PillsnapError):
     """A run that can't be shipped, or a hub that refuses it; the message states why and what to do."""
 
 

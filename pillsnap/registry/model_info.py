@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from ..errors import PillsnapError
+
 # %% auto #0
 __all__ = ['ModelInfoError', 'get_model_info']
 
 # %% ../../nbs/registry/02_model_info.ipynb #ab6160e2
-class ModelInfoError(ValueError):
+class ModelInfoError(PillsnapError):
     """A file without information about a model; the message states why."""
 
 

@@ -21,13 +21,14 @@ from obstore.store import LocalStore, ObjectStore, from_url
 
 if TYPE_CHECKING:  # obstore has them for type checkers only
     from obstore.store import ClientConfig, RetryConfig
+from ..errors import PillsnapError
 
 # %% auto #0
 __all__ = ['LIST', 'CLAIM', 'StoreError', 'ModelVersion', 'task_folder', 'file_name', 'ModelStore', 'open_store', 'store_errors',
            'read_json', 'tasks', 'numbers', 'read_version', 'list_versions', 'existing_version']
 
 # %% ../../nbs/registry/00_store.ipynb #1d13d26c
-class StoreError(ValueError):
+class StoreError(PillsnapError):
     """A model store, or something in it, that can't be used; the message states what to do."""
 
 

@@ -17,13 +17,14 @@ from kornia_rs.io import decode_image_png_u8
 from PIL import Image, UnidentifiedImageError
 from simplejpeg import decode_jpeg
 
+from ..errors import PillsnapError
 from .memory import keep_large_blocks
 
 # %% auto #0
 __all__ = ['FORMATS', 'ImageError', 'NotAnImage', 'DamagedImage', 'TooManyPixels', 'exif_orientation', 'decode_image']
 
 # %% ../../nbs/runtime/02_images.ipynb #b25d5443
-class ImageError(ValueError):
+class ImageError(PillsnapError):
     """A photo that cannot be used; the message is one sentence for the user who sent it."""
 
 

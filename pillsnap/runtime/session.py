@@ -17,13 +17,14 @@ from ..runlog import Decision, decide
 
 if TYPE_CHECKING:
     import onnxruntime
+from ..errors import PillsnapError
 
 # %% auto #0
 __all__ = ['TENSORRT', 'CUDA', 'CPU', 'METADATA_KEY', 'ModelError', 'ModelMissing', 'cuda_devices', 'available_providers',
            'choose_providers', 'OnnxModel', 'read_metadata', 'open_model']
 
 # %% ../../nbs/runtime/05_session.ipynb #d7c1bf28
-class ModelError(ValueError):
+class ModelError(PillsnapError):
     """A model file that cannot be used; the message says which and what to do."""
 
 

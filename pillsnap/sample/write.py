@@ -21,6 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..atomic import write_json
+from ..errors import PillsnapError
 from .drugs import COLOUR_WORDS, SHAPE_WORDS, SampleDrug
 from .plan import PlannedPhoto, arrange, plan_sample, random_of
 from .render import Placed, render
@@ -181,7 +182,7 @@ GENERATOR = 4  # version of images and labels; a sample of another version is wr
 _MARKER, _UNFINISHED = "sample.json", "unfinished.json"
 
 
-class SampleError(ValueError):
+class SampleError(PillsnapError):
     """The sample can't be written to the requested folder."""
 
 

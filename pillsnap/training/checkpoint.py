@@ -24,6 +24,7 @@ from ..atomic import replacing
 from ..config.layers import Layer
 from ..config.load import settings_as_yaml
 from ..config.schema import Settings, SettingsError
+from ..errors import PillsnapError
 from ..models.detector import RawDetections, detector_network
 from ..provenance import git_revision
 from ..runlog import RunLog, decide
@@ -36,7 +37,7 @@ __all__ = ['CheckpointError', 'save_checkpoint', 'load_checkpoint', 'newest_chec
            'check_same_settings', 'resume_run']
 
 # %% ../../nbs/training/04_checkpoint.ipynb #ecfb8bf7
-class CheckpointError(ValueError):
+class CheckpointError(PillsnapError):
     """A checkpoint can't be used; the message names the reason and what to do."""
 
 

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 
+from ..errors import PillsnapError
+
 # %% auto #0
 __all__ = ['TrainingError', 'samples_to_see', 'learning_rate_factor']
 
 # %% ../../nbs/training/00_schedule.ipynb #c4261f75
-class TrainingError(ValueError):
+class TrainingError(PillsnapError):
     """Training can't go on; the message names the reason and what to do."""
 
 

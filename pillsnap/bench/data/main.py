@@ -20,7 +20,7 @@ import psutil
 
 from ...atomic import write_json
 from .labels import measure_scan, memory_folder, synthetic_labels
-from ..machine import machine
+from ..report import machine, run_benchmark
 from ...provenance import versions
 from ...runlog import setup_logging
 
@@ -255,15 +255,7 @@ def main(
     """Run the benchmark, print the table and write data.json."""
     setup_logging()
     options = parse(argv)
-    try:
-        report = bench_data(options)
-    except ValueError as error:
-        if not type(error).__module__.startswith("pillsnap."):
-            raise
-        print(f"pillsnap: {error}", file=sys.stderr)
-        return 2
-    print(f"\n{table(report)}\n\nEverything is in {options.out / 'data.json'}.")
-    return 0
+    return run_benchmark(lambda: bench_data(options), table, options.out / "data.json")
 
 # %% ../../../nbs/bench/data/05_main.ipynb #8a7d2a52
 if __name__ == "__main__" and "__file__" in globals():  # processes that render photos import this file again

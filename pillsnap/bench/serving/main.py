@@ -19,6 +19,7 @@ import psutil
 
 from ...atomic import write_json
 from ..photos import BenchError
+from ..report import run_benchmark
 from .peers import PEERS, peer_versions
 from .rounds import Rounds, p95, rate, ratio, summary
 from .session import ServingSetup, measure, prepare
@@ -387,15 +388,7 @@ def main(
     """Run the benchmark, print the table and write serve.json."""
     setup_logging("WARNING")
     options = parse(argv)
-    try:
-        report = bench_serve(options)
-    except ValueError as error:
-        if not type(error).__module__.startswith("pillsnap."):
-            raise
-        print(f"pillsnap: {error}", file=sys.stderr)
-        return 2
-    print(f"\n{table(report)}\n\nEverything is in {options.out / 'serve.json'}.")
-    return 0
+    return run_benchmark(lambda: bench_serve(options), table, options.out / "serve.json")
 
 # %% ../../../nbs/bench/serving/07_main.ipynb #77d9a1f9
 def _end(number: int, frame: object) -> None:

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from ...atomic import write_json
 from ..data.main import DATA_PACKAGES
-from ..machine import machine
 from ..photos import BenchError
+from ..report import machine, run_benchmark
 from ...config.load import load_settings
 from ...config.schema import Settings
 from ...provenance import versions
@@ -413,15 +413,7 @@ def main(
     """Run the benchmark, print the table and write train.json."""
     setup_logging("WARNING")
     options = parse(argv)
-    try:
-        report = bench_train(options)
-    except ValueError as error:
-        if not type(error).__module__.startswith("pillsnap."):
-            raise
-        print(f"pillsnap: {error}", file=sys.stderr)
-        return 2
-    print(f"\n{table(report)}\n\nEverything is in {options.out / 'train.json'}.")
-    return 0
+    return run_benchmark(lambda: bench_train(options), table, options.out / "train.json")
 
 # %% ../../../nbs/bench/training/05_main.ipynb #25302714
 if __name__ == "__main__" and "__file__" in globals():  # processes that read the data import this file again

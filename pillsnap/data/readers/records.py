@@ -20,6 +20,7 @@ import polars as pl
 from PIL import Image, UnidentifiedImageError
 
 from .photo_files import is_member, read_photo
+from ...errors import PillsnapError
 from ...runtime.images import FORMATS, ImageError, exif_orientation
 
 # %% auto #0
@@ -66,7 +67,7 @@ def printable(
     return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
 
 # %% ../../../nbs/data/readers/01_records.ipynb #cb429bdf
-class LabelError(ValueError):
+class LabelError(PillsnapError):
     """A label or its photo cannot be used; carries the reason code."""
 
     def __init__(self, reason: Reason, detail: str) -> None:
@@ -154,7 +155,7 @@ class PillRecord(NamedTuple):
     source: str = ""  # reader that found it: "aihub", "yolo", "coco" or "folders"
 
 # %% ../../../nbs/data/readers/01_records.ipynb #2620eaa4
-class DataError(ValueError):
+class DataError(PillsnapError):
     """A dataset cannot be used for a run."""
 
 

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from ...answer.identify import IdentifyError
 from ...atomic import write_text
+from ...errors import PillsnapError
 from ...runtime.images import ImageError, decode_image
 from ..inference.model_manager import LoadedModels
 from ..schemas import prediction_response
@@ -35,7 +36,7 @@ __all__ = ['LOGGER', 'TIMEOUT', 'SUFFIXES', 'ClientError', 'ServerUnusable', 're
 LOGGER = logging.getLogger("pillsnap")
 
 
-class ClientError(ValueError):
+class ClientError(PillsnapError):
     """A photo without a prediction; the message is one sentence with the reason and what to do."""
 
 

@@ -19,6 +19,7 @@ import torch
 from ...atomic import read_json_cache, write_json
 from ...config.schema import Settings
 from ...data.cache.budget import available_memory
+from ...errors import PillsnapError
 from ...runlog import decide
 from .memory_ladder import free_memory, is_out_of_memory
 
@@ -197,7 +198,7 @@ def smallest_fast(
     return min(size for size, trial in trials.items() if size / trial.seconds >= 0.95 * best)
 
 # %% ../../../nbs/training/device/03_autotune.ipynb #9705274d
-class TuneError(ValueError):
+class TuneError(PillsnapError):
     """No batch size fits; the message names what to do."""
 
 

@@ -17,12 +17,13 @@ from torch import distributed, nn
 from ...runlog import decide
 
 Made = TypeVar("Made")
+from ...errors import PillsnapError
 
 # %% auto #0
 __all__ = ['Made', 'ALONE', 'DistributedError', 'ProcessGroup', 'join_group', 'leave_group', 'describe_group']
 
 # %% ../../../nbs/training/device/01_distributed.ipynb #93d4ab3a
-class DistributedError(ValueError):
+class DistributedError(PillsnapError):
     """The first process failed; the message is its error."""
 
 
