@@ -5,7 +5,6 @@
 # %% ../../../nbs/training/device/00_hardware.ipynb #a112d815
 from __future__ import annotations
 
-import ctypes
 import os
 import random
 import time
@@ -21,6 +20,7 @@ from torch import nn
 
 from ...config.schema import Settings
 from ...runlog import decide
+from ...runtime.memory import keep_large_blocks
 
 # %% auto #0
 __all__ = ['cpu_bf16_speedup', 'Hardware', 'keep_memory', 'device_name', 'choose_device', 'choose_hardware', 'compile_forward',
@@ -85,31 +85,17 @@ class Hardware:
         return torch.cuda.max_memory_allocated(self.device) / 1e6 if self.device.type == "cuda" else 0.0
 
 # %% ../../../nbs/training/device/00_hardware.ipynb #fe5cd4ca
-# glibc's numbers of these parameters (man 3 mallopt), and their values, bytes
-_MALLOC = {"M_TRIM_THRESHOLD": (-1, 2**31 - 1), "M_TOP_PAD": (-2, 64 << 20), "M_MMAP_THRESHOLD": (-3, 1 << 30)}
+_BLOCK_MEGABYTES = 1024  # no tensor of a step on a CPU is larger
 
 
 def keep_memory() -> bool:  # False: the C library refuses
     """Make malloc keep freed memory for the next step; a failure is logged and changes nothing."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-        refused = [name for name, (number, value) in _MALLOC.items() if not mallopt(number, value)]
-    except (OSError, AttributeError, TypeError) as error:
-        refused = [f"there is no mallopt ({error})"]
-    if refused:
-        decide(
-            "freed memory",
-            "given back",
-            f"this system's C library does not do it otherwise: {', '.join(refused)}",
-            fallback=True,
-        )
+    kept = keep_large_blocks(_BLOCK_MEGABYTES)
+    if kept:
+        decide("freed memory", "kept for the next step", "a step on a processor allocates the same blocks again")
     else:
-        decide(
-            "freed memory",
-            "kept for the next step",
-            "on a processor, taking memory anew in every step costs up to a fifth of its time",
-        )
-    return not refused
+        decide("freed memory", "given back", "this system's C library has no mallopt, or refuses it", fallback=True)
+    return kept
 
 # %% ../../../nbs/training/device/00_hardware.ipynb #ea14aad7
 def device_name(
