@@ -31,6 +31,7 @@ from ..training.checkpoint import Trained, load_trained
 from ..training.device.hardware import choose_device, device_name
 
 logger = logging.getLogger("pillsnap")
+from ..data.readers.layouts import READERS
 
 # %% auto #0
 __all__ = ['logger', 'torch_forward', 'identifier_of', 'TruePhoto', 'true_photos', 'held_out', 'evaluate_single', 'decoded',
@@ -238,7 +239,7 @@ def evaluate_run(
         report["latency"] = torch_latency(identifier, singles, settings, device)
     if combinations:
         report["combo"] = evaluate_combo(identifier, combinations)
-    if dataset.report["format"] != "aihub":
+    if not READERS[dataset.report["format"]].separate_kinds:
         report["all_photos"] = evaluate_combo(identifier, photos)
     report["steps"] = read_run(folder).made
     report["goals"] = {

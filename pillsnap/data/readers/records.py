@@ -152,7 +152,7 @@ class PillRecord(NamedTuple):
     thick_mm: float | None = None  # thickness of the pill, mm
     bytes: int = 0  # size of the photo's file
     content_hash: str = ""  # "crc32:<8 hex>" of a photo in an archive, "" = not read
-    source: str = ""  # reader that found it: "aihub", "yolo", "coco" or "folders"
+    source: str = ""  # name of the reader that found it
 
 # %% ../../../nbs/data/readers/01_records.ipynb #2620eaa4
 class DataError(PillsnapError):
@@ -264,7 +264,7 @@ class Shard:
     """A part of a dataset that is read at once."""
 
     key: str  # stable across scans, such as "train/K-000032"
-    source: str  # reader that made it: "aihub", "yolo", "coco" or "folders"
+    source: str  # name of the reader that made it
     paths: tuple[str, ...]  # its files and folders, absolute
     facts: dict[str, Any] = field(default_factory=dict)  # other metadata for the reader
 

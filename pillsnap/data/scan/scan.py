@@ -132,7 +132,7 @@ def _check_out(out: Path, root: Path, layout: str) -> None:
     """Raise `ScanError` for a manifest that would replace another file, or that would be counted in the dataset."""
     if out.suffix != ".parquet" or out.is_dir():
         raise ScanError(f"The manifest cannot be {out}: name a file that ends in .parquet, such as manifest.parquet.")
-    if layout != "aihub" and out.is_relative_to(root):
+    if READERS[layout].counts_all_files and out.is_relative_to(root):
         raise ScanError(f"{out} lies in the dataset, whose files are all counted: name a place outside of {root}.")
 
 

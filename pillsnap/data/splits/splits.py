@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import polars as pl
 
 from ...config.schema import Settings
+from ..readers.layouts import READERS
 from .group_split import split_groups
 from pillsnap.data.splits.sampling import (
     SampledPhotos,
@@ -28,8 +29,6 @@ __all__ = ['PARTS', 'Splits', 'single_of', 'assign_splits', 'codes_of', 'choose_
 
 # %% ../../../nbs/data/splits/05_splits.ipynb #d422c0aa
 PARTS = ("train", "validation", "test", "unseen")  # none may hold a near-duplicate of an earlier one
-_HELD_OUT = {"val": "validation", "test": "test"}
-_HELD_OUT_BY_LAYOUT = {"aihub": {"val": "unseen"}}
 
 
 @dataclass
@@ -80,13 +79,13 @@ def single_of(
 
 def assign_splits(
     photos: pl.DataFrame,  # all usable photos, as in PHOTO_SCHEMA
-    layout: str,  # "aihub", "yolo", "coco" or "folders"
+    layout: str,  # key of READERS
 ) -> Splits:  # photos to train on, held-out ones and left-out ones
     """Map the dataset's own split to the parts of a run.
 
     Known drugs among the unseen, and capture groups of an earlier part, are left out.
     """
-    held_out = _HELD_OUT_BY_LAYOUT.get(layout, _HELD_OUT)
+    held_out = {"val": READERS[layout].validation_part, "test": "test"}
     part = pl.col("official_split").replace_strict(held_out, default="train", return_dtype=pl.String)
     splits = Splits(photos.with_columns(part=part, left_out=pl.lit("")))
     known = splits.part("unseen").filter(single_of(codes_of(splits.part("train"))))
