@@ -32,7 +32,8 @@ from .service.endpoints.dependencies import Service
 from .service.endpoints.predict import predict_router
 from .service.endpoints.status import status_router
 from .service.errors import ErrorResponse, add_error_handlers
-from .service.guard.auth import ApiKeys, RateLimiter, weakness
+from .service.guard.auth import ApiKeys, weakness
+from .service.guard.rate_limit import RateLimiter
 from .service.guard.security_headers import add_security_headers
 from .service.inference.model_manager import ModelManager
 from .service.inference.work_queue import WorkQueue

@@ -24,7 +24,7 @@ import torch
 from pillsnap.config.load import load_settings
 from pillsnap.config.schema import Settings
 from pillsnap.data.cache.budget import Budget
-from pillsnap.data.cache.crops import Crop, CropStore
+from pillsnap.data.cache.crop_store import Crop, CropStore
 from pillsnap.data.cache.lmdb import close_environment
 from pillsnap.data.cache.open import build_cache, check_cache, clear_cache, describe_cache, open_store
 from pillsnap.data.loaders import (
@@ -118,7 +118,7 @@ def test_a_cache_returns_the_same_pixels_as_decoding(
     for _ in range(2):
         pixels, good = read_all(opened(photos, cache, tmp_path))
         assert good.all() and np.array_equal(pixels, expected)
-    monkeypatch.setattr("pillsnap.data.cache.crops.decode_photo", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr("pillsnap.data.cache.crop_store.decode_photo", lambda *_: pytest.fail("decoded again"))
     store = opened(photos, cache, tmp_path)
     assert np.array_equal(read_all(store)[0], expected) and np.array_equal(store[5], expected[5])
     assert describe_cache(tmp_path)["filled"].drop_nulls().to_list() in ([1.0], []) and check_cache(
@@ -130,14 +130,14 @@ def test_a_cache_returns_the_same_pixels_as_decoding(
 FILL = """
 import sys
 from pathlib import Path
-from pillsnap.data.cache import open as cache, crops
+from pillsnap.data.cache import crop_store, open as cache
 from pillsnap.data.cache.budget import Budget
-from pillsnap.data.cache.crops import Crop
-decoded, real = [], crops.decode_photo
+from pillsnap.data.cache.crop_store import Crop
+decoded, real = [], crop_store.decode_photo
 def counting(reference, *rest):
     decoded.append(reference)
     return real(reference, *rest)
-crops.decode_photo = counting
+crop_store.decode_photo = counting
 photos = sorted(str(path) for path in Path(sys.argv[1]).glob("*.png"))
 budget = Budget(10**9, lmdb=10**8, reserve=0)
 store = cache.open_store(
@@ -304,7 +304,7 @@ from pathlib import Path
 import numpy as np
 from pillsnap.data.cache.budget import Budget
 from pillsnap.data.cache.open import open_store, record_notes
-from pillsnap.data.cache.crops import Crop, CropStore
+from pillsnap.data.cache.crop_store import Crop, CropStore
 if sys.argv[4] == "limit":
     resource.setrlimit(resource.RLIMIT_FSIZE, (700_000, 700_000))
 messages = []

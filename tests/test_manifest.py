@@ -392,7 +392,7 @@ def test_copies_of_training_photos_are_left_out_with_their_names(tmp_path, setti
     assert (
         dataset.report["left_out"] == {"twin_in_earlier_split": 4} and dataset.report["photos_by_split"]["train"] == 12
     )
-    (decision,) = [decision for decision in dataset.decisions if decision.what == "held-out photos with a twin"]
+    (decision,) = [decision for decision in dataset.decisions if decision.what == "held-out near-duplicates"]
     assert decision.fallback and "1 with identical content, 3 with an almost identical picture" in decision.reason
     assert "val/aspirin/exact.jpg (validation) and train/aspirin/0.jpg (train, 0 of 256 bits differ)" in decision.reason
 

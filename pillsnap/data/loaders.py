@@ -21,7 +21,7 @@ from torch.utils.data._utils import signal_handling as _handlers
 
 from ..config.schema import Settings
 from .cache.budget import Budget
-from .cache.crops import Crops, CropStore, Note
+from .cache.crop_store import Crops, CropStore, Note
 from .cache.open import open_store, record_notes
 from .readers.records import DataError
 from ..runlog import decide

@@ -162,7 +162,7 @@ def drop_leaks(
     dropped = selected.filter(pl.col("image").is_in(to_leave_out(leaks)))
     if len(dropped):
         why = f"they are in an earlier split too, where they could be learned by heart: {describe(leaks, f'{root}/')}"
-        splits.leave_out(dropped, "twin_in_earlier_split", "held-out photos with a twin", why)
+        splits.leave_out(dropped, "twin_in_earlier_split", "held-out near-duplicates", why)
     return selected.join(dropped, on="image", how="anti")
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..atomic import read_json_cache, write_json
 from ..config.schema import Settings
-from .cache.crops import CropStore
+from .cache.crop_store import CropStore
 from .loaders import Batches, Samples, make_loader, received
 from ..runlog import decide
 

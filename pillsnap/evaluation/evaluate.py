@@ -177,7 +177,7 @@ def measure_latency(
     pipeline: str,  # single or combo
     settings: Settings,  # latency is read
 ) -> dict[str, float]:  # p50, p95 in milliseconds; runs
-    """Time whole requests without the network: decode, detect, crop, classify."""
+    """Time whole predictions without HTTP: decode, detect, crop, classify."""
     seconds = []
     for run in range(settings.latency.warmup_runs + settings.latency.runs):
         start = time.perf_counter()

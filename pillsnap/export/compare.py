@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..config.schema import Export
-from ..data.cache.crops import Crop
+from ..data.cache.crop_store import Crop
 from ..metrics import detection_metrics
 from ..runtime.boxes import iou_matrix
 from ..runtime.letterbox import normalise

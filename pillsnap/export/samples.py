@@ -13,7 +13,7 @@ import polars as pl
 
 from ..answer.rules import Rules
 from ..config.schema import Settings
-from ..data.cache.crops import Crop
+from ..data.cache.crop_store import Crop
 from ..data.cache.open import open_store
 from ..data.manifest import Dataset
 from ..evaluation.evaluate import TruePhoto, true_photos

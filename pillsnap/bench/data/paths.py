@@ -21,7 +21,7 @@ from ..photos import BenchError
 from ...config.load import load_settings
 from ...config.schema import Settings
 from ...data.augment import augment_crops
-from ...data.cache.crops import Crops, CropStore
+from ...data.cache.crop_store import Crops, CropStore
 from ...data.cache.open import build_cache, open_store
 from ...data.loaders import Batches, Samples, make_loader
 from ...training.device.hardware import choose_device

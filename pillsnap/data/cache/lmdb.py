@@ -14,8 +14,8 @@ import lmdb
 import numpy as np
 from xxhash import xxh3_64_digest, xxh3_128
 
-from .crops import Crop, Crops, CropStore
-from .mmap_cache import RULES, lock_byte, unlock_byte
+from .crop_store import Crop, Crops, CropStore
+from .mmap_cache import CROP_VERSION, lock_byte, unlock_byte
 from ..readers.photo_files import photo_stamp
 
 # %% auto #0
@@ -31,7 +31,7 @@ def keys_of(
     keys = np.zeros(len(crops), "V16")
     for photo in range(crops.photos()):
         reference = crops.photo(photo)
-        common = xxh3_128(f"{RULES}|{size}|{margin}|{reference}|{photo_stamp(reference)}|".encode())
+        common = xxh3_128(f"{CROP_VERSION}|{size}|{margin}|{reference}|{photo_stamp(reference)}|".encode())
         for number in crops.of_photo(photo).tolist():
             one = common.copy()
             one.update(crops.boxes[number])

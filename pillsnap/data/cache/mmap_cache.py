@@ -17,14 +17,14 @@ import numpy as np
 from xxhash import xxh3_64_intdigest, xxh3_128
 
 from ...atomic import write_json
-from .crops import Crop, Crops, CropStore
+from .crop_store import Crop, Crops, CropStore
 from ..readers.photo_files import photo_stamp
 
 # %% auto #0
-__all__ = ['RULES', 'fingerprint', 'lock_byte', 'unlock_byte', 'MmapStore', 'checksum']
+__all__ = ['CROP_VERSION', 'fingerprint', 'lock_byte', 'unlock_byte', 'MmapStore', 'checksum']
 
 # %% ../../../nbs/data/cache/01_mmap_cache.ipynb #8efb32a6
-RULES = 3  # version of cropping and scaling; raised when they change, so that no old pixels are read
+CROP_VERSION = 3  # version of cropping and scaling; raised when they change, so that no old pixels are read
 
 
 def fingerprint(
@@ -33,7 +33,7 @@ def fingerprint(
     margin: float,  # fraction of the longer side added around a box
 ) -> str:  # 32 hexadecimal digits
     """Name of the file for these crops."""
-    digest = xxh3_128(f"{RULES}|{size}|{margin}|{len(crops)}|".encode())
+    digest = xxh3_128(f"{CROP_VERSION}|{size}|{margin}|{len(crops)}|".encode())
     digest.update(crops.names)
     for array in (crops.ends, crops.photo_of, crops.boxes):
         digest.update(array.data)

@@ -19,7 +19,7 @@ import polars as pl
 from tqdm import tqdm
 
 from .budget import Budget, available_memory
-from .crops import Crop, Crops, CropStore, Note
+from .crop_store import Crop, Crops, CropStore, Note
 from .lmdb import LmdbStore, close_environment, intact, open_environment
 from .mmap_cache import MmapStore, checksum, fingerprint
 from ...runlog import decide

@@ -14,7 +14,8 @@ from fastapi.security import APIKeyHeader
 
 from ...runtime.session import ModelError
 from ..errors import ApiError
-from ..guard.auth import ApiKeys, RateLimiter
+from ..guard.auth import ApiKeys
+from ..guard.rate_limit import RateLimiter
 from ..inference.model_manager import LoadedModels, ModelManager
 from ..inference.work_queue import WorkQueue
 
