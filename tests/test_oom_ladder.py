@@ -125,7 +125,7 @@ def test_a_gpu_without_memory_is_recognised_and_freed():
 
 
 def test_all_actions_in_order():
-    ladder = MemoryLadder(half=False, pieces=1, batch=16, most_pieces=4)
+    ladder = MemoryLadder(half=False, micro_batches=1, batch=16, max_micro_batches=4)
     assert actions_of_step(ladder) == [
         ("empty_cache", None),
         ("half precision", None),
@@ -138,12 +138,12 @@ def test_all_actions_in_order():
         ("batch_size", 1),
         ("give up", None),
     ]
-    assert (ladder.half, ladder.pieces, ladder.batch) == (True, 1, 1)
+    assert (ladder.half, ladder.micro_batches, ladder.batch) == (True, 1, 1)
     assert ladder.next_action(1).kind == "give up", "giving up is final"
 
 
 def test_half_precision_in_use_is_skipped_and_the_event_has_the_reason():
-    ladder = MemoryLadder(half=True, pieces=1, batch=4, most_pieces=2)
+    ladder = MemoryLadder(half=True, micro_batches=1, batch=4, max_micro_batches=2)
     assert actions_of_step(ladder) == [
         ("empty_cache", None),
         ("grad_accum", 2),
@@ -161,7 +161,7 @@ def test_half_precision_in_use_is_skipped_and_the_event_has_the_reason():
 
 
 @pytest.mark.parametrize(
-    "batch, most_pieces, expected",
+    "batch, max_micro_batches, expected",
     [
         (1, 8, ["empty_cache", "give up"]),
         (8, 1, ["empty_cache", "batch_size", "batch_size", "batch_size", "give up"]),
@@ -169,8 +169,10 @@ def test_half_precision_in_use_is_skipped_and_the_event_has_the_reason():
         (3, 8, ["empty_cache", "grad_accum", "grad_accum", "batch_size", "give up"]),
     ],
 )
-def test_micro_batches_are_never_more_than_images_or_than_allowed(batch: int, most_pieces: int, expected: list[str]):
-    assert [kind for kind, _ in actions_of_step(MemoryLadder(True, 1, batch, most_pieces))] == expected
+def test_micro_batches_are_never_more_than_images_or_than_allowed(
+    batch: int, max_micro_batches: int, expected: list[str]
+):
+    assert [kind for kind, _ in actions_of_step(MemoryLadder(True, 1, batch, max_micro_batches))] == expected
 
 
 def test_every_ladder_ends_within_its_bounds():
@@ -179,13 +181,13 @@ def test_every_ladder_ends_within_its_bounds():
         batch, most = random_numbers.randint(1, 300), random_numbers.randint(1, 40)
         ladder = MemoryLadder(random_numbers.random() < 0.5, random_numbers.randint(1, min(batch, most)), batch, most)
         for step in range(400):
-            before = (ladder.half, ladder.pieces, ladder.batch)
+            before = (ladder.half, ladder.micro_batches, ladder.batch)
             action = ladder.next_action(step)
-            assert 1 <= ladder.pieces <= min(most, ladder.batch)
+            assert 1 <= ladder.micro_batches <= min(most, ladder.batch)
             assert (action.kind in ("empty_cache", "give up")) == (
-                before == (ladder.half, ladder.pieces, ladder.batch)
+                before == (ladder.half, ladder.micro_batches, ladder.batch)
             ), "every other action changes something"
-            assert action.to == {"grad_accum": ladder.pieces, "batch_size": ladder.batch}.get(action.kind)
+            assert action.to == {"grad_accum": ladder.micro_batches, "batch_size": ladder.batch}.get(action.kind)
             if action.kind == "give up":
                 break
             if random_numbers.random() < 0.3:
@@ -194,11 +196,11 @@ def test_every_ladder_ends_within_its_bounds():
 
 
 def test_a_later_step_begins_with_an_empty_cache_and_keeps_the_sizes_reached():
-    ladder = MemoryLadder(half=False, pieces=1, batch=8, most_pieces=2)
+    ladder = MemoryLadder(half=False, micro_batches=1, batch=8, max_micro_batches=2)
     kinds = [ladder.next_action(10).kind for _ in range(4)]
     assert kinds == ["empty_cache", "half precision", "grad_accum", "batch_size"] == ladder.tried
     ladder.succeeded()
-    assert ladder.tried == [] and (ladder.half, ladder.pieces, ladder.batch) == (True, 2, 4)
+    assert ladder.tried == [] and (ladder.half, ladder.micro_batches, ladder.batch) == (True, 2, 4)
     assert [(action.kind, action.to) for action in (ladder.next_action(25), ladder.next_action(25))] == [
         ("empty_cache", None),
         ("batch_size", 2),
@@ -210,7 +212,7 @@ def test_a_later_step_begins_with_an_empty_cache_and_keeps_the_sizes_reached():
 
 
 def test_half_precision_is_tried_once_per_run():
-    ladder = MemoryLadder(half=False, pieces=1, batch=8, most_pieces=8)
+    ladder = MemoryLadder(half=False, micro_batches=1, batch=8, max_micro_batches=8)
     for step in range(5):
         for _ in range(3):
             ladder.next_action(step)
@@ -219,13 +221,13 @@ def test_half_precision_is_tried_once_per_run():
 
 
 def test_a_restored_ladder_continues_the_run():
-    ladder = MemoryLadder(half=False, pieces=1, batch=8, most_pieces=2)
+    ladder = MemoryLadder(half=False, micro_batches=1, batch=8, max_micro_batches=2)
     for _ in range(4):
         ladder.next_action(3)
     file = io.BytesIO()
     torch.save({"ladder": ladder.state()}, file)
     file.seek(0)
-    restored = MemoryLadder(half=False, pieces=1, batch=8, most_pieces=2)
+    restored = MemoryLadder(half=False, micro_batches=1, batch=8, max_micro_batches=2)
     restored.next_action(0)
     restored.restore(torch.load(file, weights_only=True)["ladder"])
     ladder.succeeded()
@@ -239,19 +241,19 @@ def test_a_restored_ladder_continues_the_run():
 
 
 def test_a_state_does_not_change_with_its_ladder():
-    ladder = MemoryLadder(half=True, pieces=1, batch=8, most_pieces=2)
+    ladder = MemoryLadder(half=True, micro_batches=1, batch=8, max_micro_batches=2)
     ladder.next_action(1)
     state = ladder.state()
     ladder.next_action(1)
     assert len(state["history"]) == 1 and state["pieces"] == 1
-    other = MemoryLadder(half=True, pieces=1, batch=8, most_pieces=2)
+    other = MemoryLadder(half=True, micro_batches=1, batch=8, max_micro_batches=2)
     other.restore(state)
     other.next_action(2)
     assert len(state["history"]) == 1
 
 
 def test_the_final_message_names_actions_of_this_step_and_remedies():
-    ladder = MemoryLadder(half=False, pieces=1, batch=4, most_pieces=2)
+    ladder = MemoryLadder(half=False, micro_batches=1, batch=4, max_micro_batches=2)
     for _ in range(3):
         ladder.next_action(1)
     ladder.succeeded()

@@ -188,8 +188,8 @@ class Shortage:
         real = getattr(step, inside)
 
         def failing(task, *rest):
-            if task.name == self.task and self.at.get(task.step, 0) > 0:
-                self.at[task.step] -= 1
+            if task.name == self.task and self.at.get(task.progress.step, 0) > 0:
+                self.at[task.progress.step] -= 1
                 raise self.error()
             return real(task, *rest)
 
@@ -225,7 +225,7 @@ def test_the_ladder_takes_all_actions_and_every_sample_is_still_seen(
     monkeypatch.setattr(
         step,
         "_update",
-        lambda task: (seen.append((task.name == "classifier", *task.held.numbers.tolist())), real(task))[1],
+        lambda task: (seen.append((task.name == "classifier", *task.pending_batch.numbers.tolist())), real(task))[1],
     )
     run = train(tiny_settings(*SHORT, "train.max_grad_accum=3"), tmp_path / "run")
     assert [action for _, _, action in oom_actions(run)] == [
@@ -245,9 +245,10 @@ def test_the_ladder_takes_all_actions_and_every_sample_is_still_seen(
     monkeypatch.setattr(
         step,
         "_update",
-        lambda task: (reference.extend(task.held.numbers.tolist()) if task.name == "classifier" else None, real(task))[
-            1
-        ],
+        lambda task: (
+            reference.extend(task.pending_batch.numbers.tolist()) if task.name == "classifier" else None,
+            real(task),
+        )[1],
     )
     train(tiny_settings(*SHORT), tmp_path / "reference")
     assert order == reference, "the same samples in the same order, in smaller batches"
@@ -428,13 +429,13 @@ from pillsnap.training.run import train
 where, rank, failed = sys.argv[3], os.environ["RANK"], []
 def once(real, fails):
     def function(task, *rest):
-        if rank == "1" and task.name == "classifier" and task.step >= 2 and len(failed) < fails:
+        if rank == "1" and task.name == "classifier" and task.progress.step >= 2 and len(failed) < fails:
             failed.append(1)
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return real(task, *rest)
     return function
 if where == "evaluation":
-    tasks.validation_batches = once(tasks.validation_batches, 1)
+    tasks.Task.validation_batches = once(tasks.Task.validation_batches, 1)
 else:
     step._gradients = once(step._gradients, 4)
 train(load_settings(Path(sys.argv[1])), Path(sys.argv[2]))
@@ -544,7 +545,7 @@ def test_a_loss_that_is_not_a_number_names_the_photos(
         step,
         "_gradients",
         lambda task, *rest: (
-            real(task, *rest)[0] * (float("nan") if task.step == 5 and task.name == "classifier" else 1.0),
+            real(task, *rest)[0] * (float("nan") if task.progress.step == 5 and task.name == "classifier" else 1.0),
             None,
         ),
     )
@@ -562,7 +563,7 @@ def test_a_dead_decoding_process_is_replaced(
     real, killed = loop.train_step, []
 
     def killing(task, *rest):
-        if task.step == 4 and task.name not in killed:
+        if task.progress.step == 4 and task.name not in killed:
             killed.append(task.name)
             for child in _children():
                 os.kill(child, signal.SIGKILL)

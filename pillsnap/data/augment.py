@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from functools import partial
+from collections.abc import Callable
 
 import torch
 from torch.nn import functional
@@ -14,8 +14,8 @@ from torch.nn import functional
 from ..runtime.letterbox import GREY
 
 # %% auto #0
-__all__ = ['uniform', 'random_views', 'random_light', 'random_cover', 'chunk_sizes', 'augment_crops', 'resized', 'mosaic',
-           'quarter_turns', 'zoom_and_shift', 'augment_photos']
+__all__ = ['CROP_AUGMENTATIONS', 'Boxes', 'PHOTO_AUGMENTATIONS', 'uniform', 'random_views', 'random_light', 'random_cover',
+           'chunk_sizes', 'augment_crops', 'resized', 'mosaic', 'quarter_turns', 'zoom_and_shift', 'augment_photos']
 
 # %% ../../nbs/data/01_augment.ipynb #05f21be6
 def uniform(
@@ -121,13 +121,23 @@ def chunk_sizes(
     return [min(most, count - start) for start in range(0, count, most)]
 
 
+CROP_AUGMENTATIONS: dict[str, Callable[[torch.Tensor, torch.Generator], torch.Tensor]] = {
+    "random_views": random_views,
+    "random_light": random_light,
+}
+
+
 def augment_crops(
     crops: torch.Tensor,  # uint8 (n, 3, size, size)
     generator: torch.Generator,  # source of randomness
 ) -> torch.Tensor:  # float (n, 3, size, size), 0 to 1
     """All augmentation steps for the classifier."""
-    chunks = torch.split(crops, chunk_sizes(crops))
-    augmented = [random_light(random_views(chunk.float(), generator), generator) for chunk in chunks]
+    augmented = []
+    for chunk in torch.split(crops, chunk_sizes(crops)):
+        images = chunk.float()
+        for augment in CROP_AUGMENTATIONS.values():
+            images = augment(images, generator)
+        augmented.append(images)
     return random_cover(torch.cat(augmented), generator)
 
 # %% ../../nbs/data/01_augment.ipynb #156e7eff
@@ -227,6 +237,13 @@ def zoom_and_shift(
     return moved, result
 
 
+Boxes = list[torch.Tensor]  # of a batch: n times (pills, 4)
+PHOTO_AUGMENTATIONS: dict[str, Callable[[torch.Tensor, Boxes, torch.Generator], tuple[torch.Tensor, Boxes]]] = {
+    "quarter_turns": quarter_turns,
+    "zoom_and_shift": zoom_and_shift,
+}
+
+
 def augment_photos(
     photos: torch.Tensor,  # uint8 (n, 3, size, size)
     boxes: list[torch.Tensor],  # n times (pills, 4): x1 y1 x2 y2, pixels
@@ -235,6 +252,7 @@ def augment_photos(
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:  # float (n, 3, size, size) 0 to 1; n times (pills, 4)
     """All augmentation steps for the detector."""
     images = photos if photos.device.type == "cpu" else photos.float()  # CUDA has no resize of bytes
-    for step in (partial(mosaic, fraction=mosaics), quarter_turns, zoom_and_shift):
-        images, boxes = step(images, boxes, generator)
+    images, boxes = mosaic(images, boxes, generator, mosaics)
+    for augment in PHOTO_AUGMENTATIONS.values():
+        images, boxes = augment(images, boxes, generator)
     return random_light(images, generator), boxes

@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from ..errors import PillsnapError
 
 # %% auto #0
-__all__ = ['TrainingError', 'samples_to_see', 'learning_rate_factor']
+__all__ = ['SCHEDULES', 'TrainingError', 'samples_to_see', 'cosine', 'onecycle', 'learning_rate_factor']
 
 # %% ../../nbs/training/00_schedule.ipynb #c4261f75
 class TrainingError(PillsnapError):
@@ -31,24 +32,39 @@ def samples_to_see(
     return max(-(-epochs * samples // batch_size), min_steps, 1) * batch_size
 
 # %% ../../nbs/training/00_schedule.ipynb #a8de8b62
-def _cosine(low: float, high: float, progress: float) -> float:
+def _half_cosine(low: float, high: float, progress: float) -> float:
     """From `high` at progress 0 to `low` at progress 1."""
     return low + (high - low) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def learning_rate_factor(
-    schedule: str,  # cosine or onecycle
+def cosine(
     seen: float,  # fraction of the run's samples seen, 0 to 1
-    warmup_fraction: float,  # cosine: fraction of the run in which the rate rises
+    warmup_fraction: float,  # fraction of the run in which the rate rises
 ) -> float:  # fraction of the peak learning rate
-    """Learning rate as a fraction of its peak.
-
-    Cosine with linear warm-up (Loshchilov and Hutter 2017, arXiv 1608.03983), or one cycle (Smith and Topin 2018,
-    arXiv 1708.07120).
-    """
-    if schedule == "onecycle":
-        warmup, start, end = 0.3, 1 / 25, 1 / 250_000  # the defaults of torch's OneCycleLR
-        return _cosine(1, start, seen / warmup) if seen < warmup else _cosine(end, 1, (seen - warmup) / (1 - warmup))
+    """Cosine with linear warm-up (Loshchilov and Hutter 2017, arXiv 1608.03983)."""
     if seen < warmup_fraction:
         return 0.01 + 0.99 * seen / warmup_fraction
-    return _cosine(0.01, 1, (seen - warmup_fraction) / max(1e-9, 1 - warmup_fraction))
+    return _half_cosine(0.01, 1, (seen - warmup_fraction) / max(1e-9, 1 - warmup_fraction))
+
+
+def onecycle(
+    seen: float,  # fraction of the run's samples seen, 0 to 1
+    warmup_fraction: float,  # not used: the warm-up has a fixed length
+) -> float:  # fraction of the peak learning rate
+    """One cycle (Smith and Topin 2018, arXiv 1708.07120)."""
+    warmup, start, end = 0.3, 1 / 25, 1 / 250_000  # the defaults of torch's OneCycleLR
+    if seen < warmup:
+        return _half_cosine(1, start, seen / warmup)
+    return _half_cosine(end, 1, (seen - warmup) / (1 - warmup))
+
+
+SCHEDULES: dict[str, Callable[[float, float], float]] = {"cosine": cosine, "onecycle": onecycle}
+
+
+def learning_rate_factor(
+    schedule: str,  # key of `SCHEDULES`
+    seen: float,  # fraction of the run's samples seen, 0 to 1
+    warmup_fraction: float,  # fraction of the run in which the rate rises
+) -> float:  # fraction of the peak learning rate
+    """Learning rate as a fraction of its peak."""
+    return SCHEDULES[schedule](seen, warmup_fraction)

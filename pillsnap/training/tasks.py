@@ -5,70 +5,112 @@
 # %% ../../nbs/training/02_tasks.ipynb #e58e312c
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, cast
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
 from timm.utils.model_ema import ModelEmaV3
 from torch import nn
-from torch.nn import functional
 
 from ..config.schema import ClassifierTraining, DetectorTraining, Settings
-from ..data.augment import augment_crops, augment_photos
 from ..data.loaders import Batch, Samples, decoding_process_died, in_order, make_loader, received
-from ..metrics import classification_metrics, detection_metrics
-from ..models.detector import RawDetections, detection_loss
 from ..runlog import decide
-from ..runtime.postprocess import detections_from_output
 from .device.distributed import ProcessGroup
 from .device.hardware import Hardware, make_optimizer
 from .device.memory_ladder import MemoryLadder
 from .schedule import TrainingError, learning_rate_factor, samples_to_see
 
 # %% auto #0
-__all__ = ['Task', 'class_weights', 'batches_of_process', 'classifier_task', 'validation_batches', 'detector_task',
-           'checkpoint_gradients']
+__all__ = ['Row', 'Progress', 'Task', 'checkpoint_gradients']
 
-# %% ../../nbs/training/02_tasks.ipynb #dd281dfc
+# %% ../../nbs/training/02_tasks.ipynb #03cde684
 @dataclass
-class Task:
-    name: str  # detector or classifier
-    network: nn.Module
-    prepare: Callable[[Task, Batch, torch.Generator], tuple[Any, ...]]  # batch -> augmented inputs, targets; on device
-    loss: Callable[[Task, tuple[Any, ...]], torch.Tensor]  # output of `prepare` -> mean loss per sample
-    # predictions for this process's validation samples, a row per batch: sample numbers, predictions, truth
-    evaluate: Callable[[Task, nn.Module, ProcessGroup], list[tuple[Any, ...]]]
-    score: Callable[[Task, list[tuple[Any, ...]]], dict[str, float]]  # metrics of the rows of all processes
-    monitor: str  # metric that selects the best weights
-    samples: Samples  # training samples
-    validation: Samples  # samples that select the best weights
-    settings: Settings  # seed, train and dataloader are read
-    hardware: Hardware
-    ladder: MemoryLadder  # images of a step, and the micro-batches that it is computed in
-    total: int  # samples seen at the end of the run
-    optimizer: torch.optim.Optimizer
-    average: ModelEmaV3  # averaged weights
-    forward: Callable[..., Any] | None = None  # compiled network or CUDA graphs; None: plain
+class Progress:
+    """How far a task has come, and its best weights."""
+
     seen: int = 0  # training samples seen
     step: int = 0  # steps made
     evaluated: int = 0  # evaluations made
     patience: int = 0  # evaluations since the best one
     best: float = -1.0  # best value of the monitor
     best_state: dict[str, torch.Tensor] | None = None
-    best_written: float = -1.0  # best value whose weights are saved
-    evaluation_batch: int = 0  # images evaluated at a time
-    workers: int | None = None  # decoding processes; None: not determined yet
-    batches: Iterator[Batch] | None = None
-    held: Batch | None = None  # batch of the step in progress, kept for a retry
-    answers: dict[str, np.ndarray] | None = None  # classifier: logits, labels, numbers of the last evaluation
-    scaler: torch.amp.GradScaler = field(init=False)
+    evaluation_batch: int = 1  # images evaluated at a time
+
+# %% ../../nbs/training/02_tasks.ipynb #dd281dfc
+Row = tuple[np.ndarray, Any, Any]  # of a validation batch: sample numbers, predictions, truth
+
+
+@dataclass(eq=False)
+class Task(ABC):
+    """A network in training, with its data, optimizer, averaged weights and progress."""
+
+    name: ClassVar[str]  # detector or classifier: its section of the settings and its name in logs and files
+    monitor: ClassVar[str]  # metric that selects the best weights
+
+    network: nn.Module  # on its device
+    samples: Samples  # training samples
+    validation: Samples  # samples that select the best weights
+    settings: Settings  # seed, train, dataloader and identify are read
+    hardware: Hardware  # device and number format
+    ladder: MemoryLadder  # images of a step, and the micro-batches that it is computed in
 
     def __post_init__(self) -> None:
+        train, chosen = self.settings.train, self.chosen
+        self.total = samples_to_see(len(self.samples), self.ladder.batch, chosen.epochs, chosen.min_steps)
+        self.optimizer: torch.optim.Optimizer = make_optimizer(self.network, chosen.lr, train.weight_decay, self.name)
+        self.average = ModelEmaV3(self.network, decay=train.ema_decay, use_warmup=True)
         self.scaler = self.hardware.scaler()
-        self.amp_at_start, self.batch_at_start = self.hardware.amp_name(), self.ladder.batch
-        self.evaluation_batch = self.evaluation_batch or max(1, self.ladder.batch // self.ladder.pieces)
+        self.at_start = {"amp_at_start": self.hardware.amp_name(), "batch_at_start": self.ladder.batch}
+        self.progress = Progress(evaluation_batch=max(1, self.ladder.batch // self.ladder.micro_batches))
+        self.best_written = -1.0  # best value whose weights are saved
+        self.forward: Callable[..., Any] | None = None  # compiled network or CUDA graphs; None: plain
+        self.workers: int | None = None  # decoding processes; None: not determined yet
+        self.batches: Iterator[Batch] | None = None
+        self.pending_batch: Batch | None = None  # batch of the step in progress, kept for a retry
+        self.predictions: dict[str, np.ndarray] | None = None  # of the last evaluation; None: the task keeps none
+
+    @abstractmethod
+    def prepare(self, batch: Batch, generator: torch.Generator) -> tuple[Any, ...]:
+        """Augmented inputs and targets of a training batch, on the device."""
+
+    @abstractmethod
+    def loss(self, inputs: tuple[Any, ...]) -> torch.Tensor:
+        """Mean loss per sample, of what `prepare` returned."""
+
+    @abstractmethod
+    def evaluate_batch(self, network: nn.Module, batch: Batch) -> tuple[Any, Any]:
+        """Predictions and truth of a validation batch, on the CPU."""
+
+    @abstractmethod
+    def score(self, rows: list[Row]) -> dict[str, float]:
+        """Metrics of the rows of all processes."""
+
+    def evaluate(self, network: nn.Module, group: ProcessGroup) -> list[Row]:
+        """Predictions of a network for this process's validation samples, a row per batch."""
+        rows: list[Row] = []
+        with torch.inference_mode(), self.hardware.autocast():
+            for batch in self.validation_batches(group):
+                rows.append((batch.numbers.numpy(), *self.evaluate_batch(network, batch)))
+        return rows
+
+    def validation_batches(self, group: ProcessGroup) -> Iterator[Batch]:
+        """The validation batches of this process: every n-th one."""
+        batches = in_order(self.validation, self.progress.evaluation_batch)[group.rank :: group.size]
+        if not batches:
+            return
+        try:
+            loader = make_loader(self.validation, batches, self.settings, workers=self.workers)
+            yield from received(loader, self.validation)
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            if not decoding_process_died(error):
+                raise
+            raise TrainingError(
+                f"A decoding process died while the {self.name} was evaluated: set dataloader.num_workers to a smaller "
+                "number or to 0, and go on with train.resume=last."
+            ) from None
 
     @property
     def chosen(self) -> ClassifierTraining | DetectorTraining:
@@ -79,22 +121,26 @@ class Task:
     @property
     def epoch(self) -> int:
         """Completed passes over the training samples."""
-        return self.seen // len(self.samples)
+        return self.progress.seen // len(self.samples)
 
     def done(self) -> bool:
         """Whether all samples were seen, or early stopping applies."""
         limit = self.settings.train.patience
-        return self.seen >= self.total or bool(limit and self.patience >= limit)
+        return self.progress.seen >= self.total or bool(limit and self.progress.patience >= limit)
+
+    def evaluations_reached(self) -> int:
+        """How many of the evenly spaced evaluations are due by now; the last is at the end."""
+        return self.progress.seen * self.settings.train.evaluations // self.total
 
     def evaluation_is_due(self) -> bool:
-        """Whether the next of the evenly spaced evaluations has been reached; the last is at the end."""
-        return self.seen * self.settings.train.evaluations // self.total > self.evaluated
+        """Whether an evaluation has been reached that was not made yet."""
+        return self.evaluations_reached() > self.progress.evaluated
 
     def learning_rate(self) -> float:
         """Learning rate of the next step."""
         train = self.settings.train
         return self.chosen.lr * learning_rate_factor(
-            train.schedule, min(1.0, self.seen / self.total), train.warmup_fraction
+            train.schedule, min(1.0, self.progress.seen / self.total), train.warmup_fraction
         )
 
     def evaluated_network(self) -> nn.Module:
@@ -103,7 +149,6 @@ class Task:
 
     def state(self) -> dict[str, Any]:
         """State for a checkpoint; the keys are part of its format."""
-        numbers = ("seen", "step", "evaluated", "patience", "best", "best_state", "evaluation_batch", "total", "epoch")
         return {
             "network": self.network.state_dict(),
             "average": self.average.module.state_dict(),
@@ -111,10 +156,11 @@ class Task:
             "scaler": self.scaler.state_dict(),
             "ladder": self.ladder.state(),
             "amp": self.hardware.amp_name(),
-            "amp_at_start": self.amp_at_start,
-            "batch_at_start": self.batch_at_start,
+            **self.at_start,
             "learning_rate": self.learning_rate(),
-            **{name: getattr(self, name) for name in numbers},
+            **vars(self.progress),
+            "total": self.total,
+            "epoch": self.epoch,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -131,232 +177,7 @@ class Task:
         self.hardware = self.hardware.with_amp(state["amp"])
         self.scaler = self.hardware.scaler()
         self.scaler.load_state_dict(state["scaler"])
-        for name in ("seen", "step", "evaluated", "patience", "best", "best_state", "evaluation_batch"):
-            setattr(self, name, state[name])
-
-# %% ../../nbs/training/02_tasks.ipynb #dbc736f8
-def class_weights(
-    labels: torch.Tensor,  # (samples,) class index of each training sample
-    classes: int,  # number of drugs
-    kind: str,  # none, inverse_frequency or effective_number
-) -> torch.Tensor:  # (classes,) float, 1 on average over the samples
-    """Weight of each class in the loss; effective number as in Cui et al. 2019 (arXiv 1901.05555), beta 0.999."""
-    counts = torch.bincount(labels, minlength=classes).double()
-    weights = {
-        "none": lambda: torch.ones(classes).double(),
-        "inverse_frequency": lambda: 1 / counts.clamp(min=1),
-        "effective_number": lambda: (1 - 0.999) / (1 - 0.999 ** counts.clamp(min=1)),
-    }[kind]()
-    return (weights * counts.sum() / (weights * counts).sum()).float()
-
-
-def batches_of_process(
-    batches: list[tuple[int, np.ndarray]],  # from `in_order`
-    group: ProcessGroup,  # processes that the batches are divided among
-) -> list[tuple[int, np.ndarray]]:
-    """The batches of this process: every n-th one."""
-    return batches[group.rank :: group.size]
-
-# %% ../../nbs/training/02_tasks.ipynb #0ef50876
-def classifier_task(
-    network: nn.Module,  # timm network, on its device
-    normal: tuple[tuple[float, ...], tuple[float, ...]],  # mean and standard deviation of R, G, B; pixels from 0 to 1
-    classes: int,  # number of drugs
-    training: Samples,  # training crops
-    validation: Samples,  # crops that select the best weights
-    settings: Settings,  # seed and train are read
-    hardware: Hardware,  # device and number format
-    batch_size: int,  # images of a step, all processes together
-    pieces: int = 1,  # micro-batches of a step, all processes together
-    processes: int = 1,  # processes that share a step
-) -> Task:  # monitored by macro_f1
-    """The classifier, ready to train."""
-    chosen = settings.train.classifier
-    mean, deviation = (torch.tensor(values, device=hardware.device).view(1, 3, 1, 1) for values in normal)
-    weights = (
-        None
-        if chosen.class_weights == "none"
-        else class_weights(training.labels, classes, chosen.class_weights).to(hardware.device)
-    )
-
-    def prepare(task: Task, batch: Batch, generator: torch.Generator) -> tuple[Any, ...]:
-        crops = augment_crops(task.hardware.to_device(batch.images), generator)
-        return task.hardware.to_device((crops - mean) / deviation), batch.labels.to(hardware.device, non_blocking=True)
-
-    def loss(task: Task, inputs: tuple[Any, ...]) -> torch.Tensor:
-        crops, labels = inputs
-        with task.hardware.autocast():
-            logits = (network if task.forward is None else task.forward)(crops)
-        if weights is None:
-            return functional.cross_entropy(logits.float(), labels, label_smoothing=chosen.label_smoothing)
-        return (
-            functional.cross_entropy(logits.float(), labels, label_smoothing=chosen.label_smoothing, reduction="none")
-            * weights[labels]
-        ).mean()
-
-    def evaluate(task: Task, evaluated: nn.Module, group: ProcessGroup) -> list[tuple[Any, ...]]:
-        rows: list[tuple[Any, ...]] = []
-        with torch.inference_mode(), task.hardware.autocast():
-            for batch in validation_batches(task, group):
-                crops = task.hardware.to_device(
-                    (task.hardware.to_device(batch.images).float() / 255 - mean) / deviation
-                )
-                rows.append((batch.numbers.numpy(), evaluated(crops).float().cpu().numpy(), batch.labels.numpy()))
-        return rows
-
-    def score(task: Task, rows: list[tuple[Any, ...]]) -> dict[str, float]:
-        numbers, logits, labels = (np.concatenate(column) for column in zip(*rows))
-        task.answers = {"numbers": numbers, "logits": logits, "labels": labels}
-        return classification_metrics(logits, labels)
-
-    return _task(
-        "classifier",
-        network,
-        prepare,
-        loss,
-        evaluate,
-        score,
-        "macro_f1",
-        training,
-        validation,
-        settings,
-        hardware,
-        batch_size,
-        pieces,
-        processes,
-    )
-
-
-def validation_batches(
-    task: Task,  # its validation samples are read
-    group: ProcessGroup,  # processes that they are divided among
-) -> Iterator[Batch]:
-    """The validation batches of this process."""
-    batches = batches_of_process(in_order(task.validation, task.evaluation_batch), group)
-    if not batches:
-        return
-    try:
-        yield from received(make_loader(task.validation, batches, task.settings, workers=task.workers), task.validation)
-    except (RuntimeError, ConnectionError, EOFError) as error:
-        if not decoding_process_died(error):
-            raise
-        raise TrainingError(
-            f"A decoding process died while the {task.name} was evaluated: set dataloader.num_workers to a smaller "
-            "number or to 0, and go on with train.resume=last."
-        ) from None
-
-# %% ../../nbs/training/02_tasks.ipynb #c93525da
-# Fraction of the run with mosaics; the rest trains on whole photos, as in use (Ge et al. 2021, YOLOX, arXiv 2107.08430)
-_MOSAICS_UNTIL = 0.8
-
-
-def detector_task(
-    network: nn.Module,  # ultralytics network, on its device
-    training: Samples,  # training photos
-    validation: Samples,  # photos that select the best weights
-    settings: Settings,  # seed, train and identify are read
-    hardware: Hardware,  # device and number format
-    batch_size: int,  # images of a step, all processes together
-    pieces: int = 1,  # micro-batches of a step, all processes together
-    processes: int = 1,  # processes that share a step
-) -> Task:  # monitored by map50
-    """The detector, ready to train."""
-    size = training.store.size
-
-    def prepare(task: Task, batch: Batch, generator: torch.Generator) -> tuple[Any, ...]:
-        mosaics = 0.5 if task.seen < _MOSAICS_UNTIL * task.total else 0.0
-        images, boxes = augment_photos(task.hardware.to_device(batch.images), batch.boxes, generator, mosaics)
-        corners = torch.cat(boxes).to(hardware.device) / size
-        index = torch.repeat_interleave(torch.arange(len(boxes)), torch.tensor([len(rows) for rows in boxes])).to(
-            hardware.device
-        )
-        return (
-            task.hardware.to_device(images),
-            torch.cat([(corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]], dim=1),
-            index,
-        )
-
-    def loss(task: Task, inputs: tuple[Any, ...]) -> torch.Tensor:
-        images, boxes, index = inputs
-        with task.hardware.autocast():
-            return detection_loss(network, images, boxes, index, task.forward)
-
-    def evaluate(task: Task, evaluated: nn.Module, group: ProcessGroup) -> list[tuple[Any, ...]]:
-        raw_network = RawDetections(evaluated)
-        rows: list[tuple[Any, ...]] = []
-        with torch.inference_mode(), task.hardware.autocast():
-            for batch in validation_batches(task, group):
-                raw = raw_network(task.hardware.to_device(batch.images).float() / 255).float().cpu().numpy()
-                found = [detections_from_output(output, 0.001, settings.identify.nms_iou) for output in raw]
-                rows.append((batch.numbers.numpy(), found, [boxes.numpy() for boxes in batch.boxes]))
-        return rows
-
-    def score(task: Task, rows: list[tuple[Any, ...]]) -> dict[str, float]:
-        return detection_metrics(
-            [boxes for row in rows for boxes in row[2]], [found for row in rows for found in row[1]]
-        )
-
-    return _task(
-        "detector",
-        network,
-        prepare,
-        loss,
-        evaluate,
-        score,
-        "map50",
-        training,
-        validation,
-        settings,
-        hardware,
-        batch_size,
-        pieces,
-        processes,
-    )
-
-
-def _task(
-    name: str,
-    network: nn.Module,
-    prepare: Callable[[Task, Batch, torch.Generator], tuple[Any, ...]],
-    loss: Callable[[Task, tuple[Any, ...]], torch.Tensor],
-    evaluate: Callable[[Task, nn.Module, ProcessGroup], list[tuple[Any, ...]]],
-    score: Callable[[Task, list[tuple[Any, ...]]], dict[str, float]],
-    monitor: str,
-    samples: Samples,
-    validation: Samples,
-    settings: Settings,
-    hardware: Hardware,
-    batch_size: int,
-    pieces: int,
-    processes: int,
-) -> Task:
-    train = settings.train
-    chosen = getattr(train, name)
-    ladder = MemoryLadder(
-        half=hardware.amp is not None,
-        pieces=pieces,
-        batch=batch_size,
-        most_pieces=max(train.max_grad_accum, pieces),
-        processes=processes,
-    )
-    total = samples_to_see(len(samples), batch_size, chosen.epochs, chosen.min_steps)
-    return Task(
-        name,
-        network,
-        prepare,
-        loss,
-        evaluate,
-        score,
-        monitor,
-        samples,
-        validation,
-        settings,
-        hardware,
-        ladder,
-        total,
-        make_optimizer(network, chosen.lr, train.weight_decay, name),
-        ModelEmaV3(network, decay=train.ema_decay, use_warmup=True),
-    )
+        self.progress = Progress(**{field.name: state[field.name] for field in fields(Progress)})
 
 # %% ../../nbs/training/02_tasks.ipynb #c356edb7
 def checkpoint_gradients(

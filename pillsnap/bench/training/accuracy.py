@@ -72,7 +72,7 @@ def train_ours(
         task.network.train()
         step_log.add(task, train_step(task, ProcessGroup(), run))
     task.batches = None  # ends its loading processes
-    return task.score(task, task.evaluate(task, task.evaluated_network(), ProcessGroup()))[METRICS[task.name]]
+    return task.score(task.evaluate(task.evaluated_network(), ProcessGroup()))[METRICS[task.name]]
 
 # %% ../../../nbs/bench/training/04_accuracy.ipynb #ba7f7d64
 def train_with_timm(
@@ -94,7 +94,7 @@ def train_with_timm(
     for latest in train_timm(network, loader, settings, task.hardware, task.total // task.ladder.batch):
         average = latest
     assert average is not None  # at least one update
-    return task.score(task, task.evaluate(task, average.module.eval(), ProcessGroup()))["top1"]
+    return task.score(task.evaluate(average.module.eval(), ProcessGroup()))["top1"]
 
 
 def train_with_ultralytics(
@@ -123,7 +123,7 @@ def train_with_ultralytics(
     network = detector_network(settings.model.detector.name).to(task.hardware.device)
     network = network.to(memory_format=task.hardware.memory_format)
     network.load_state_dict(torch.load(folder / "result.pt", weights_only=True))
-    return task.score(task, task.evaluate(task, network.eval(), ProcessGroup()))["map50"]
+    return task.score(task.evaluate(network.eval(), ProcessGroup()))["map50"]
 
 # %% ../../../nbs/bench/training/04_accuracy.ipynb #917fc4e8
 def measure_accuracy(

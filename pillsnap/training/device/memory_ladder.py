@@ -72,9 +72,9 @@ class MemoryLadder:
     """State of out-of-memory handling: actions taken, and the next one."""
 
     half: bool  # the forward pass is in half precision
-    pieces: int  # micro-batches that the global batch of a step is divided into
+    micro_batches: int  # micro-batches that the global batch of a step is divided into
     batch: int  # images of a step (global batch size)
-    most_pieces: int  # most micro-batches of a step, per process
+    max_micro_batches: int  # most micro-batches of a step, per process
     processes: int = 1  # processes that share a step; each computes the same number of micro-batches
     tried: list[Kind] = field(default_factory=list)  # actions of the current step
     history: list[dict[str, Any]] = field(default_factory=list)  # step, action, to, reason of each action of the run
@@ -83,7 +83,7 @@ class MemoryLadder:
         self,
         step: int,  # number of the step that ran out of memory
     ) -> Action:  # to carry out before the step is retried
-        """The next action; `half`, `pieces` and `batch` already have their new values."""
+        """The next action; `half`, `micro_batches` and `batch` already have their new values."""
         action = self._choose()
         self.tried.append(action.kind)
         self.history.append({"step": step, "action": action.kind, "to": action.to, "reason": action.reason})
@@ -98,17 +98,17 @@ class MemoryLadder:
             self.half = True
             return Action("half precision", None, "activations take half of the memory in half precision")
         skipped = "half precision is in use already, and " if self.tried[-1] == "empty_cache" else ""
-        more = (-(-self.pieces // self.processes) + 1) * self.processes
-        if more <= min(self.most_pieces * self.processes, self.batch):
-            self.pieces = more
+        more = (-(-self.micro_batches // self.processes) + 1) * self.processes
+        if more <= min(self.max_micro_batches * self.processes, self.batch):
+            self.micro_batches = more
             return Action(
                 "grad_accum",
-                self.pieces,
-                f"{skipped}the same {self.batch} images of a step take less memory in {self.pieces} minibatches",
+                self.micro_batches,
+                f"{skipped}the same {self.batch} images of a step take less memory in {self.micro_batches} minibatches",
             )
         if self.batch // 2 >= self.processes:
             self.batch //= 2
-            self.pieces = min(self.pieces, self.batch)
+            self.micro_batches = min(self.micro_batches, self.batch)
             return Action(
                 "batch_size",
                 self.batch,
@@ -124,7 +124,7 @@ class MemoryLadder:
         """State for a checkpoint: numbers and texts only."""
         return {
             "half": self.half,
-            "pieces": self.pieces,
+            "pieces": self.micro_batches,
             "batch": self.batch,
             "history": [dict(event) for event in self.history],
         }
@@ -134,7 +134,7 @@ class MemoryLadder:
         state: dict[str, Any],  # from `state`
     ) -> None:
         """Continue from a checkpoint's state."""
-        self.half, self.pieces, self.batch = state["half"], state["pieces"], state["batch"]
+        self.half, self.micro_batches, self.batch = state["half"], state["pieces"], state["batch"]
         self.history = [dict(event) for event in state["history"]]
         self.tried = []
 

@@ -120,8 +120,8 @@ def fitting_batch(
     whole = counts.get("batch_size", images)
     if not isinstance(whole, int) or not counts.keys() & {"grad_accum", "batch_size"}:
         return None
-    pieces: int = counts.get("grad_accum", 1)
-    return max(1, whole // max(1, pieces))
+    micro_batches: int = counts.get("grad_accum", 1)
+    return max(1, whole // max(1, micro_batches))
 
 
 def _damaged_share(record: RunRecord, task: str) -> float:
