@@ -287,6 +287,33 @@ def test_unexpected_error_is_one_sentence(
     assert client.get("/health").status_code == 200 and post_photo(client, jpeg).status_code == 200
 
 
+def test_at_most_half_of_the_threads_hold_the_pixels_of_a_photo(
+    models: Path, jpeg: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crop_pills, lock, now, most = Identifier.crop_pills, threading.Lock(), [0], [0]
+
+    def counted(self: Identifier, *arguments: object) -> object:
+        with lock:
+            now[0] += 1
+            most[0] = max(most[0], now[0])
+        time.sleep(0.1)
+        with lock:
+            now[0] -= 1
+        return crop_pills(self, *arguments)
+
+    statuses: list[int] = []
+    with client_for(models, (RIGHT,), "serve.workers=4", "serve.requests_per_minute=0") as opened:
+        monkeypatch.setattr(Identifier, "crop_pills", counted)
+        senders = [
+            threading.Thread(target=lambda: statuses.append(post_photo(opened, jpeg).status_code)) for _ in range(8)
+        ]
+        for sender in senders:
+            sender.start()
+        for sender in senders:
+            sender.join(30)
+    assert statuses == [200] * 8 and most[0] == 2
+
+
 def test_health_responds_while_photos_are_processed(
     client: TestClient, jpeg: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:

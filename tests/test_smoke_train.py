@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,8 @@ import torch
 from pillsnap.config.load import load_settings
 from pillsnap.config.schema import Settings
 from pillsnap.data.manifest import load_dataset
-from pillsnap.evaluation.evaluate import evaluate_run
+from pillsnap.evaluation.evaluate import TruePhoto, evaluate_run, held_out, identifier_of
+from pillsnap.runtime.images import decode_image
 from pillsnap.training.checkpoint import CheckpointError, load_trained
 from pillsnap.training.run import train
 
@@ -52,9 +54,10 @@ def test_number_format_and_compiler_are_recorded(trained_run: Path):
     assert decisions["amp"]["choice"] == "bf16"
     for task in ("detector", "classifier"):
         compiled = decisions[f"{task} compile"]
-        assert compiled["choice"] == "default" or (
-            compiled["choice"] == "eager" and compiled["fallback"] and compiled["reason"]
-        )
+        if shutil.which(os.environ.get("CXX", "g++")):
+            assert compiled["choice"] == "default" and not compiled["fallback"], compiled
+        else:  # torch.compile needs a C++ compiler on a CPU
+            assert compiled["choice"] == "eager" and compiled["fallback"] and compiled["reason"], compiled
     assert decisions["classifier weights"]["choice"] == "random initialisation"
 
 
@@ -66,15 +69,34 @@ def test_checkpoints_load_as_plain_data_with_class_map_and_decisions(trained_run
     assert {"network", "average", "optimizer", "scaler", "step", "epoch", "best"} <= last["tasks"]["detector"].keys()
 
 
-def test_evaluation_passes(trained_run: Path):
+def named_right(run: Path, photos: list[TruePhoto]) -> tuple[int, int]:
+    """How many photos of one pill get their drug as the first candidate, and as one of the first five."""
+    identifier = identifier_of(load_trained(run), torch.device("cpu"))
+    ranks = []
+    for photo in photos:
+        pill = identifier.identify(decode_image(Path(photo.image)), "single").pills[0]
+        classes = [identifier.rules.class_map.index_of(candidate.drug.code) for candidate in pill.candidates]
+        ranks.append(classes.index(photo.classes[0]) if photo.classes[0] in classes else 99)
+    return sum(rank == 0 for rank in ranks), sum(rank < 5 for rank in ranks)
+
+
+def test_the_evaluation_counts_what_a_user_would_count(trained_run: Path):
     report = evaluate_run(trained_run, load_settings(trained_run / "config.yaml"))
     assert report["split"] == "test" and report["single"]["images"] > 0 and report["combo"]["pills"] > 0
-    for section, names in (
-        ("single", ("top1", "top5", "macro_f1")),
-        ("combo", ("map50", "map50_95", "precision", "recall", "end_to_end_top1")),
-    ):
-        assert all(0 <= report[section][name] <= 1 for name in names)
     assert json.loads((trained_run / "evaluation.json").read_text()) == report
+    singles, combinations = (
+        [photo for photo in held_out(load_dataset(trained_run))[1] if photo.kind == kind]
+        for kind in ("single", "combination")
+    )
+    assert report["single"]["images"] == len(singles)
+    assert report["combo"]["pills"] == sum(len(photo.boxes) for photo in combinations)
+    right, in_top5 = named_right(trained_run, singles)
+    assert report["single"]["top1"] == pytest.approx(right / len(singles))
+    assert report["single"]["top5"] == pytest.approx(in_top5 / len(singles))
+    assert report["combo"]["map50_95"] <= report["combo"]["map50"] <= 1
+    assert (
+        0 <= report["combo"]["end_to_end_top1"] <= report["combo"]["recall"] <= 1
+    )  # a pill that is missed is not named
 
 
 def test_resuming_without_a_checkpoint_starts_anew_with_a_fallback(
