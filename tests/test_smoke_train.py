@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 import polars as pl
@@ -65,6 +66,13 @@ def test_checkpoints_load_as_plain_data_with_class_map_and_decisions(trained_run
     best = torch.load(trained_run / "best.pt", weights_only=True)
     assert {"classifier", "detector", "rules", "config", "decisions", "git_revision", "best"} <= best.keys()
     assert len(best["rules"]["class_map"]["drugs"]) == 3
+    assert best["model_config"]["classifier"] == {
+        "name": best["models"]["classifier"],
+        "input_size": 64,
+        "num_classes": 3,
+    }
+    assert best["pytorch_version"] == str(torch.__version__)
+    assert abs((datetime.now(UTC) - datetime.fromisoformat(best["training_date"])).total_seconds()) < 3600
     last = torch.load(trained_run / "last.pt", weights_only=True)
     assert {"network", "average", "optimizer", "scaler", "step", "epoch", "best"} <= last["tasks"]["detector"].keys()
 

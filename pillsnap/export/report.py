@@ -48,6 +48,8 @@ def sources_of(
         "rules": trained.rules.to_json(),
         "opset": settings.export.opset,
         "git_revision": trained.git_revision,
+        "pytorch_version": trained.training["pytorch_version"],
+        "training_date": trained.training["training_date"],
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {
             "python": platform.python_version(),
@@ -68,6 +70,7 @@ def sources_of(
             {
                 "task": task,
                 "model": trained.names[task],
+                "model_config": (trained.training["model_config"] or {}).get(task),
                 "param_count": sum(weight.numel() for weight in network.parameters()),
                 **common,
             },

@@ -29,6 +29,11 @@ def _config(rules: dict[str, Any] | None, **more: Any) -> dict[str, Any]:
     return {**more, **rules, "classes": len(classes.get("drugs", [])), "class_map_hash": classes.get("hash")}
 
 
+def _provenance(content: dict[str, Any]) -> dict[str, Any]:
+    """Which code and which torch trained a model, and when; None where a file does not say."""
+    return {name: content.get(name) for name in ("git_revision", "pytorch_version", "training_date")}
+
+
 _STATISTICS = (".running_mean", ".running_var")  # of batch normalisation: measured, not learned
 
 
@@ -58,7 +63,7 @@ def _of_checkpoint(path: Path) -> dict[str, Any]:
         "model_config": _config(
             content.get("rules"),
             networks={name: names.get(name) for name in states},
-            git_revision=content.get("git_revision"),
+            **_provenance(content),
             best=content.get("best"),
         ),
         "param_count": _count(
@@ -87,7 +92,7 @@ def _of_onnx(path: Path) -> dict[str, Any]:
         "model_config": _config(
             metadata.get("rules"),
             networks={metadata.get("task"): metadata.get("model")},
-            git_revision=metadata.get("git_revision"),
+            **_provenance(metadata),
             opset=opset,
         ),
         "param_count": metadata.get("param_count")
@@ -123,7 +128,7 @@ def _of_safetensors(path: Path) -> dict[str, Any]:
         "model_config": _config(
             metadata.get("rules"),
             networks={metadata.get("task"): metadata.get("model")},
-            git_revision=metadata.get("git_revision"),
+            **_provenance(metadata),
         ),
         "param_count": _count(
             entry["shape"]
@@ -146,7 +151,7 @@ def _of_format(path: Path) -> dict[str, Any]:
         "model_config": _config(
             metadata.get("rules"),
             networks={metadata.get("task"): metadata.get("model")},
-            git_revision=metadata.get("git_revision"),
+            **_provenance(metadata),
         ),
         "param_count": metadata.get("param_count"),
     }

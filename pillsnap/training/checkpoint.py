@@ -10,6 +10,7 @@ import random
 import shutil
 import zipfile
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,7 +34,7 @@ from .tasks import Task
 
 # %% auto #0
 __all__ = ['CheckpointError', 'save_checkpoint', 'load_checkpoint', 'newest_checkpoint', 'random_states', 'restore_random_states',
-           'Trained', 'load_best', 'load_trained', 'network_names', 'earlier_weights', 'save_run',
+           'Trained', 'load_best', 'load_trained', 'network_names', 'model_config', 'earlier_weights', 'save_run',
            'check_same_settings', 'resume_run']
 
 # %% ../../nbs/training/06_checkpoint.ipynb #ecfb8bf7
@@ -139,6 +140,9 @@ class Trained:
         self.rules = Rules.from_json(content["rules"])
         self.names: dict[str, str] = content["models"]
         self.git_revision: str = content["git_revision"]
+        self.training: dict[str, Any] = {  # None: a checkpoint from before they were saved
+            name: content.get(name) for name in ("model_config", "pytorch_version", "training_date")
+        }
         self.classifier = timm.create_model(self.names["classifier"], num_classes=len(self.rules.class_map)).eval()
         self.classifier.load_state_dict(content["classifier"])
         network = detector_network(self.names["detector"]).eval()
@@ -180,6 +184,18 @@ def network_names(
     return {"classifier": settings.model.classifier.name, "detector": settings.model.detector.name}
 
 
+def model_config(
+    settings: Settings,  # model is read
+    classes: int,  # drugs of the class map
+) -> dict[str, dict[str, Any]]:  # of classifier and detector
+    """What it takes to build the networks again and to feed them: name, input size in pixels, number of classes."""
+    classifier, detector = settings.model.classifier, settings.model.detector
+    return {
+        "classifier": {"name": classifier.name, "input_size": classifier.image_size, "num_classes": classes},
+        "detector": {"name": detector.name, "input_size": detector.image_size, "num_classes": 1},
+    }
+
+
 def earlier_weights(
     settings: Settings,  # train.start_from and model are read
 ) -> dict[str, Any] | None:  # content of its best.pt; None: train.start_from is not set
@@ -214,6 +230,9 @@ def save_run(
         "config": settings_as_yaml(settings),
         "decisions": [asdict(decision) for decision in run.decisions],
         "models": network_names(settings),
+        "model_config": model_config(settings, len(rules.class_map)),
+        "pytorch_version": str(torch.__version__),  # a plain string, which weights_only reads
+        "training_date": datetime.now(UTC).isoformat(timespec="seconds"),
         "git_revision": git_revision(Path(pillsnap.__file__).parent),
         "best": {task.monitor: task.progress.best for task in tasks.values()},
     }
