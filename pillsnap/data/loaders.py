@@ -17,7 +17,6 @@ import numpy as np
 import polars as pl
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
-from torch.utils.data._utils import signal_handling as _handlers
 
 from ..config.schema import Settings
 from .cache.budget import Budget
@@ -293,17 +292,16 @@ def decoding_process_died(
     )
 
 
-def _restore_sigchld() -> None:
-    """Remove torch's handler, which raises anywhere, also in the middle of a step.
+def _started(loader: DataLoader[Batch]) -> Iterator[Batch]:
+    """Start the processes of a loader, and take back the handler of SIGCHLD that torch installs with the first of them.
 
-    A dead decoding process is noticed when the next batch is requested.
+    It raises anywhere, also in the middle of a step; a dead process is noticed when the next batch is requested.
     """
-    handler = signal.getsignal(signal.SIGCHLD)
-    if (
-        getattr(handler, "__module__", "") == _handlers.__name__
-        and threading.current_thread() is threading.main_thread()
-    ):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    before = signal.getsignal(signal.SIGCHLD)
+    batches: Iterator[Batch] = iter(loader)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)
+    return batches
 
 
 _MAX_LOGGED = 20  # damaged photos named in the log; all of them are counted
@@ -315,8 +313,7 @@ def received(
 ) -> Generator[Batch, None, None]:  # with at least one image each
     """Pass on the batches and log what they report; raises `DataError` where no photo can be decoded."""
     training, any_image = isinstance(loader.sampler, Batches), False
-    for batch in loader:
-        _restore_sigchld()
+    for batch in _started(loader):
         for number, reason in batch.damaged.items():
             if number not in samples.damaged:
                 samples.damaged[number] = reason
