@@ -393,6 +393,7 @@ def test_watch_prints_changes_and_exits_with_a_status(capfd: pytest.CaptureFixtu
         env={**os.environ, "PYTHONPATH": str(ROOT), "NO_PROXY": "*"},
         stdout=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # nohup ignores it
     )
     try:
         assert command(capfd, "watch", "--url", url, "--once")[0] == 0
