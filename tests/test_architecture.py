@@ -18,6 +18,7 @@ LAYERS = [
     ["atomic"],
     ["config"],
     ["provenance"],
+    ["progress"],
     ["runlog"],
     ["runs"],
     ["runtime"],

@@ -45,8 +45,11 @@ def test_train_evaluate_and_export_run_one_after_the_other(tiny_data: Path, tmp_
         overrides,
     )
     assert trained.returncode == 0, trained.stderr[-2000:]
+    assert "classifier step" in trained.stderr and "detector step" in trained.stderr, "the terminal shows the steps"
     book = json.loads((tmp_path / "out.ipynb").read_text())
     outputs = [output for cell in book["cells"] for output in cell.get("outputs", [])]
+    lines = [line for output in outputs for line in "".join(output.get("text", [])).splitlines()]
+    assert not [line for line in lines if "INFO" in line], "the log is in the run folder, not in the notebook"
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 4, (
         "the curves during the training, and three plots at the end"
     )

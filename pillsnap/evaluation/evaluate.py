@@ -32,6 +32,7 @@ from ..training.device.hardware import choose_device, device_name
 
 logger = logging.getLogger("pillsnap")
 from ..data.readers.layouts import READERS
+from ..progress import progress_stream
 
 # %% auto #0
 __all__ = ['logger', 'torch_forward', 'identifier_of', 'TruePhoto', 'true_photos', 'held_out', 'evaluate_single', 'decoded',
@@ -134,7 +135,7 @@ def decoded(
 ) -> Iterator[tuple[TruePhoto, np.ndarray]]:  # photo and its pixels, RGB uint8
     """Decode the photos one by one; damaged ones are left out and counted."""
     damaged = 0
-    for photo in tqdm(photos, desc=what, unit="photo", disable=None):
+    for photo in tqdm(photos, desc=what, unit="photo", file=progress_stream(), disable=None):
         try:
             image = decode_photo(photo.image)
         except ImageError as error:

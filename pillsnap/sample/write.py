@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from ..atomic import write_json
 from ..errors import PillsnapError
+from ..progress import progress_stream
 from .drugs import COLOUR_WORDS, SHAPE_WORDS, SampleDrug
 from .plan import PlannedPhoto, arrange, plan_sample, random_of
 from .render import Placed, render
@@ -211,7 +212,7 @@ def _remove_outdated(root: Path, wanted: dict[str, Any]) -> None:
 def _write_all(photos: list[PlannedPhoto], root: Path, seed: int, workers: int) -> None:
     """Write the photos in chunks of half a drug, whose relief is computed once per chunk."""
     chunks = [photos[first : first + 17] for first in range(0, len(photos), 17)]
-    with tqdm(total=len(photos), desc="writing the sample", unit="photo", disable=None) as bar:
+    with tqdm(total=len(photos), desc="writing the sample", unit="photo", file=progress_stream(), disable=None) as bar:
         if workers <= 1 or len(chunks) == 1:
             for chunk in chunks:
                 bar.update(_write_photos(chunk, root, seed))

@@ -13,6 +13,7 @@ from typing import NoReturn
 from tqdm import tqdm
 
 from ..config.schema import Settings
+from ..progress import progress_stream
 from ..runlog import RunLog, decide
 from .checkpoint import CheckpointError
 from .device.distributed import ProcessGroup
@@ -179,6 +180,7 @@ def _progress_bar(tasks: Mapping[str, Task], group: ProcessGroup) -> tqdm[NoRetu
         initial=sum(task.progress.seen for task in tasks.values()),
         desc="training",
         unit="img",
+        file=progress_stream(),
         disable=True if group.rank else None,
     )
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from ..readers.layouts import READERS
 from ..readers.records import ScanError, Shard, listing_once
 from .scan_cache import ScanCache, shard_fingerprint
+from ...progress import progress_stream
 
 # %% auto #0
 __all__ = ['scan_shard', 'scan_shards']
@@ -83,7 +84,9 @@ def scan_shards(
     )
     found: dict[str, tuple[dict[str, Any], bool]] = {}
     photos = quarantined = 0
-    with tqdm(total=len(shards), desc="scanning", unit="shard", disable=None if progress else True) as bar:
+    with tqdm(
+        total=len(shards), desc="scanning", unit="shard", file=progress_stream(), disable=None if progress else True
+    ) as bar:
         for metadata, was_read in results:
             found[metadata["key"]] = metadata, was_read
             photos += metadata["photos"]

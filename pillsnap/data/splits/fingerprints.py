@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from ...atomic import replacing
 from ..readers.photo_files import photo_stamp, read_photo
+from ...progress import progress_stream
 from ...runlog import decide
 from ...runtime.images import DamagedImage, ImageError, TooManyPixels, decode_image
 
@@ -177,7 +178,7 @@ def _inspect_missing(
     """Fingerprint what is not cached yet, and save it from time to time."""
     found: list[pl.DataFrame] = []
     unsaved, saved_at = 0, time.monotonic()
-    with tqdm(total=len(missing), desc="comparing photos", unit="photo", disable=None) as bar:
+    with tqdm(total=len(missing), desc="comparing photos", unit="photo", file=progress_stream(), disable=None) as bar:
         for block in missing.iter_slices(_BLOCK):
             rows = list(pool.map(lambda image: fingerprint_photo(image, decode, max_pixels), block["image"]))
             found.append(pl.DataFrame(rows, schema=INSPECTED_SCHEMA, orient="row").with_columns(block["stamp"]))
