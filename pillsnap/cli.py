@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .commands import bench, cache, evaluate, export, gate, refuse, runs, sample, scan, show_config, train
+from .config.load import load_plugins_of
 from .errors import PillsnapError
 from .model_commands import archive, demo, models, predict, ship, watch
 from .runlog import setup_logging
@@ -71,8 +72,7 @@ OPTIONS = {  # of each command, in addition to the settings
             "--format",
             default="",
             metavar="NAMES",
-            help="formats besides ONNX, with commas: torchscript, torchscript-script, pt2, safetensors, openvino, "
-            "executorch, onnx-int8, onnx-int8-dynamic, onnx-fp16",
+            help="formats besides ONNX, with commas; docs/export.md lists them",
         ),
     ],
     "bench": [
@@ -207,6 +207,14 @@ def _settings_options() -> ArgumentParser:
     return shared
 
 
+def _settings_file(argv: Sequence[str] | None) -> Path | None:
+    """The file after --cfg, before the commands are known."""
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--cfg", nargs="?", type=Path)
+    file: Path | None = parser.parse_known_args(argv)[0].cfg
+    return file
+
+
 def make_parser() -> ArgumentParser:
     """The parser of all commands; their docstrings are the help texts."""
     layout: dict[str, Any] = {"epilog": EXAMPLE, "formatter_class": RawDescriptionHelpFormatter, "allow_abbrev": False}
@@ -240,6 +248,10 @@ def main(
     argv: Sequence[str] | None = None,  # words of the command line; None = those of this process
 ) -> int:  # exit status: 0 success, 1 below a limit, 2 an error of the caller
     """Run one command."""
+    try:
+        load_plugins_of(_settings_file(argv))
+    except PillsnapError as error:
+        return refuse(error, status=2)
     arguments = parse(argv)
     setup_logging()
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:

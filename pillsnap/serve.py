@@ -29,8 +29,7 @@ from .config.schema import Settings, SettingsError
 from .runtime.memory import keep_large_blocks
 from .runtime.session import ModelError
 from .service.endpoints.dependencies import Service
-from .service.endpoints.predict import predict_router
-from .service.endpoints.status import status_router
+from .service.endpoints.routers import active_routers
 from .service.errors import ErrorResponse, add_error_handlers
 from .service.guard.auth import ApiKeys, weakness
 from .service.guard.rate_limit import RateLimiter
@@ -38,8 +37,6 @@ from .service.guard.security_headers import add_security_headers
 from .service.inference.model_manager import ModelManager
 from .service.inference.work_queue import WorkQueue
 from .service.logging import AccessLog, setup_service_logging
-from .service.page.docs import docs_router
-from .service.page.page import page_router
 
 # %% auto #0
 __all__ = ['app', 'create_app']
@@ -58,23 +55,8 @@ def _open(folder: Path, threads: int, engine: str, advanced: bool) -> Identifier
 def _add_features(app: FastAPI, features: str) -> None:
     """Include the routes of a feature set."""
     responses: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorResponse}, "5XX": {"model": ErrorResponse}}
-    app.include_router(status_router, responses=responses)
-    app.include_router(predict_router, responses=responses)
-    app.include_router(page_router)
-    app.include_router(docs_router)
-    if features == "mvp":
-        return
-    from pillsnap.service.endpoints.metrics import RequestCounter, ServiceMetrics, metrics_router
-
-    app.include_router(metrics_router, responses=responses)
-    app.state.service.metrics = ServiceMetrics(app.state.service)
-    app.add_middleware(RequestCounter, metrics=app.state.service.metrics)
-    if features == "production":
-        from pillsnap.service.endpoints.batch import batch_router
-        from pillsnap.service.endpoints.reload import reload_router
-
-        app.include_router(batch_router, responses=responses)
-        app.include_router(reload_router, responses=responses)
+    for router in active_routers(app, features):
+        app.include_router(router, responses=responses)
 
 # %% ../nbs/20_serve.ipynb #4d8049cb
 class _StartupGuard:

@@ -1,6 +1,7 @@
 """README, CONTRIBUTING and docs: both languages agree, and what the texts name exists."""
 
 import ast
+import importlib
 import re
 import shlex
 from argparse import Namespace
@@ -25,6 +26,8 @@ from pillsnap.config.schema import LEAF_KEYS, Settings
 from pillsnap.data.readers import layouts
 from pillsnap.export.onnx import Source
 from pillsnap.serve import create_app
+from pillsnap.service.endpoints import routers
+from pillsnap.training import schedule
 
 ROOT = Path(__file__).parents[1]
 README, KOREAN, CONTRIBUTING = ROOT / "README.md", ROOT / "README.ko.md", ROOT / "CONTRIBUTING.md"
@@ -239,6 +242,21 @@ def example(title: str, *chapter: ModuleType) -> dict[str, object]:
     return names
 
 
+def test_example_of_a_plugin(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(schedule, "SCHEDULES", {**schedule.SCHEDULES})
+    example("A plugin")
+    rates = [schedule.learning_rate_factor("linear", seen, 0.1) for seen in (0, 0.1, 1)]
+    assert rates == pytest.approx([0.01, 1, 0.01])
+
+
+def test_tables_for_plugins_exist():
+    rows = re.findall(r"^\| (`[A-Z_`, ]+`) \| `(pillsnap[\w.]+)` \| (.+) \|$", prose(CONTRIBUTING), re.M)
+    assert len(rows) == 8
+    for tables, module, _ in rows:
+        names = re.findall(r"\w+", tables)
+        assert all(isinstance(getattr(importlib.import_module(module), name), dict) for name in names), tables
+
+
 def test_example_of_a_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     sheet = example("A reader")["SHEET"]
     for name in ("a.png", "b.png"):
@@ -271,10 +289,10 @@ def test_example_of_an_engine(models: Path, monkeypatch: pytest.MonkeyPatch):
     assert load_identifier(models, engine="onnxruntime-one").detect is not None
 
 
-def test_example_of_an_endpoint():
-    app = create_app(Settings(), Environment((RIGHT,)))
-    app.include_router(example("An endpoint")["limits_router"])
-    client = TestClient(app)
+def test_example_of_an_endpoint(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(routers, "ROUTERS", {**routers.ROUTERS})
+    example("An endpoint")
+    client = TestClient(create_app(Settings(), Environment((RIGHT,))))
     assert client.get("/limits").status_code == 401
     assert client.get("/limits", headers=KEY).json() == {"image_mb": 20.0, "megapixels": 50.0}
 

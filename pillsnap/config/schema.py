@@ -90,7 +90,7 @@ class Paths(Section):
 class Data(Section):
     """Which photos a run reads, and how they are split and cropped."""
 
-    format: Literal["auto", "aihub", "yolo", "coco", "folders"] = "auto"
+    format: str = "auto"  # or a key of READERS
     images: Count = 5000
     classes: Count = 50
     class_images: Count = 80
@@ -181,7 +181,8 @@ class ClassifierTraining(Section):
     batch_max: Count = 224
     grad_accum: Count = 1
     lr: Positive = 2.0e-4
-    class_weights: Literal["none", "inverse_frequency", "effective_number"] = "none"
+    loss: str = "cross_entropy"  # key of LOSSES
+    class_weights: str = "none"  # key of CLASS_WEIGHTS
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
 
 
@@ -207,7 +208,7 @@ class Train(Section):
     batch_size: BatchSize = 16
     grad_accum: Count = 1
     max_grad_accum: Count = 8
-    schedule: Literal["cosine", "onecycle"] = "cosine"
+    schedule: str = "cosine"  # key of SCHEDULES
     warmup_fraction: Fraction = 0.05
     grad_clip: Positive = 10.0
     grad_checkpointing: bool = False
@@ -317,6 +318,7 @@ class Settings(Section):
     profile: str = "auto"
     stage: Count = 1
     seed: CountOrZero = 42
+    plugins: Annotated[tuple[str, ...], Strict(False)] = ()
     paths: Paths = Paths()
     data: Data = Data()
     dataloader: Dataloader = Dataloader()

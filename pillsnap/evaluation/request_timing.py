@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -21,12 +22,13 @@ import psutil
 
 from ..answer.factory import load_identifier
 from ..answer.identify import Identifier
+from ..config.plugins import LOADED, load_plugins
 from ..runtime.engines import ENGINES
 from ..runtime.images import decode_image
 from ..runtime.letterbox import letterbox, normalise
 
 # %% auto #0
-__all__ = ['ENGINE_PACKAGES', 'TORCH_BACKENDS', 'BACKENDS', 'timed_photos', 'open_backend', 'cold_start', 'answer_once',
+__all__ = ['ENGINE_PACKAGES', 'TORCH_BACKENDS', 'timed_photos', 'backends', 'open_backend', 'cold_start', 'answer_once',
            'Timings', 'take_turn', 'percentiles', 'throughput']
 
 # %% ../../nbs/evaluation/01_request_timing.ipynb #729f6211
@@ -72,11 +74,15 @@ def timed_photos(
 
 # %% ../../nbs/evaluation/01_request_timing.ipynb #9a5be1d1
 TORCH_BACKENDS = ("torch-eager", "torch-compile")
-BACKENDS = (*TORCH_BACKENDS, *ENGINES)
+
+
+def backends() -> tuple[str, ...]:
+    """Names of all backends; plugins may have added some."""
+    return (*TORCH_BACKENDS, *ENGINES)
 
 
 def open_backend(
-    name: str,  # one of BACKENDS
+    name: str,  # one of `backends`
     run: Path,  # run folder with best.pt and export/
     threads: int,  # 0 = one per core
 ) -> Identifier:
@@ -99,7 +105,7 @@ def open_backend(
 
 # %% ../../nbs/evaluation/01_request_timing.ipynb #cbd8bf9e
 def cold_start(
-    name: str,  # one of BACKENDS
+    name: str,  # one of `backends`
     run: Path,  # run folder
     photo: Path,  # to identify
     threads: int,  # 0 = one per core
@@ -107,7 +113,8 @@ def cold_start(
     """Time a new process until its first response; raises `RuntimeError` with its last line when it fails."""
     start = time.perf_counter()
     command = [sys.executable, "-m", "pillsnap.evaluation.request_timing", name, str(run), str(photo), str(threads)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    modules = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)} if LOADED else None  # of plugins
+    result = subprocess.run([*command, *LOADED], capture_output=True, text=True, check=False, env=modules)
     seconds = time.perf_counter() - start
     if result.returncode:
         raise RuntimeError(f"{name} does not start: {(result.stderr.strip().splitlines() or ['it said nothing'])[-1]}")
@@ -117,11 +124,16 @@ def cold_start(
 def answer_once(argv: Sequence[str]) -> None:
     """Entry point of the process that `cold_start` runs."""
     parser = ArgumentParser(prog="python -m pillsnap.evaluation.request_timing")
-    parser.add_argument("name", choices=BACKENDS)
+    parser.add_argument("name")
     parser.add_argument("run", type=Path)
     parser.add_argument("photo", type=Path)
     parser.add_argument("threads", type=int)
+    parser.add_argument("plugins", nargs="*")
     options = parser.parse_args(argv)
+    if options.name not in backends():
+        load_plugins(options.plugins)
+    if options.name not in backends():
+        parser.error(f"there is no engine {options.name}")
     identifier = open_backend(options.name, options.run, options.threads)  # held until its memory is read
     identifier.identify(decode_image(options.photo), "single")
     print(json.dumps({"memory_mb": round(psutil.Process().memory_info().rss / 1e6, 1)}))

@@ -157,16 +157,22 @@ def _of_format(path: Path) -> dict[str, Any]:
     }
 
 # %% ../../nbs/registry/02_model_info.ipynb #3e862e1c
-_READERS: dict[str, Callable[[Path], dict[str, Any]]] = {  # the first matching ending
-    ".traced.pt": _of_format,
-    ".scripted.pt": _of_format,
-    ".pt2": _of_format,
-    ".xml": _of_format,
-    ".pte": _of_format,
-    ".pt": _of_checkpoint,
-    ".onnx": _of_onnx,
-    ".safetensors": _of_safetensors,
-}
+_WITHOUT_TORCH: dict[str, Callable[[Path], dict[str, Any]]] = {".onnx": _of_onnx, ".safetensors": _of_safetensors}
+
+
+def _readers() -> dict[str, Callable[[Path], dict[str, Any]]]:
+    """Ending -> function that reads such a file; the first matching ending counts, `.traced.pt` before `.pt`."""
+    from pillsnap.export.formats import FORMATS
+
+    endings = [f".{chosen.ending}" for chosen in FORMATS.values()]
+    others = {ending: _of_format for ending in endings if not ending.endswith(tuple(_WITHOUT_TORCH))}
+    return {**others, ".pt": _of_checkpoint, **_WITHOUT_TORCH}
+
+
+def _reader(
+    path: Path, readers: dict[str, Callable[[Path], dict[str, Any]]]
+) -> Callable[[Path], dict[str, Any]] | None:
+    return next((reader for ending, reader in readers.items() if path.name.endswith(ending)), None)
 
 
 def get_model_info(
@@ -179,10 +185,10 @@ def get_model_info(
     path = Path(path)
     if not path.is_file():
         raise ModelInfoError(f"There is no file {path}: name a checkpoint or an exported model.")
-    reader = next((reader for ending, reader in _READERS.items() if path.name.endswith(ending)), None)
+    reader = _reader(path, _WITHOUT_TORCH) or _reader(path, _readers())
     if reader is None:
         raise ModelInfoError(
-            f"{path} has none of the endings of a model ({', '.join(_READERS)}): "
+            f"{path} has none of the endings of a model ({', '.join(_readers())}): "
             "name a checkpoint or an exported model."
         )
     return {**reader(path), "file_size_bytes": path.stat().st_size}

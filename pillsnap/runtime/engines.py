@@ -45,19 +45,28 @@ class Engine:
     open: Callable[[Path, int], Model]  # file, threads (0 = one per core)
     package: str = "onnxruntime"  # import name
     provider: str = CPU  # of ONNX Runtime; has to be available on the machine
+    fewer_bits: bool = False  # it rounds more than float32, so it is judged by its accuracy
 
 
 ENGINES = {
     "onnxruntime": Engine("onnx", "onnx", lambda path, threads: open_model(path, threads, "cpu")),
-    "onnxruntime-int8": Engine("int8.onnx", "onnx-int8", lambda path, threads: open_model(path, threads, "cpu")),
+    "onnxruntime-int8": Engine(
+        "int8.onnx", "onnx-int8", lambda path, threads: open_model(path, threads, "cpu"), fewer_bits=True
+    ),
     "openvino": Engine("onnx", "onnx", lambda path, threads: open_openvino(path, threads, "f32"), "openvino"),
-    "openvino-bf16": Engine("onnx", "onnx", lambda path, threads: open_openvino(path, threads, "bf16"), "openvino"),
+    "openvino-bf16": Engine(
+        "onnx", "onnx", lambda path, threads: open_openvino(path, threads, "bf16"), "openvino", fewer_bits=True
+    ),
     "openvino-int8": Engine(
-        "int8.onnx", "onnx-int8", lambda path, threads: open_openvino(path, threads, "f32"), "openvino"
+        "int8.onnx", "onnx-int8", lambda path, threads: open_openvino(path, threads, "f32"), "openvino", fewer_bits=True
     ),
     "onnxruntime-cuda": Engine("onnx", "onnx", lambda path, threads: open_model(path, threads, "cuda"), provider=CUDA),
     "onnxruntime-cuda-fp16": Engine(
-        "fp16.onnx", "onnx-fp16", lambda path, threads: open_model(path, threads, "cuda"), provider=CUDA
+        "fp16.onnx",
+        "onnx-fp16",
+        lambda path, threads: open_model(path, threads, "cuda"),
+        provider=CUDA,
+        fewer_bits=True,
     ),
     "onnxruntime-tensorrt": Engine(
         "onnx", "onnx", lambda path, threads: open_model(path, threads, "tensorrt"), provider=TENSORRT

@@ -296,18 +296,19 @@ def check_same_settings(
 ) -> None:
     """Raise `CheckpointError` when a setting that affects the weights differs."""
     try:
-        before, now = (
+        defaults, before, now = (
             Layer(f"the checkpoint {path}", Path()).add(yaml.safe_load(text)).values
-            for text in (content["config"], settings_as_yaml(settings))
+            for text in (settings_as_yaml(Settings()), content["config"], settings_as_yaml(settings))
         )
     except SettingsError as error:
         raise CheckpointError(
             f"{error}: start a new run; train.start_from lets it begin from these weights."
         ) from error
+    before = defaults | before  # an older run lacks newer settings
     differing = [
-        f"{key} was {before.get(key)}, now {value}"
+        f"{key} was {before[key]}, now {value}"
         for key, value in now.items()
-        if value != before.get(key) and not any(f"{key}.".startswith(f"{name}.") for name in _MAY_CHANGE)
+        if value != before[key] and not any(f"{key}.".startswith(f"{name}.") for name in _MAY_CHANGE)
     ]
     if differing:
         raise CheckpointError(

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from ..config.plugins import pick
 from ..data.augment import augment_crops
 from ..data.loaders import Batch
 from ..metrics import classification_metrics
@@ -51,7 +52,7 @@ def class_weights(
 ) -> torch.Tensor:  # (classes,) float, 1 on average over the samples
     """Weight of each class in the loss."""
     counts = torch.bincount(labels, minlength=classes).double()
-    weights = CLASS_WEIGHTS[kind](counts)
+    weights = pick(CLASS_WEIGHTS, kind, "train.classifier.class_weights")(counts)
     return (weights * counts.sum() / (weights * counts).sum()).float()
 
 # %% ../../nbs/training/03_classifier_task.ipynb #ca1636c3
@@ -98,8 +99,9 @@ class ClassifierTask(Task):
         crops, labels = inputs
         with self.hardware.autocast():
             logits = (self.network if self.forward is None else self.forward)(crops)
-        smoothing = self.settings.train.classifier.label_smoothing
-        return LOSSES["cross_entropy"](logits.float(), labels, self.weights, smoothing)
+        chosen = self.settings.train.classifier
+        loss = pick(LOSSES, chosen.loss, "train.classifier.loss")
+        return loss(logits.float(), labels, self.weights, chosen.label_smoothing)
 
     def evaluate_batch(self, network: nn.Module, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
         """Logits and labels."""

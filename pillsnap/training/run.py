@@ -20,9 +20,11 @@ import numpy as np
 import pillsnap
 from ..answer.rules import Rules
 from ..atomic import write_text
+from ..config.plugins import pick
 from ..config.schema import Settings
 from ..data.loaders import report_damaged
 from ..data.manifest import load_dataset, prepare_data, save_dataset
+from ..data.readers.layouts import check_layout
 from ..provenance import git_revision
 from ..runlog import LOGGER, RunLog, decide, open_run
 from ..sample.write import write_sample
@@ -35,15 +37,17 @@ from pillsnap.training.checkpoint import (
     resume_run,
     save_run,
 )
+from .classifier_task import CLASS_WEIGHTS, LOSSES
 from .device.distributed import ProcessGroup, describe_group, join_group, leave_group
 from .device.hardware import choose_hardware, seed_everything
 from .loop import train_tasks
 from .report.plots import write_hardest, write_plots
+from .schedule import SCHEDULES
 from .setup import build_tasks
 from .tasks import Task
 
 # %% auto #0
-__all__ = ['data_root', 'new_run_folder', 'latest_run', 'train', 'lock_run_folder']
+__all__ = ['data_root', 'new_run_folder', 'latest_run', 'check_choices', 'train', 'lock_run_folder']
 
 # %% ../../nbs/training/09_run.ipynb #40e3d69a
 def data_root(
@@ -78,6 +82,17 @@ def latest_run(
     return Path(run_root) / pointer.read_text(encoding="utf-8").strip()
 
 # %% ../../nbs/training/09_run.ipynb #5eb3b4a5
+def check_choices(
+    settings: Settings,  # data and train are read
+) -> None:
+    """Look up all choices of a training in their tables; raises `SettingsError` for one that is missing."""
+    chosen = settings.train.classifier
+    check_layout(settings.data.format)
+    pick(SCHEDULES, settings.train.schedule, "train.schedule")
+    pick(LOSSES, chosen.loss, "train.classifier.loss")
+    pick(CLASS_WEIGHTS, chosen.class_weights, "train.classifier.class_weights")
+
+
 def train(
     settings: Settings,  # all settings of the run
     folder: Path | None = None,  # run folder; None: a new one below paths.run_root
@@ -87,6 +102,7 @@ def train(
 
     Errors that a user can mend are subclasses of `ValueError` whose message is one sentence.
     """
+    check_choices(settings)
     group = join_group()
     if group.rank:
         LOGGER.setLevel(logging.ERROR)  # the first process logs for all
@@ -104,6 +120,8 @@ def train(
                 git_revision(Path(pillsnap.__file__).parent) or version("pillsnap"),
                 "revision in git, + for changes that are not committed; outside git the version",
             )
+            if settings.plugins:
+                decide("plugins", ", ".join(settings.plugins), "modules that the setting `plugins` names")
             _train(settings, group, run, folder, found, watch)
     finally:
         leave_group()

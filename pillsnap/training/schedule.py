@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from ..config.plugins import pick
 from ..errors import PillsnapError
 
 # %% auto #0
@@ -66,5 +67,5 @@ def learning_rate_factor(
     seen: float,  # fraction of the run's samples seen, 0 to 1
     warmup_fraction: float,  # fraction of the run in which the rate rises
 ) -> float:  # fraction of the peak learning rate
-    """Learning rate as a fraction of its peak."""
-    return SCHEDULES[schedule](seen, warmup_fraction)
+    """Learning rate as a fraction of its peak; raises `SettingsError` for an unknown schedule."""
+    return pick(SCHEDULES, schedule, "train.schedule")(seen, warmup_fraction)

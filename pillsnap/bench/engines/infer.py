@@ -19,10 +19,10 @@ from ...atomic import write_json
 from ...config.schema import Settings
 from ...data.manifest import load_dataset
 from pillsnap.evaluation.request_timing import (
-    BACKENDS,
     ENGINE_PACKAGES,
     TORCH_BACKENDS,
     Timings,
+    backends,
     cold_start,
     open_backend,
     percentiles,
@@ -43,13 +43,10 @@ from ...training.checkpoint import load_trained
 logger = logging.getLogger("pillsnap")
 
 # %% auto #0
-__all__ = ['logger', 'FEWER_BITS', 'BATCHES', 'CLEARLY_FASTER', 'comparisons', 'compare_backend', 'open_backends', 'measure',
-           'fastest', 'bench_run', 'ratios', 'table']
+__all__ = ['logger', 'BATCHES', 'CLEARLY_FASTER', 'comparisons', 'compare_backend', 'open_backends', 'measure', 'fastest',
+           'bench_run', 'ratios', 'table']
 
 # %% ../../../nbs/bench/engines/00_infer.ipynb #70165954
-FEWER_BITS = tuple(name for name in ENGINES if name.endswith(("-int8", "-bf16", "-fp16")))
-
-
 def comparisons(
     run: Path,  # run folder
     settings: Settings,  # export is read
@@ -67,7 +64,7 @@ def comparisons(
 
 
 def compare_backend(
-    name: str,  # one of BACKENDS
+    name: str,  # one of `backends`
     identifier: Identifier,  # opened with it
     compared: dict[str, Comparison],  # from `comparisons`
     settings: Settings,  # export is read
@@ -79,7 +76,8 @@ def compare_backend(
         metadata = getattr(call, "metadata", compared[task].source.metadata)  # of the exported file, if there is one
         metrics = compared[task].metrics((call, metadata))
         found[task] = {key: value for key, value in metrics.items() if key != "worst"}
-    reasons = [reason for task in TASKS for reason in failures(task, found[task], settings.export, name in FEWER_BITS)]
+    fewer_bits = name in ENGINES and ENGINES[name].fewer_bits
+    reasons = [reason for task in TASKS for reason in failures(task, found[task], settings.export, fewer_bits)]
     return {"passes_comparison": not reasons, "failures": reasons, "comparison": found}
 
 # %% ../../../nbs/bench/engines/00_infer.ipynb #fdfa324f
@@ -90,7 +88,7 @@ _GREY = np.full((64, 64, 3), 114, np.uint8)
 def open_backends(
     run: Path,  # run folder
     threads: int,  # 0 = one per core
-    names: Sequence[str] = BACKENDS,  # to open
+    names: Sequence[str],  # to open
 ) -> tuple[dict[str, Identifier], dict[str, str]]:  # the opened ones; why the others are missing
     """Open every backend that this machine and this export have."""
     opened: dict[str, Identifier] = {}
@@ -170,9 +168,9 @@ def _check(run: Path, names: Sequence[str]) -> None:
             f"The run {run} has no export that has passed its comparison: "
             f"export it first with `pillsnap export --run {run} --format onnx-int8`."
         )
-    unknown = [name for name in names if name not in BACKENDS]
+    unknown = [name for name in names if name not in backends()]
     if unknown:
-        raise ExportError(f"There is no engine {unknown[0]!r}: use {', '.join(BACKENDS)}.")
+        raise ExportError(f"There is no engine {unknown[0]!r}: use {', '.join(backends())}.")
 
 
 def bench_run(
@@ -188,7 +186,7 @@ def bench_run(
     _check(run, names)
     began = time.perf_counter()
     (photos, several, on_disk), threads = timed_photos(run), settings.serve.threads
-    opened, missing = open_backends(run, threads, names or BACKENDS)
+    opened, missing = open_backends(run, threads, names or backends())
     compared = comparisons(run, settings)
     engines = {name: compare_backend(name, identifier, compared, settings) for name, identifier in opened.items()}
     timings = measure(opened, photos, several, settings)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from ...config.plugins import pick
 from .aihub import AIHUB
 from .coco import COCO
 from .folders import FOLDERS
@@ -16,7 +17,7 @@ from .records import DataError, ScanError, ScanResult, printable
 from .yolo import YOLO
 
 # %% auto #0
-__all__ = ['READERS', 'check_root', 'choose_layout', 'read_all']
+__all__ = ['READERS', 'check_root', 'check_layout', 'choose_layout', 'read_all']
 
 # %% ../../../nbs/data/readers/12_layouts.ipynb #ff59c1b2
 READERS: dict[str, Reader] = {reader.name: reader for reader in (YOLO, COCO, AIHUB, FOLDERS)}
@@ -59,11 +60,22 @@ def _hint(root: Path) -> str:
     return ""
 
 
+def check_layout(
+    layout: str,  # value of `data.format`
+) -> None:
+    """Raise `SettingsError` for a layout that is neither "auto" nor a key of READERS."""
+    pick({"auto": None, **READERS}, layout, "data.format")
+
+
 def choose_layout(
     layout: str,  # "auto" or a key of READERS
     root: Path,  # folder of a dataset
 ) -> str:  # key of READERS
-    """Detect the layout of a folder unless it is given; raises `DataError` where no layout matches."""
+    """Detect the layout of a folder unless it is given; raises `DataError` where no layout matches.
+
+    Raises `SettingsError` for a layout that no reader has.
+    """
+    check_layout(layout)
     if layout != "auto":
         return layout
     for name, reader in READERS.items():

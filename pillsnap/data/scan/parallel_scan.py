@@ -16,6 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ...config.plugins import LOADED, load_plugins
 from ..readers.layouts import READERS
 from ..readers.records import ScanError, Shard, listing_once
 from .scan_cache import ScanCache, shard_fingerprint
@@ -47,17 +48,18 @@ def _exit_after(sentinel: int) -> None:
     os._exit(1)
 
 
-def _exit_with_parent() -> None:
-    """Prepare a worker process: it ignores Ctrl-C and exits when its parent has ended."""
+def _prepare_worker(plugins: Sequence[str]) -> None:
+    """Prepare a worker process: it ignores Ctrl-C, exits when its parent has ended, and has the parent's plugins."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = parent_process()
     assert parent is not None  # only worker processes call this
     threading.Thread(target=_exit_after, args=(parent.sentinel,), daemon=True).start()
+    load_plugins(plugins)
 
 
 def _in_processes(shards: Sequence[Shard], cache: ScanCache, workers: int) -> Iterator[tuple[dict[str, Any], bool]]:
     """The metadata of all shards in the order of completion; raises `ScanError`."""
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_exit_with_parent)
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_prepare_worker, initargs=(tuple(LOADED),))
     try:
         for done in as_completed([pool.submit(scan_shard, shard, cache) for shard in shards]):
             yield done.result()
