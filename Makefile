@@ -17,7 +17,7 @@ help:  ## list the targets
 	@start=$$(date +%s); set -e; \
 	$(PYTHON) -m venv --clear .venv; \
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[all]'; \
-	if [ -e .git ]; then $(BIN)/pre-commit install > /dev/null; fi; \
+	if [ -e .git ]; then $(BIN)/pre-commit install > /dev/null || echo "pre-commit could not install its hooks"; fi; \
 	$(BIN)/python -m ipykernel install --sys-prefix --name python3 > /dev/null 2>&1; \
 	echo $$(( $$(date +%s) - start )) > .venv/install-seconds
 	@touch $@
@@ -63,7 +63,7 @@ bench-infer: .venv/ready runs/bench/production/best.pt  ## measure all engines, 
 	@$(BIN)/python -m pillsnap export --run $(or $(RUN),runs/bench/production) --format onnx-int8 > /dev/null
 	@$(BIN)/python -m pillsnap bench --run $(or $(RUN),runs/bench/production)
 
-bench-serve: .venv/ready runs/bench/production/best.pt  ## load the service, write runs/bench/serve.json (RUN=, OPTIONS=)
+bench-serve: .venv/ready runs/bench/production/best.pt  ## load the service, write runs/bench/serve.json (RUN=)
 	@test -e $(or $(RUN),runs/bench/production)/export/classifier.onnx \
 		|| $(BIN)/python -m pillsnap export --run $(or $(RUN),runs/bench/production) > /dev/null
 	@$(BIN)/python -m pillsnap.bench.serving.main --run $(or $(RUN),runs/bench/production) --out runs/bench $(OPTIONS)
