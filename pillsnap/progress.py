@@ -29,7 +29,8 @@ def executor_stderr(
     folder = Path("/proc") / str(os.getppid() if process is None else process)
     try:
         words = (folder / "cmdline").read_bytes().split(b"\0")
-        if not any(word.endswith((b"papermill", b"pillsnap")) for word in words):
+        program = words[2:3] if words[1:2] == [b"-m"] else words[:2]  # not the arguments: a folder may have the name
+        if not any(word.endswith((b"papermill", b"pillsnap")) for word in program):
             return None
         return (folder / "fd" / "2").open("a", buffering=1, encoding="utf-8")
     except OSError:
