@@ -9,11 +9,20 @@ from pathlib import Path
 import pytest
 from tiny_models import save_classifier, save_detector
 
+from pillsnap.bench import publish
 from pillsnap.config.load import load_settings
 from pillsnap.config.schema import Settings
 from pillsnap.sample import write as sample
 from pillsnap.sample.plan import PlannedPhoto, plan_sample
 from pillsnap.service.logging import Console, LogFile
+
+HEAD = set(publish.HEAD)  # what every report of a benchmark has
+
+
+def goal_values(report: dict) -> dict[str, float | None]:
+    """The value of each goal of a report."""
+    return {goal["name"]: goal["value"] for goal in report["goals"]}
+
 
 TINY = [  # networks and sizes that train in seconds
     "model.classifier.name=test_efficientnet",

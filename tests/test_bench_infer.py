@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from conftest import HEAD, goal_values
 
 from pillsnap import cli
 from pillsnap.answer.factory import load_identifier
@@ -51,10 +52,10 @@ def test_report_has_all_timings(report: dict, run: Path):
     assert report["engines"]["torch-eager"]["memory_mb"] > report["engines"]["onnxruntime"]["memory_mb"], (
         "serving does not load torch"
     )
-    assert (
-        set(report["ratios"]) >= {"identify_over_engine_and_decode", "default_over_torch_eager"}
-        and min(report["ratios"].values()) > 0
-    )
+    goals = goal_values(report)
+    assert set(report) >= HEAD
+    assert set(goals) >= {"latency_ms_p95", "identify_over_engine_and_decode", "default_over_torch_eager"}
+    assert min(goals.values()) > 0 and goals["latency_ms_p95"] == report["engines"][report["default_engine"]]["p95_ms"]
     assert "classifier.int8.onnx" in report["not_measured"]["onnxruntime-int8"]
     assert report["default_engine"] in ("onnxruntime", "openvino") and report["default_engine"] in table(report)
 

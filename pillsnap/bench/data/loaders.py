@@ -32,7 +32,7 @@ from ...data.cache.open import build_cache
 from ...data.scan.scan import scan
 
 # %% auto #0
-__all__ = ['RATIOS', 'prepare_workload', 'bench_loaders', 'ratios']
+__all__ = ['RATIOS', 'prepare_workload', 'bench_loaders', 'quotients']
 
 # %% ../../../nbs/bench/data/03_loaders.ipynb #b6bfea71
 def prepare_workload(
@@ -129,15 +129,13 @@ RATIOS = {
 }
 
 
-def ratios(
+def quotients(
     rounds: dict[str, list[float]],  # images per second, per contender and round
-) -> dict[str, float | None]:  # None when a contender is missing
-    """Median over the rounds of one contender's rate over another's."""
-    found: dict[str, float | None] = {}
+) -> dict[str, list[float]]:  # per ratio one value a round; none when a contender is missing
+    """One contender's rate over another's, round by round."""
+    found: dict[str, list[float]] = {name: [] for name in RATIOS}
     for name, sides in RATIOS.items():
-        if any(contender not in rounds for side in sides for contender in side):
-            found[name] = None
-            continue
-        best = [[max(values) for values in zip(*(rounds[contender] for contender in side))] for side in sides]
-        found[name] = round(median(above / below for above, below in zip(*best)), 3)
+        if all(contender in rounds for side in sides for contender in side):
+            best = [[max(values) for values in zip(*(rounds[contender] for contender in side))] for side in sides]
+            found[name] = [above / below for above, below in zip(*best)]
     return found

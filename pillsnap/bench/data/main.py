@@ -20,15 +20,14 @@ import psutil
 
 from ...atomic import write_json
 from .labels import measure_scan, memory_folder, synthetic_labels
-from ..report import machine, run_benchmark
-from ...provenance import versions
+from ..report import goal_lines, ratio_goals, report_head, run_benchmark
 from ...runlog import setup_logging
 
 if TYPE_CHECKING:
     from pillsnap.bench.data.paths import LoaderWorkload
 
 # %% auto #0
-__all__ = ['DATA_PACKAGES', 'SLOW_CONTENDERS', 'parse', 'bench_labels', 'make_report', 'table', 'bench_data', 'main']
+__all__ = ['DATA_PACKAGES', 'SLOW_CONTENDERS', 'GOALS', 'parse', 'bench_labels', 'make_report', 'table', 'bench_data', 'main']
 
 # %% ../../../nbs/bench/data/05_main.ipynb #27ea9ea7
 def parse(
@@ -130,6 +129,15 @@ def bench_labels(
 # %% ../../../nbs/bench/data/05_main.ipynb #2ff2899f
 # They decode photos, and run over a part of them.
 SLOW_CONTENDERS = ("first_epoch", "uncached", "imagefolder", "webdataset", "litdata")
+GOALS = {
+    "hotset_over_limit": 0.95,
+    "hotset_over_imagefolder": 1.0,
+    "hotset_over_webdataset": 1.0,
+    "hotset_over_litdata": 1.0,
+    "lmdb_over_imagefolder": 1.0,
+    "uncached_over_imagefolder": 1.0,
+    "first_epoch_over_uncached": 0.95,
+}
 
 
 def make_report(
@@ -140,12 +148,13 @@ def make_report(
     seconds: float,  # duration of the run
 ) -> dict[str, Any]:  # plain values for JSON
     """All measurements, with workload, machine and versions."""
-    from pillsnap.bench.data.loaders import ratios
+    from pillsnap.bench.data.loaders import quotients
 
     part = min(options.part, len(workload.images))
     sizes = [os.path.getsize(image) for image in workload.images]
     return {
-        "ratios": ratios(loaders["rounds"]),
+        **report_head("data", DATA_PACKAGES),
+        "goals": ratio_goals(quotients(loaders["rounds"]), GOALS),
         "images_per_second": {name: round(median(values), 1) for name, values in loaders["rounds"].items()},
         "labels_per_second_per_core": round(labels["labels_per_second_per_core"], 1),
         "peak_memory_mb": round(labels["peak_memory_mb"], 1),
@@ -175,8 +184,6 @@ def make_report(
         },
         "labels": labels,
         "rounds": {name: [round(value, 2) for value in values] for name, values in loaders["rounds"].items()},
-        "machine": machine(),
-        "versions": versions(DATA_PACKAGES),
         "seconds": round(seconds, 1),
     }
 
@@ -187,10 +194,6 @@ def table(
     """The main results as a table."""
     setup, labels = report["setup"], report["labels"]
     rows = [
-        (name.replace("_", " "), "missing" if value is None else f"{value:.2f}", "")
-        for name, value in report["ratios"].items()
-    ]
-    rows += [
         (
             name.replace("_", " "),
             f"{value:,.0f}",
@@ -220,7 +223,8 @@ def table(
         f"batches of {setup['batch']}, {setup['workers']} workers, {setup['rounds']} rounds, "
         f"{report['machine']['processor']}, {report['machine']['cores']} cores, {report['machine']['gpu'] or 'no GPU'}"
     )
-    return "\n".join([head, "", *(f"{name:28} {value:>10}  {remark}".rstrip() for name, value, remark in rows)])
+    lines = [f"{name:40} {value:>9}  {remark}".rstrip() for name, value, remark in rows]
+    return "\n".join([head, "", *goal_lines(report["goals"]), *lines])
 
 # %% ../../../nbs/bench/data/05_main.ipynb #9afb2154
 def bench_data(

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 
 from ...answer.identify import Identifier
 from ...atomic import write_json
+from ..report import goal, goal_lines, report_head, spread
 from ...config.schema import Settings
 from ...data.manifest import load_dataset
 from pillsnap.evaluation.request_timing import (
@@ -34,7 +34,6 @@ from ...export.compare import Samples, failures
 from ...export.onnx import ExportError
 from ...export.report import Comparison, sources_of
 from ...export.samples import crop_samples, frame_samples
-from ...provenance import versions
 from ...runlog import decide
 from ...runtime.engines import DEFAULT_ENGINE, ENGINE_FILE, ENGINES, TASKS, this_machine, why_unavailable
 from ...runtime.session import ModelError
@@ -44,7 +43,7 @@ logger = logging.getLogger("pillsnap")
 
 # %% auto #0
 __all__ = ['logger', 'BATCHES', 'CLEARLY_FASTER', 'comparisons', 'compare_backend', 'open_backends', 'measure', 'fastest',
-           'bench_run', 'ratios', 'table']
+           'bench_run', 'goals_of', 'table']
 
 # %% ../../../nbs/bench/engines/00_infer.ipynb #70165954
 def comparisons(
@@ -201,15 +200,13 @@ def bench_run(
             engines[name] |= cold_start(name, run, on_disk, threads)
     chosen, reason = fastest(engines)
     report = {
+        **report_head("infer", ENGINE_PACKAGES),
+        "goals": goals_of(engines, chosen, settings, timings[chosen].total),
         "engines": engines,
         "default_engine": chosen,
         "reason": reason,
-        "ratios": ratios(engines, chosen),
         "not_measured": missing,
-        "goal_ms_p95": settings.goals.latency_ms_p95,
         "setup": _setup(run, settings, opened, photos, several),
-        "machine": {**this_machine(), "memory_gb": round(psutil.virtual_memory().total / 1e9, 1)},
-        "versions": versions(ENGINE_PACKAGES),
         "seconds": round(time.perf_counter() - began, 1),
     }
     write_json(out / "infer.json", report)
@@ -232,24 +229,32 @@ def _summary(times: Timings) -> dict[str, Any]:
     }
 
 
-def ratios(
+def goals_of(
     engines: dict[str, dict[str, Any]],  # measurements by name
     chosen: str,  # engine that serves
-) -> dict[str, float]:
-    """Latency of a request over decoding and bare inference, and the speedup over torch."""
-    best, eager = engines[chosen], engines.get("torch-eager")
+    settings: Settings,  # goals.latency_ms_p95 is read
+    seconds: Sequence[float],  # of the requests of the chosen engine
+) -> list[dict[str, Any]]:  # from `goal`
+    """Latency of a request, how much it is above decoding and bare inference, and the speedup over torch."""
+    best, eager, n = engines[chosen], engines.get("torch-eager"), len(seconds)
     bare = (
         best["steps_ms"]["decode"]
         + best["classifier"]["p50_ms"]
         + (best["detector"]["p50_ms"] if best["detector"] else 0)
     )
-    found = {"identify_over_engine_and_decode": round(best["p50_ms"] / bare, 3)}
+    quartiles = spread([1000 * second for second in seconds])
+    goals = [
+        goal("latency_ms_p95", best["p95_ms"], at_most=settings.goals.latency_ms_p95, n=n, spread=quartiles),
+        goal("identify_over_engine_and_decode", round(best["p50_ms"] / bare, 3), at_most=1.15, n=n),
+    ]
     if eager:
-        found |= {
-            "default_over_torch_eager": round(eager["p50_ms"] / best["p50_ms"], 3),
-            "classifier_over_torch_eager": round(eager["classifier"]["p50_ms"] / best["classifier"]["p50_ms"], 3),
-        }
-    return found
+        request = eager["p50_ms"] / best["p50_ms"]
+        classifier = eager["classifier"]["p50_ms"] / best["classifier"]["p50_ms"]
+        goals += [
+            goal("default_over_torch_eager", round(request, 3), at_least=1.0, n=n),
+            goal("classifier_over_torch_eager", round(classifier, 3), at_least=1.0, n=n),
+        ]
+    return goals
 
 
 def _setup(
@@ -288,7 +293,7 @@ def table(
             f"{'yes' if found['passes_comparison'] else 'NO'}"
         )
     lines += [f"  {name:<20} not measured: {reason}" for name, reason in report["not_measured"].items()]
-    lines += [f"{name}: {value}" for name, value in report["ratios"].items()]
+    lines += ["", *goal_lines(report["goals"])]
     setup, machine = report["setup"], report["machine"]
     head = (
         f"{setup['classifier']}, {setup['detector']}, {setup['runs']} single-pill requests, "

@@ -20,7 +20,7 @@ from ...evaluation.request_timing import percentiles
 
 # %% auto #0
 __all__ = ['Contender', 'WARMUP_REQUESTS', 'Rounds', 'server_contender', 'limit_contender', 'measure_rounds', 'p95', 'rate',
-           'ratio', 'summary', 'ready_times', 'soak']
+           'quotients', 'summary', 'ready_times', 'soak']
 
 # %% ../../../nbs/bench/serving/05_rounds.ipynb #24f7b412
 Contender = Callable[[int], Load]  # number of clients -> one turn
@@ -107,15 +107,15 @@ def rate(
     return load.rate or None
 
 
-def ratio(
+def quotients(
     ours: Sequence[Load],  # one per round
     others: Sequence[Load],  # of the same rounds
     metric: Callable[[Load], float | None],  # p95 or rate
-) -> float | None:  # None when a round has no value
-    """Median of the ratios of all rounds."""
+) -> list[float]:  # one per round; none when a round has no value
+    """One contender's metric over another's, round by round."""
     pairs = [(metric(one), metric(other)) for one, other in zip(ours, others, strict=True)]
-    quotients = [one / other for one, other in pairs if one is not None and other is not None]
-    return round(median(quotients), 3) if pairs and len(quotients) == len(pairs) else None
+    found = [one / other for one, other in pairs if one is not None and other is not None]
+    return found if len(found) == len(pairs) else []
 
 
 def summary(

@@ -36,7 +36,7 @@ from ...training.tasks import Task
 # %% auto #0
 __all__ = ['Contender', 'RATIOS', 'TrainingWorkload', 'loading_processes', 'print_line', 'synchronise', 'timed', 'endless',
            'our_task', 'our_contender', 'limit_contender', 'data_fractions', 'timm_contenders', 'ultralytics_contender',
-           'take_turns', 'measure_speed', 'best_of', 'ratios']
+           'take_turns', 'measure_speed', 'best_of', 'quotients']
 
 # %% ../../../nbs/bench/training/03_speed.ipynb #f1723075
 @dataclass(frozen=True)
@@ -301,15 +301,13 @@ def best_of(
     return [max(rates) for rates in zip(*chosen)]
 
 
-def ratios(
+def quotients(
     rounds: dict[str, list[float]],  # images per second, per contender and round
-) -> dict[str, float]:
-    """Median over the rounds of one contender's rate over another's; with ultralytics, in its number format."""
+) -> dict[str, list[float]]:  # per ratio one value a round
+    """One contender's rate over another's, round by round; with ultralytics, in its number format."""
     found = {}
     for name, (above, below) in RATIOS.items():
         if name == "detector_over_ultralytics" and "detector_ours_float32" in rounds:
             above = "detector_ours_float32"
-        found[name] = round(
-            median(ours / theirs for ours, theirs in zip(best_of(rounds, above), best_of(rounds, below))), 3
-        )
+        found[name] = [ours / theirs for ours, theirs in zip(best_of(rounds, above), best_of(rounds, below))]
     return found
