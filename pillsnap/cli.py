@@ -203,7 +203,11 @@ def _settings_options() -> ArgumentParser:
     shared.add_argument("--cfg", type=Path, metavar="FILE", help="settings file (default: config.yaml of the project)")
     shared.add_argument("--stage", type=int, help="how much of the data: 1 to 4")
     shared.add_argument("--profile", help="which machine: auto, cpu, rtx5080, h200")
-    shared.add_argument("--data-root", metavar="DIR", help="dataset folder; the embedded sample without it")
+    shared.add_argument(
+        "--data-root",
+        metavar="DIR",
+        help="dataset folder (default: paths.data_root, else the embedded sample, which scan does not take)",
+    )
     return shared
 
 
@@ -224,7 +228,8 @@ def make_parser() -> ArgumentParser:
     for name, action in COMMANDS.items():
         text = " ".join((action.__doc__ or "").split())
         parents = [] if name in WITHOUT_SETTINGS else [shared]
-        command = commands.add_parser(name, help=text, description=text, parents=parents, **layout)
+        more = {**layout, "epilog": None} if name in WITHOUT_SETTINGS else layout
+        command = commands.add_parser(name, help=text, description=text, parents=parents, **more)
         command.set_defaults(action=action)
         for names, keywords in OPTIONS.get(name, ()):
             command.add_argument(*names, **keywords)
