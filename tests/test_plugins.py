@@ -320,7 +320,7 @@ def test_plugin_that_is_missing_or_fails(
     [
         ("train.classifier.loss=tpy", "train.classifier.loss is 'tpy', but must be one of cross_entropy, toy"),
         ("train.schedule=cosinus", "train.schedule is 'cosinus', but must be one of cosine, onecycle"),
-        ("data.format=toys", "data.format is 'toys', but must be one of auto, yolo, coco, aihub, folders, toy"),
+        ("data.format=toys", "data.format is 'toys', but must be one of auto, {readers}"),
         (
             "train.classifier.class_weights=all",
             "train.classifier.class_weights is 'all', but must be one of none, inverse_frequency, effective_number",
@@ -332,7 +332,7 @@ def test_misspelt_choice(
 ) -> None:
     words = ["--data-root", str(tables), "--run-dir", str(tmp_path / "run"), f"paths.cache_root={tmp_path / 'cache'}"]
     assert cli.main(["train", "--profile", "cpu", *words, override]) == 2
-    assert capsys.readouterr().err == f"pillsnap: {sentence}\n"
+    assert capsys.readouterr().err == f"pillsnap: {sentence.format(readers=', '.join(layouts.READERS))}\n"
     assert not list(tmp_path.iterdir()), "nothing is scanned or written"
 
 
