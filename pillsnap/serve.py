@@ -16,9 +16,9 @@ from typing import Any
 
 from anyio import to_thread
 from asgi_correlation_id import CorrelationIdMiddleware
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from fastapi.middleware.cors import CORSMiddleware
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from . import __version__
 from .answer.factory import load_identifier
@@ -32,6 +32,7 @@ from .service.endpoints.dependencies import Service
 from .service.endpoints.routers import active_routers
 from .service.errors import ErrorResponse, add_error_handlers
 from .service.guard.auth import ApiKeys, weakness
+from .service.guard.parameters import check_query
 from .service.guard.rate_limit import RateLimiter
 from .service.guard.security_headers import add_security_headers
 from .service.inference.model_manager import ModelManager
@@ -57,6 +58,27 @@ def _add_features(app: FastAPI, features: str) -> None:
     responses: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorResponse}, "5XX": {"model": ErrorResponse}}
     for router in active_routers(app, features):
         app.include_router(router, responses=responses)
+
+# %% ../nbs/20_serve.ipynb #17401220
+class _HeadAsGet:
+    """ASGI middleware that answers HEAD as GET without a body; `scope["route"]` stays visible outside of it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self.app(scope, receive, send)
+            return
+
+        async def send_without_body(message: Message) -> None:
+            await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
+
+        as_get = {**scope, "method": "GET"}
+        try:
+            await self.app(as_get, receive, send_without_body)
+        finally:
+            scope.update({name: as_get[name] for name in ("route",) if name in as_get})
 
 # %% ../nbs/20_serve.ipynb #4d8049cb
 class _StartupGuard:
@@ -98,6 +120,7 @@ def _service(settings: Settings, environment: Environment, root: Path) -> Servic
         settings.data.max_pixels,
         model_root,
         several_processes=multiprocessing.parent_process() is not None,
+        upload_idle_seconds=serve.upload_idle_seconds,
         upload_seconds=serve.upload_seconds,
         font=serve.font,
         pipelines=PIPELINES[:1] if serve.features == "mvp" else PIPELINES,
@@ -130,8 +153,10 @@ def create_app(
         docs_url=None,
         redoc_url=None,
         description="Which drugs are in this photo?",
+        dependencies=[Depends(check_query)],
     )
     app.state.service, app.state.features, app.state.begun = service, settings.serve.features, time.monotonic()
+    app.add_middleware(_HeadAsGet)
     _add_features(app, settings.serve.features)
     app.add_middleware(
         CORSMiddleware,

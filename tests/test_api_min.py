@@ -338,6 +338,71 @@ def test_health_responds_while_photos_are_processed(
     assert statuses == [200]
 
 
+@pytest.mark.parametrize(
+    "query, fields, words",
+    [
+        ("?pipelin=combo", {}, "did you mean pipeline?"),
+        ("?PIPELINE=combo", {}, "'PIPELINE'"),
+        ("?k=2", {}, "conf_threshold, top_k, annotate"),
+        ("?pipeline=single&pipeline=combo", {}, "2 times"),
+        ("", {"pipelin": "combo"}, "did you mean pipeline?"),
+        ("", {"pipeline": ["single", "combo"]}, "send it once"),
+        ("", {"top_k": "0"}, "top_k"),
+        ("", {"pipeline": "automatic"}, "combo (several pills)"),
+        ("?pipeline=single", {"pipeline": "combo"}, "pipeline is single in the address and combo in the form"),
+        ("?top_k=2", {"top_k": "3"}, "send it once"),
+    ],
+)
+@pytest.mark.parametrize("address, field", [("/predict", "image"), ("/batch", "images")])
+def test_a_question_that_would_be_ignored_is_refused(
+    client: TestClient, jpeg: bytes, address: str, field: str, query: str, fields: dict, words: str
+) -> None:
+    response = client.post(f"{address}{query}", headers=KEY, files={field: jpeg}, data=fields)
+    check_error(response, 422, words)
+
+
+def test_parameters_may_be_fields_of_the_form(client: TestClient, jpeg: bytes) -> None:
+    fields = {"pipeline": "combo", "top_k": "2", "conf_threshold": "0.1", "annotate": "true"}
+    for query in ("", "?pipeline=combo&top_k=2"):
+        prediction = client.post(f"/predict{query}", headers=KEY, files={"image": jpeg}, data=fields).json()
+        assert prediction["pipeline"] == "combo" and len(prediction["pills"]) == 2 and prediction["annotated"]
+        assert {len(pill["candidates"]) for pill in prediction["pills"]} == {2}
+    answers = client.post("/batch", headers=KEY, files={"images": jpeg}, data={"pipeline": "combo"}).json()["answers"]
+    assert [len(item["prediction"]["pills"]) for item in answers] == [2]
+
+
+def test_unknown_files_and_parameters_are_refused_on_every_endpoint(client: TestClient, jpeg: bytes) -> None:
+    for address in ("/health", "/ready", "/version", "/classes", "/metrics"):
+        check_error(client.get(f"{address}?pipeline=combo", headers=KEY), 422, "it takes none")
+        assert client.get(address, headers=KEY).status_code == 200
+    check_error(client.post("/batch", headers=KEY, files=[("images", jpeg), ("image", jpeg)]), 422, "images")
+    check_error(client.post("/predict", headers=KEY, files={"imgae": jpeg}), 422, "did you mean image?")
+    check_error(client.post("/predict", headers=KEY, data={"image": "a.jpg"}, files={"pipeline": jpeg}), 422, "text")
+    admin = {"X-Admin-Key": "Qm3-vT8yLs_w5Kd0XzRa"}
+    check_error(client.post("/reload?folder=second", headers=admin), 422, "folder")
+    for page in ("/", "/page.css", "/docs", "/openapi.json"):
+        assert client.get(f"{page}?version=2").status_code == 200, "pages and files ignore a query"
+
+
+def test_a_misspelt_field_of_reload_does_not_open_the_same_models_again(models: Path) -> None:
+    with client_for(models, admin_keys=("Qm3-vT8yLs_w5Kd0XzRa",)) as opened:
+        admin = {"X-Admin-Key": "Qm3-vT8yLs_w5Kd0XzRa"}
+        check_error(opened.post("/reload", headers=admin, json={"foldr": "second"}), 422, "did you mean folder?")
+        assert opened.post("/reload", headers=admin, json={}).status_code == 200
+
+
+def test_head_is_a_get_without_a_body(client: TestClient, tmp_path: Path) -> None:
+    for address in ("/health", "/ready", "/", "/version", "/classes", "/docs", "/openapi.json"):
+        whole, head = client.get(address, headers=KEY), client.head(address, headers=KEY)
+        assert (head.status_code, head.content) == (200, b""), address
+        assert head.headers["content-type"] == whole.headers["content-type"]
+        assert abs(int(head.headers["content-length"]) - len(whole.content)) < 8, "the seconds of /health may differ"
+    assert client_for(tmp_path).head("/ready").status_code == 503
+    assert client.head("/version").status_code == 401 and client.head("/predict").status_code == 405
+    text = client.get("/metrics", headers=KEY).text
+    assert 'pillsnap_requests_total{route="/ready",status="200"}' in text
+
+
 def test_cors_allows_only_listed_origins(client: TestClient) -> None:
     preflight = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "X-API-Key"}
     allowed = client.options("/predict", headers=preflight | {"Origin": "https://pillsnap.co.kr"})
