@@ -25,7 +25,8 @@ from .answer.factory import load_identifier
 from .answer.identify import PIPELINES, Identifier
 from .config.environment import Environment, load_environment
 from .config.load import find_root, load_settings
-from .config.schema import Settings, SettingsError
+from .config.schema import Settings, SettingsError, closest_name
+from .runtime.engines import ENGINES
 from .runtime.memory import keep_large_blocks
 from .runtime.session import ModelError
 from .service.endpoints.dependencies import Service
@@ -95,8 +96,12 @@ class _StartupGuard:
         await send({"type": "lifespan.startup.failed", "message": self.reason})
 
 
-def _weak_keys(environment: Environment) -> str:
+def _unusable_keys(environment: Environment) -> str:
     """The reason why the server must not start with its keys; "" when it may."""
+    if set(environment.api_keys) & set(environment.admin_keys):
+        return (
+            "API_KEY and ADMIN_KEY have a key in common, which could exchange models: give ADMIN_KEY a key of its own."
+        )
     if environment.allow_weak_keys:
         return ""
     return weakness(environment.api_keys) or (
@@ -136,6 +141,10 @@ def create_app(
     root = _project_root()
     if settings is None:
         settings = Settings() if root is None else load_settings(root / "config.yaml")
+    if settings.serve.engine not in ("auto", *ENGINES):
+        known = ("auto", *ENGINES)
+        advice = closest_name(settings.serve.engine, known) or f": use {', '.join(known)}"
+        raise SettingsError(f"serve.engine is {settings.serve.engine!r}, which is no engine{advice}")
     environment = environment or load_environment(root or Path.cwd(), settings.serve)
     service = _service(settings, environment, root or Path.cwd())
 
@@ -167,7 +176,7 @@ def create_app(
     )
     app.add_middleware(AccessLog)
     app.add_middleware(CorrelationIdMiddleware)
-    app.add_middleware(_StartupGuard, reason=_weak_keys(environment))
+    app.add_middleware(_StartupGuard, reason=_unusable_keys(environment))
     add_error_handlers(app)
     add_security_headers(app)
     return app

@@ -217,6 +217,31 @@ def test_a_server_with_invalid_settings_does_not_start(tmp_path: Path, level: st
     assert done.returncode == 3 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
+@pytest.mark.parametrize(
+    "settings, variables, words",
+    [
+        ("", {"ADMIN_KEY": f"Qm3-vT8yLs_w5Kd0XzRa,{RIGHT}"}, ["API_KEY", "ADMIN_KEY", "a key of its own"]),
+        ("", {"ADMIN_KEY": RIGHT, "ALLOW_WEAK_KEYS": "1"}, ["API_KEY", "ADMIN_KEY"]),
+        ("serve:\n  engine: openvno\n", {}, ["serve.engine", "did you mean openvino?"]),
+        ("", {"CORS_ALLOW_ORIGINS": "nonsense"}, ["CORS_ALLOW_ORIGINS", "https://pillsnap.co.kr"]),
+        (None, {}, [".env", "is not UTF-8"]),
+    ],
+)
+def test_a_start_that_would_ignore_a_mistake_is_refused_in_one_sentence(
+    models: Path, tmp_path: Path, settings: str | None, variables: dict[str, str], words: list[str]
+) -> None:
+    (tmp_path / "config.yaml").write_text(settings or "", encoding="utf-8")
+    if settings is None:
+        (tmp_path / ".env").write_text(f"API_KEY={RIGHT}\n", encoding="utf-16")
+    environment = {**os.environ, "API_KEY": RIGHT, "MODEL_PATH": str(models), "PYTHONPATH": str(CONFIG.parent)}
+    command = [sys.executable, "-m", "uvicorn", "pillsnap.serve:app", "--port", "0"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment | variables, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 3 and "Traceback" not in done.stderr and RIGHT not in done.stderr, done.stderr
+    assert any(all(word in line for word in words) for line in done.stderr.splitlines()), done.stderr
+
+
 def test_ready_version_and_classes(client: TestClient, tmp_path: Path) -> None:
     assert client.get("/ready").json() == {"ready": True}
     check_error(client_for(tmp_path).get("/ready"), 503, "MODEL_PATH")

@@ -166,6 +166,8 @@ def test_wrong_arguments_get_one_sentence(
         ((photo, "--url", f"http://127.0.0.1:{free_port()}"), "can't be reached"),
         ((photo, "--url", "localhost:8000"), "is no address"),
         ((photo, "--url", "http://"), "is no address"),
+        ((photo, "--url", "http://localhost:99999"), "is no address"),
+        ((photo, "--url", f"{server}/?pipeline=combo"), "is no address"),
         ((photo, "--url", f"{server}/elsewhere"), "404"),
         ((photo, "--url", server.replace("http:", "https:")), "can't be reached"),
     ]
@@ -179,12 +181,33 @@ def test_wrong_arguments_get_one_sentence(
         ), err
     for key, expected in (
         ("a-wrong-key-of-some-length", "key is wrong"),
+        ("a-wrong-key-of-some-length", f"{server} takes the keys of its own API_KEY: set API_KEY in .env"),
         ("", "key is missing"),
+        ("", f"{server} takes the keys of its own API_KEY: set API_KEY in .env or the environment"),
         ("schlüssel", "characters that no key has"),
     ):
         monkeypatch.setenv("API_KEY", key)
         status, out, err = run(capfd, photo, photo, "--url", server)
         assert (status, out) == (2, "") and err.count(expected) == 1 and (not key or key not in err), err
+
+
+def test_a_pasted_address_of_an_endpoint_is_the_address_of_its_server(
+    photos: Path, server: str, capfd: pytest.CaptureFixture
+) -> None:
+    for path in ("/predict", "/predict/", "/docs", "/health", "/batch", "/"):
+        status, out, err = run(capfd, photos / "one.jpg", "--url", f"{server}{path}")
+        assert status == 0 and "K-000030" in out, err
+        assert cli.main(["watch", "--once", "--url", f"{server}{path}"]) == 0
+        assert capfd.readouterr().out.endswith(f" {server} is ready\n")
+
+
+@pytest.mark.parametrize(
+    "url", ["nonsense", "localhost:8000", "ftp://localhost", "http://", "http://a b", "http://:80", ""]
+)
+def test_watch_refuses_what_is_no_address(url: str, capfd: pytest.CaptureFixture) -> None:
+    assert cli.main(["watch", "--once", "--url", url]) == 2
+    out, err = capfd.readouterr()
+    assert out == "" and err.count("\n") == 1 and "is no address of a server: write it like http://" in err
 
 
 class Busy(BaseHTTPRequestHandler):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -29,8 +30,8 @@ from ..inference.model_manager import LoadedModels
 from ..schemas import prediction_response
 
 # %% auto #0
-__all__ = ['LOGGER', 'TIMEOUT', 'SUFFIXES', 'ClientError', 'ServerUnusable', 'read_photo', 'seconds_to_wait', 'predict_remote',
-           'predict_local', 'find_photos', 'as_table', 'predict_photos']
+__all__ = ['LOGGER', 'TIMEOUT', 'SUFFIXES', 'ClientError', 'ServerUnusable', 'read_photo', 'server_url', 'seconds_to_wait',
+           'predict_remote', 'predict_local', 'find_photos', 'as_table', 'predict_photos']
 
 # %% ../../../nbs/service/client/00_client.ipynb #9186e4ad
 LOGGER = logging.getLogger("pillsnap")
@@ -61,6 +62,20 @@ TIMEOUT = httpx.Timeout(120, connect=10)  # seconds; a server responds within a 
 _FATAL_STATUSES = (401, 403, 404, 405, 429, 503)
 
 
+def server_url(
+    text: str,  # as the user wrote it
+) -> str:  # without the path of an endpoint
+    """The address of a server, also from that of one of its endpoints; raises `ServerUnusable` for no address."""
+    try:
+        url = httpx.URL(text.strip())
+        valid = url.scheme in ("http", "https") and bool(url.host) and (url.port or 1) <= 65_535
+    except httpx.InvalidURL:
+        valid = False
+    if not valid or url.query or url.fragment or re.search(r"\s", text.strip()):
+        raise ServerUnusable(f"{text!r} is no address of a server: write it like http://localhost:8000.")
+    return re.sub(r"/+(predict|batch|docs|health|ready)?/*$", "", text.strip())
+
+
 def seconds_to_wait(
     response: httpx.Response,  # of a server
 ) -> float | None:  # seconds; None = no retry requested
@@ -89,11 +104,7 @@ def _post(
         raise ServerUnusable("The API key has characters that no key has: check API_KEY.")
     headers = {"X-API-Key": key} if key else {}
     try:
-        return client.post(
-            f"{url.rstrip('/')}/predict", params=parameters, headers=headers, files={"image": ("photo", photo)}
-        )
-    except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
-        raise ServerUnusable(f"{url} is no address of a server: write it like http://localhost:8000.") from error
+        return client.post(f"{url}/predict", params=parameters, headers=headers, files={"image": ("photo", photo)})
     except (httpx.ConnectError, httpx.ConnectTimeout) as error:
         raise ServerUnusable(
             f"{url} can't be reached ({error}): is the server running, and is the address right?"
@@ -125,9 +136,12 @@ def _parse_response(
             f"{url} answered with status {response.status_code} and without a reason: "
             "is it the address of a pillsnap server?"
         )
+    advice = ""
+    if response.status_code in (401, 403):
+        advice = f": {url} takes the keys of its own API_KEY: set API_KEY in .env or the environment to one of them"
     suffix = f" (status {response.status_code}, request {body.get('request_id', 'without a number')})"
     kind = ServerUnusable if response.status_code in _FATAL_STATUSES else ClientError
-    raise kind(body["detail"].rstrip(".") + suffix + ".")
+    raise kind(body["detail"].rstrip(".") + suffix + advice + ".")
 
 
 def predict_remote(
@@ -146,7 +160,7 @@ def predict_remote(
     if client is None:
         with httpx.Client(timeout=TIMEOUT) as client:
             return predict_remote(url, key, photo, pipeline, top_k, patience, client)
-    data, waited = read_photo(photo), 0.0
+    url, data, waited = server_url(url), read_photo(photo), 0.0
     while True:
         response = _post(client, url, key, data, {"pipeline": pipeline, "top_k": top_k})
         wait = seconds_to_wait(response)
