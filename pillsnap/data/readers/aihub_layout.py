@@ -17,6 +17,7 @@ from typing import Literal
 from .aihub_names import codes_in
 from .archives import Member, ZipError, list_archive
 from .photo_files import photo_stamp
+from .photo_folders import OFFICIAL_SPLITS
 from .records import OfficialSplit, ScanError, Shard, entries_of, walk
 
 # %% auto #0
@@ -24,13 +25,7 @@ __all__ = ['Content', 'NUMBERS_PER_SHARD', 'Part', 'is_archive', 'find_parts', '
            'list_aihub']
 
 # %% ../../../nbs/data/readers/07_aihub_layout.ipynb #2e0e95d4
-_SPLITS: dict[str, OfficialSplit] = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-}
+_SPLITS = {name: split for name, split in OFFICIAL_SPLITS.items() if split != "test"}  # test photos have no labels
 _IMAGES = {"images", "원천데이터", "train_images"}
 _LABELS = {"labels", "라벨링데이터", "train_annotations"}
 _OTHERS = _IMAGES | _LABELS | {"lost+found", "system volume information"}  # not searched for parts

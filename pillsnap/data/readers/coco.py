@@ -14,12 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .photo_folders import PHOTO_SUFFIXES, capture_group, files_below
+from pillsnap.data.readers.photo_folders import (
+    OFFICIAL_SPLITS,
+    PHOTO_SUFFIXES,
+    capture_group,
+    files_below,
+    pill_records,
+    quarantining,
+    use_photo,
+)
 from .reader import Reader
 from pillsnap.data.readers.records import (
     LabelError,
     OfficialSplit,
-    PhotoKind,
     PillRecord,
     Quarantined,
     Reason,
@@ -35,9 +42,6 @@ __all__ = ['COCO', 'AnnotationFile', 'find_annotation_files', 'looks_like_coco',
            'photo_records', 'list_coco', 'read_coco']
 
 # %% ../../../nbs/data/readers/10_coco.ipynb #1a2c4eea
-_SPLITS: dict[str, OfficialSplit] = {"train": "train", "val": "val", "valid": "val", "test": "test"}
-
-
 @dataclass(frozen=True)
 class AnnotationFile:
     """One JSON of boxes, and the folders where its photos may be."""
@@ -50,7 +54,7 @@ class AnnotationFile:
 def _split_of(name: str) -> OfficialSplit:
     """The split in the name of a folder or file, such as `train2017`; "" where there is none."""
     lowered = name.casefold()
-    return next((split for start, split in _SPLITS.items() if lowered.startswith(start)), "")
+    return next((split for start, split in OFFICIAL_SPLITS.items() if lowered.startswith(start)), "")
 
 
 def find_annotation_files(
@@ -164,12 +168,8 @@ def photo_records(
             f"the boxes are of a {stated[0]} x {stated[1]} picture, the photo has {width} x {height} pixels",
         )
     pills = list(dict.fromkeys(parse_box(box, names, width, height) for box in boxes))
-    kind: PhotoKind = "combination" if len(pills) > 1 else "single"
-    group, size = capture_group(os.path.relpath(path.with_suffix(""), base)), path.stat().st_size
-    return [
-        PillRecord(str(path), width, height, kind, split, group, name, name, (), *corners, bytes=size, source="coco")
-        for name, corners in pills
-    ]
+    group = capture_group(os.path.relpath(path.with_suffix(""), base))
+    return pill_records(path, (width, height), pills, split, group, "coco")
 
 # %% ../../../nbs/data/readers/10_coco.ipynb #a7c65324
 def _photo_path(entry: dict[str, Any], folders: Sequence[Path], base: Path) -> Path:
@@ -203,24 +203,15 @@ def _read_file(source: AnnotationFile, base: Path, seen: dict[Path, str], result
     waiting = dict(annotations.boxes)
     for entry in annotations.images:
         boxes = waiting.pop(entry.get("id"), [])
-        try:
+        with quarantining(result, source.path, files=0):
             path = _claim(source, entry, base, seen)
-        except LabelError as error:
-            result.quarantined.append(Quarantined(str(source.path), error.reason, str(error), files=0))
-            continue
-        try:
-            if entry.get("id") in annotations.repeated:
-                raise LabelError(
-                    Reason.LABEL_DUPLICATE,
-                    f"several images have the number {entry.get('id')}, so nobody knows whose boxes are whose",
-                )
-            records = photo_records(path, entry, boxes, annotations.names, source.split, base)
-        except LabelError as error:
-            result.quarantined.append(Quarantined(str(path), error.reason, str(error)))
-            continue
-        result.records.extend(records)
-        result.files_used += bool(records)
-        result.skipped.update({} if records else {"photo_without_pills": 1})
+            with quarantining(result, path):
+                if entry.get("id") in annotations.repeated:
+                    raise LabelError(
+                        Reason.LABEL_DUPLICATE,
+                        f"several images have the number {entry.get('id')}, so nobody knows whose boxes are whose",
+                    )
+                use_photo(result, photo_records(path, entry, boxes, annotations.names, source.split, base))
     for number, boxes in sorted(waiting.items(), key=str):
         detail = f"{len(boxes)} annotations are of image {number}, which the file does not list"
         result.quarantined.append(Quarantined(str(source.path), Reason.IMAGE_MISSING, detail, files=0))

@@ -10,13 +10,20 @@ import re
 import unicodedata
 from pathlib import Path
 
-from .photo_folders import PHOTO_SUFFIXES, capture_group, check_name, files_below
+from pillsnap.data.readers.photo_folders import (
+    OFFICIAL_SPLITS,
+    PHOTO_SUFFIXES,
+    capture_group,
+    check_name,
+    files_below,
+    pill_records,
+    quarantining,
+    use_photo,
+)
 from .reader import Reader
 from pillsnap.data.readers.records import (
-    LabelError,
     OfficialSplit,
     PillRecord,
-    Quarantined,
     ScanError,
     ScanResult,
     Shard,
@@ -27,15 +34,6 @@ from pillsnap.data.readers.records import (
 __all__ = ['FOLDERS', 'find_class_folders', 'looks_like_folders', 'list_folders', 'read_folders']
 
 # %% ../../../nbs/data/readers/11_folders.ipynb #989ec14a
-_SPLITS: dict[str, OfficialSplit] = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "test": "test",
-    "testing": "test",
-}
 _OTHER_LAYOUTS = re.compile(
     r"K(-\d{6})+(_json)?|[TV][SL]_\d+_.*|images|labels|annotations|masks|single|combination|.*원천데이터|.*라벨링데이터",
     re.IGNORECASE,
@@ -56,7 +54,7 @@ def find_class_folders(
     """The folders of the drugs; those of `train`, `val` and `test` where there is a `train`."""
     base = Path(os.path.abspath(root))
     below = _folders(base)
-    parts = {path: split for path in below if (split := _SPLITS.get(path.name.casefold()))}
+    parts = {path: split for path in below if (split := OFFICIAL_SPLITS.get(path.name.casefold()))}
     if not parts:
         return [("", path) for path in below]
     return [(split, path) for part, split in parts.items() for path in _folders(part)]
@@ -91,27 +89,13 @@ def looks_like_folders(
     )
 
 # %% ../../../nbs/data/readers/11_folders.ipynb #01b50845
-def _record(path: Path, split: OfficialSplit, code: str, relative: str) -> PillRecord:
+def _records(path: Path, split: OfficialSplit, code: str, base: Path) -> list[PillRecord]:
     """The one pill of a photo; raises `LabelError` for a damaged header or a path that is not valid UTF-8."""
     check_name(path)
     width, height = header_size(str(path))
-    return PillRecord(
-        str(path),
-        width,
-        height,
-        "single",
-        split,
-        capture_group(relative, code),
-        code,
-        code,
-        (),
-        0.0,
-        0.0,
-        float(width),
-        float(height),
-        bytes=path.stat().st_size,
-        source="folders",
-    )
+    whole = (0.0, 0.0, float(width), float(height))
+    group = capture_group(str(path.relative_to(base).with_suffix("")), code)
+    return pill_records(path, (width, height), [(code, whole)], split, group, "folders")
 
 
 def _read_class(folder: Path, split: OfficialSplit, base: Path, result: ScanResult) -> None:
@@ -121,11 +105,8 @@ def _read_class(folder: Path, split: OfficialSplit, base: Path, result: ScanResu
         if path.suffix.lower() not in PHOTO_SUFFIXES or path.name.startswith("."):
             result.skipped["other_file"] += 1
             continue
-        try:
-            result.records.append(_record(path, split, code, str(path.relative_to(base).with_suffix(""))))
-            result.files_used += 1
-        except LabelError as error:
-            result.quarantined.append(Quarantined(str(path), error.reason, str(error)))
+        with quarantining(result, path):
+            use_photo(result, _records(path, split, code, base))
 
 
 def list_folders(

@@ -13,12 +13,19 @@ from typing import Any
 
 import yaml
 
-from .photo_folders import PHOTO_SUFFIXES, check_name, files_below
+from pillsnap.data.readers.photo_folders import (
+    PHOTO_SUFFIXES,
+    capture_group,
+    check_name,
+    files_below,
+    pill_records,
+    quarantining,
+    use_photo,
+)
 from .reader import Reader
 from pillsnap.data.readers.records import (
     LabelError,
     OfficialSplit,
-    PhotoKind,
     PillRecord,
     Quarantined,
     Reason,
@@ -30,8 +37,8 @@ from pillsnap.data.readers.records import (
 )
 
 # %% auto #0
-__all__ = ['YOLO', 'DataFile', 'find_data_file', 'looks_like_yolo', 'read_data_file', 'parse_boxes', 'photo_group',
-           'labels_folder', 'photo_records', 'list_yolo', 'read_yolo']
+__all__ = ['YOLO', 'DataFile', 'find_data_file', 'looks_like_yolo', 'read_data_file', 'parse_boxes', 'labels_folder',
+           'photo_records', 'list_yolo', 'read_yolo']
 
 # %% ../../../nbs/data/readers/09_yolo.ipynb #e289f87e
 @dataclass(frozen=True)
@@ -188,13 +195,6 @@ def _corners(values: list[float], width: int, height: int) -> tuple[float, float
     return min(horizontal) * width, min(vertical) * height, max(horizontal) * width, max(vertical) * height
 
 # %% ../../../nbs/data/readers/09_yolo.ipynb #260f4780
-def photo_group(
-    stem: str,  # file name of a photo without suffix
-) -> str:  # name of its capture group
-    """The capture group of all augmented versions of a photo."""
-    return stem.split(".rf.")[0]
-
-
 def labels_folder(
     images: Path,  # photo folder, such as images/train
 ) -> Path:  # its label folder, such as labels/train
@@ -217,33 +217,14 @@ def photo_records(
 ) -> list[PillRecord]:  # one record per pill, none for a photo without pills
     """The pills of one photo; raises `LabelError` where the photo cannot be used as a whole."""
     check_name(path)
-    width, height = header_size(str(path))
+    size = header_size(str(path))
     try:
         text = label.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise LabelError(Reason.LABEL_UNREADABLE, "the label is not text") from error
     except OSError as error:
         raise LabelError(Reason.FILE_UNREADABLE, f"the label cannot be read: {error.strerror}") from error
-    boxes = parse_boxes(text, names, width, height)
-    kind: PhotoKind = "combination" if len(boxes) > 1 else "single"
-    size = path.stat().st_size
-    return [
-        PillRecord(
-            str(path),
-            width,
-            height,
-            kind,
-            split,
-            photo_group(path.stem),
-            name,
-            name,
-            (),
-            *box,
-            bytes=size,
-            source="yolo",
-        )
-        for name, box in boxes
-    ]
+    return pill_records(path, size, parse_boxes(text, names, *size), split, capture_group(path.stem), "yolo")
 
 # %% ../../../nbs/data/readers/09_yolo.ipynb #6d52b4be
 def _key(path: Path, folder: Path) -> str:
@@ -296,16 +277,8 @@ def _read_folder(
         if label is None:
             result.skipped["photo_without_label"] += 1
             continue
-        try:
-            records = photo_records(path, label, names, split)
-        except LabelError as error:
-            result.quarantined.append(Quarantined(str(path), error.reason, str(error), files=2))
-            continue
-        if records:
-            result.records.extend(records)
-            result.files_used += 2
-        else:
-            result.skipped["photo_without_pills"] += 2
+        with quarantining(result, path, files=2):
+            use_photo(result, photo_records(path, label, names, split), files=2)
     for key, label in sorted(labels.items()):
         result.quarantined.append(Quarantined(str(label), Reason.IMAGE_MISSING, f"no photo is named {key}"))
 
