@@ -15,6 +15,8 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import polars as pl
 import torch
+from ...data.batches import Batches
+from ...data.samples import Samples
 
 from ..memory import Memory, family_memory
 from ..photos import BenchError
@@ -23,7 +25,7 @@ from ...config.schema import Settings
 from ...data.augment import augment_crops
 from ...data.cache.crop_store import Crops, CropStore
 from ...data.cache.open import build_cache, open_store
-from ...data.loaders import Batches, Samples, make_loader
+from ...data.loaders import make_loader
 from ...training.device.hardware import choose_device
 
 # %% auto #0

@@ -11,9 +11,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 import polars as pl
+from ...data.samples import Samples
 
 from ..photos import BenchError
-from ...data.loaders import Samples
 from ...data.readers.photo_files import is_member, read_photo
 
 # %% auto #0

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import Counter
 
 from .aihub_files import Found, files_on_disk, photos_and_labels
-
 from .aihub_labels import PillLabel, as_code, parse_label
 from .aihub_layout import list_aihub, looks_like_aihub
 from .aihub_names import Session, codes_in, parse_photo_name, single_group
