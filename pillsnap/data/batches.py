@@ -5,23 +5,19 @@
 # %% ../../nbs/data/03_batches.ipynb #72b7fec9
 from __future__ import annotations
 
-import math
-import mmap
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from multiprocessing.reduction import DupFd
 from typing import Any
 
 import numpy as np
 import torch
-from .samples import Samples
 from torch.utils.data import Sampler
 
 from .cache.crop_store import Note
+from .samples import Samples
 
 # %% auto #0
-__all__ = ['Batches', 'in_order', 'SharedImages', 'Batch']
+__all__ = ['Batches', 'in_order', 'Batch']
 
 # %% ../../nbs/data/03_batches.ipynb #f2997081
 class Batches(Sampler[tuple[int, np.ndarray]]):
@@ -66,33 +62,6 @@ def in_order(
         (start, np.arange(start, min(start + batch_size, len(samples)))) for start in range(0, len(samples), batch_size)
     ]
 
-# %% ../../nbs/data/03_batches.ipynb #9ea2cfb6
-class SharedImages:
-    """Pixels in memory that another process maps when it receives this object."""
-
-    def __init__(
-        self,
-        shape: tuple[int, ...],  # of the array
-    ):
-        descriptor = os.memfd_create("pillsnap-images")
-        os.ftruncate(descriptor, max(1, math.prod(shape)))
-        self._map(descriptor, shape)
-
-    def _map(self, descriptor: int, shape: tuple[int, ...]) -> None:
-        self._descriptor, length = descriptor, math.prod(shape)
-        memory = mmap.mmap(descriptor, max(1, length))
-        self.array = np.frombuffer(memory, np.uint8, length).reshape(shape)  # it outlives this object
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"descriptor": DupFd(self._descriptor), "shape": self.array.shape}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._map(state["descriptor"].detach(), state["shape"])
-
-    def __del__(self) -> None:
-        if "_descriptor" in self.__dict__:
-            os.close(self._descriptor)
-
 # %% ../../nbs/data/03_batches.ipynb #20e6a8be
 @dataclass
 class Batch:
@@ -103,7 +72,6 @@ class Batch:
     numbers: torch.Tensor  # (n,) int64 numbers of the samples
     damaged: dict[int, str]  # samples without pixels -> reason
     notes: list[Note]  # fallbacks of the process that read the batch
-    shared: SharedImages | None = None  # memory of the images, in a decoding process
 
     @property
     def boxes(self) -> list[torch.Tensor]:
@@ -136,12 +104,12 @@ class Batch:
 
     def __getstate__(self) -> dict[str, Any]:
         """The images stay in shared memory; small tensors go through the pipe, which is faster than a file for each."""
-        small = {name: getattr(self, name).numpy() for name in ("labels", "pills", "counts", "numbers")}
-        return {**self.__dict__, **small, "images": self.shared or self.images, "shared": None}
+        return {
+            **self.__dict__,
+            **{name: getattr(self, name).numpy() for name in ("labels", "pills", "counts", "numbers")},
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        if isinstance(state["images"], SharedImages):
-            state["images"] = state["images"].array.transpose(0, 3, 1, 2)
         self.__dict__.update(
             {name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in state.items()}
         )

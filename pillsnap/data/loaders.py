@@ -14,13 +14,13 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from .batches import Batch, Batches, SharedImages
-from .samples import Samples
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from ..config.schema import Settings
+from .batches import Batch, Batches
 from .cache.open import record_notes
 from .readers.records import DataError
+from .samples import Samples
 from ..runlog import decide
 
 logger = logging.getLogger("pillsnap")
@@ -29,6 +29,12 @@ logger = logging.getLogger("pillsnap")
 __all__ = ['logger', 'make_loader', 'decoding_process_died', 'received', 'report_damaged']
 
 # %% ../../nbs/data/04_loaders.ipynb #4affa915
+def _image_buffer(count: int, size: int) -> torch.Tensor:  # (count, size, size, 3) uint8
+    """Memory for a batch; that of a decoding process is shared, so that the pixels are not copied on their way out."""
+    images = torch.empty((count, size, size, 3), dtype=torch.uint8)
+    return images if get_worker_info() is None else images.share_memory_()  # type: ignore[no-untyped-call]  # torch has no types for it
+
+
 class _BatchDataset(Dataset[Batch]):
     """Reads the batch at a position of the stream."""
 
@@ -41,24 +47,14 @@ class _BatchDataset(Dataset[Batch]):
     def __getitem__(self, requested: tuple[int, np.ndarray]) -> Batch:
         position, numbers = requested[0], np.array(requested[1], np.int64)
         store = self.samples.store
-        images, shared = self._memory(len(numbers))
-        good = store.read(numbers, images)
+        images = _image_buffer(len(numbers), store.size)
+        good = store.read(numbers, images.numpy())
         damaged = {number: store.damaged[number] for number in numbers[~good].tolist()}
         if not good.all():
             if self.seed is not None:
-                damaged |= self._replace(position, numbers, images, good)
-            numbers, left = numbers[good], images[good]
-            images, shared = self._memory(len(left))
-            images[:] = left
-        return self._batch(images, shared, torch.from_numpy(numbers), damaged)
-
-    def _memory(self, count: int) -> tuple[np.ndarray, SharedImages | None]:
-        """(count, size, size, 3) uint8, and what shares it with the training process."""
-        shape = (count, self.samples.store.size, self.samples.store.size, 3)
-        if get_worker_info() is None:
-            return np.empty(shape, np.uint8), None
-        shared = SharedImages(shape)
-        return shared.array, shared
+                damaged |= self._replace(position, numbers, images.numpy(), good)
+            numbers, images = numbers[good], images[torch.from_numpy(good)]
+        return self._batch(images, torch.from_numpy(numbers), damaged)
 
     def _replace(self, first: int, numbers: np.ndarray, images: np.ndarray, good: np.ndarray) -> dict[int, str]:
         """Replace damaged samples by others, in place; returns the damaged ones with the reason."""
@@ -76,17 +72,14 @@ class _BatchDataset(Dataset[Batch]):
                 return damaged
         return damaged
 
-    def _batch(
-        self, images: np.ndarray, shared: SharedImages | None, numbers: torch.Tensor, damaged: dict[int, str]
-    ) -> Batch:
+    def _batch(self, images: torch.Tensor, numbers: torch.Tensor, damaged: dict[int, str]) -> Batch:
         """Add labels and boxes to the images."""
         samples = self.samples
         labels = samples.labels[numbers] if len(samples.labels) else samples.labels
         boxes = [samples.boxes_of(number) for number in numbers.tolist()] if len(samples.boxes) else []
         pills = torch.cat(boxes) if boxes else samples.boxes[:0]
         counts = samples.first_box[numbers + 1] - samples.first_box[numbers]
-        pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
-        return Batch(pixels, labels, pills, counts, numbers, damaged, samples.store.take_notes(), shared)
+        return Batch(images.permute(0, 3, 1, 2), labels, pills, counts, numbers, damaged, samples.store.take_notes())
 
 
 def _start_worker(worker: int) -> None:

@@ -13,13 +13,12 @@ from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
-from .batches import Batches
-from .samples import Samples
-
 from ..atomic import read_json_cache, write_json
 from ..config.schema import Settings
+from .batches import Batches
 from .cache.crop_store import CropStore
 from .loaders import make_loader, received
+from .samples import Samples
 from ..runlog import decide
 
 # %% auto #0

@@ -10,12 +10,12 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from ..data.batches import Batch
 from torch import nn
 from torch.nn import functional
 
 from ..config.plugins import pick
 from ..data.augment import augment_crops
+from ..data.batches import Batch
 from ..metrics import classification_metrics
 from ..models.classifier import normalisation
 from .tasks import Row, Task

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from ..data.batches import Batch
 from torch import nn
 
 from ..data.augment import augment_photos
+from ..data.batches import Batch
 from ..metrics import detection_metrics
 from ..models.detector import RawDetections, detection_loss
 from ..runtime.postprocess import detections_from_output

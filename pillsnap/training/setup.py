@@ -14,13 +14,13 @@ from typing import Any, cast
 import polars as pl
 import timm
 import torch
-from ..data.samples import Samples, classifier_samples, detector_samples
 from torch import nn
 
 from ..answer.rules import Rules
 from ..config.schema import Settings
 from ..data.cache.budget import Budget, reads_per_byte
 from ..data.manifest import Dataset
+from ..data.samples import Samples, classifier_samples, detector_samples
 from ..models.classifier import build_classifier, normalisation
 from ..models.detector import build_detector
 from ..runlog import decide

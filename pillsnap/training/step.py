@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from ..data.batches import Batch, Batches
 from torch import nn
 
+from ..data.batches import Batch, Batches
 from ..data.loaders import decoding_process_died, make_loader, received
 from ..data.workers import choose_workers
 from ..runlog import RunLog, decide

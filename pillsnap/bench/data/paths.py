@@ -15,17 +15,17 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import polars as pl
 import torch
-from ...data.batches import Batches
-from ...data.samples import Samples
 
 from ..memory import Memory, family_memory
 from ..photos import BenchError
 from ...config.load import load_settings
 from ...config.schema import Settings
 from ...data.augment import augment_crops
+from ...data.batches import Batches
 from ...data.cache.crop_store import Crops, CropStore
 from ...data.cache.open import build_cache, open_store
 from ...data.loaders import make_loader
+from ...data.samples import Samples
 from ...training.device.hardware import choose_device
 
 # %% auto #0

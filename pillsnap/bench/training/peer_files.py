@@ -11,10 +11,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 import polars as pl
-from ...data.samples import Samples
 
 from ..photos import BenchError
 from ...data.readers.photo_files import is_member, read_photo
+from ...data.samples import Samples
 
 # %% auto #0
 __all__ = ['write_crops', 'write_yolo']

@@ -16,13 +16,13 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
-from ...data.batches import Batch, in_order
-from ...data.samples import Samples, classifier_samples, detector_samples
 
 from ...atomic import replacing, write_json
 from ...config.schema import Settings
 from ...data.augment import augment_crops, augment_photos
+from ...data.batches import Batch, in_order
 from ...data.loaders import make_loader, received
+from ...data.samples import Samples, classifier_samples, detector_samples
 from ...metrics import confusion_pairs
 from ...runs import RunRecord, column, read_run
 
