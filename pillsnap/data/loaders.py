@@ -32,7 +32,9 @@ __all__ = ['logger', 'make_loader', 'decoding_process_died', 'received', 'report
 def _image_buffer(count: int, size: int) -> torch.Tensor:  # (count, size, size, 3) uint8
     """Memory for a batch; that of a decoding process is shared, so that the pixels are not copied on their way out."""
     images = torch.empty((count, size, size, 3), dtype=torch.uint8)
-    return images if get_worker_info() is None else images.share_memory_()  # type: ignore[no-untyped-call]  # torch has no types for it
+    if get_worker_info() is not None:
+        images.share_memory_()  # type: ignore[no-untyped-call]  # torch has no types for it
+    return images
 
 
 class _BatchDataset(Dataset[Batch]):

@@ -199,7 +199,6 @@ class ResidentStore(CropStore):
 
     def __init__(
         self,
-        workload: LoaderWorkload,  # photos, boxes and size
         filled: CropStore,  # source of the crops
     ) -> None:
         """Read all crops; raises `BenchError` for a damaged one."""

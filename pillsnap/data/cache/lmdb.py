@@ -12,10 +12,10 @@ from pathlib import Path
 import cv2
 import lmdb
 import numpy as np
-from .shared_store import CROP_VERSION, SharedStore
 from xxhash import xxh3_64_digest, xxh3_128
 
 from .crop_store import Crop, Crops
+from .shared_store import CROP_VERSION, SharedStore
 from ..readers.photo_files import photo_stamp
 
 # %% auto #0

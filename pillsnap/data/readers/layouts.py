@@ -90,11 +90,10 @@ def choose_layout(
 # %% ../../../nbs/data/readers/13_layouts.ipynb #20326901
 def read_all(
     root: Path | str,  # folder of a small dataset
-    layout: str = "auto",  # "auto" or a key of READERS
 ) -> ScanResult:  # every file used, skipped or quarantined
     """Read all shards of a dataset in this process; raises `DataError` for a folder that cannot be used."""
     folder = check_root(root)
-    reader = READERS[choose_layout(layout, folder)]
+    reader = READERS[choose_layout("auto", folder)]
     total = ScanResult()
     for shard in reader.list_shards(folder):
         result = reader.read(shard)
