@@ -19,8 +19,8 @@ from torch import nn
 from ..answer.rules import Rules
 from ..config.schema import Settings
 from ..data.cache.budget import Budget, reads_per_byte
-from ..data.loaders import Samples, classifier_samples, detector_samples
 from ..data.manifest import Dataset
+from ..data.samples import Samples, classifier_samples, detector_samples
 from ..models.classifier import build_classifier, normalisation
 from ..models.detector import build_detector
 from ..runlog import decide

@@ -16,7 +16,9 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 
 from ..config.schema import ClassifierTraining, DetectorTraining, Settings
-from ..data.loaders import Batch, Samples, decoding_process_died, in_order, make_loader, received
+from ..data.batches import Batch, in_order
+from ..data.loaders import decoding_process_died, make_loader, received
+from ..data.samples import Samples
 from ..runlog import decide
 from .device.distributed import ProcessGroup
 from .device.hardware import Hardware, make_optimizer

@@ -95,7 +95,7 @@ def bench_loaders(
             f"A cache below {work} has not taken all {len(workload.images):,} crops: the lines above say why."
         )
     memory = {"hotset": stream_memory(stream_store(stores["hotset"], workload), workload)}
-    limit = ResidentStore(workload, stores.pop("hotset"))
+    limit = ResidentStore(stores.pop("hotset"))
     memory["limit"] = stream_memory(stream_store(limit, workload), workload)
     stores["hotset"] = open_cache(workload, "hotset", work)
     peers, missing = _peer_contenders(part, slow, work)

@@ -13,8 +13,8 @@ import numpy as np
 import polars as pl
 
 from ..photos import BenchError
-from ...data.loaders import Samples
 from ...data.readers.photo_files import is_member, read_photo
+from ...data.samples import Samples
 
 # %% auto #0
 __all__ = ['write_crops', 'write_yolo']

@@ -17,6 +17,7 @@ from typing import Literal
 from .aihub_names import codes_in
 from .archives import Member, ZipError, list_archive
 from .photo_files import photo_stamp
+from .photo_folders import OFFICIAL_SPLITS
 from .records import OfficialSplit, ScanError, Shard, entries_of, walk
 
 # %% auto #0
@@ -24,17 +25,12 @@ __all__ = ['Content', 'NUMBERS_PER_SHARD', 'Part', 'is_archive', 'find_parts', '
            'list_aihub']
 
 # %% ../../../nbs/data/readers/07_aihub_layout.ipynb #2e0e95d4
-_SPLITS: dict[str, OfficialSplit] = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-}
+_SPLITS = {name: split for name, split in OFFICIAL_SPLITS.items() if split != "test"}  # test photos have no labels
 _IMAGES = {"images", "원천데이터", "train_images"}
 _LABELS = {"labels", "라벨링데이터", "train_annotations"}
 _OTHERS = _IMAGES | _LABELS | {"lost+found", "system volume information"}  # not searched for parts
 _KINDS = {"single", "combination", "단일경구약제 5000종", "경구약제조합 5000종"}
+_LEVELS = 3  # of folders that are searched below the given one
 _ARCHIVE_NAME = re.compile(r"([tv])([sl])_\d+(?:_.*)?")  # TS_1_single, VL_1_조합
 Content = Literal["images", "labels", "unlabelled"]
 
@@ -89,12 +85,11 @@ def _search(waiting: list[str], parts: dict[OfficialSplit, Part]) -> list[str]:
 
 def find_parts(
     root: str | Path,  # folder of the collection, or one to three levels above its parts
-    levels: int = 3,  # levels to search
 ) -> list[Part]:  # in the order of their splits; empty where there is no collection
     """The parts of a collection below `root`; raises `ScanError` for a folder that cannot be read."""
     parts: dict[OfficialSplit, Part] = {}
     waiting = [os.path.abspath(root)]
-    for _ in range(levels + 1):
+    for _ in range(_LEVELS + 1):
         waiting = _search(waiting, parts)
     for part in parts.values():
         candidates = [

@@ -131,7 +131,6 @@ def _checksum(data: bytes) -> str:
 def sweep(
     folder: Path,  # may be missing
     stem: str = "",  # prefix of the files to remove, "" = any
-    age: float = 3600.0,  # seconds; younger files may belong to a running scan
 ) -> None:
     """Remove temporary files of killed scans."""
     with writing_below(folder):
@@ -140,7 +139,7 @@ def sweep(
                 _LEFTOVER.fullmatch(path.name)
                 and path.name.startswith(f".{stem}")
                 and path.is_file()
-                and path.stat().st_mtime < time.time() - age
+                and path.stat().st_mtime < time.time() - 3600  # a younger one may belong to a running scan
             ):
                 path.unlink(missing_ok=True)
 
