@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import platform
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -89,6 +90,7 @@ def compile_modes(
 # %% ../../../nbs/training/device/04_ways.ipynb #35841c67
 _WARMUP = {"cuda": 5}  # untimed rounds; 1 elsewhere
 _ROUNDS = {"cuda": 10}  # timed rounds; 5 elsewhere
+_SECONDS = 20.0  # time after which no further round begins
 
 
 def _unless_out_of_memory(action: Callable[[], Any], device: torch.device) -> Any:
@@ -113,7 +115,10 @@ def time_in_turns(
     del made
     warmup, rounds = _WARMUP.get(device.type, 1), _ROUNDS.get(device.type, 5)
     seconds: dict[Way, list[float]] = {way: [] for way in ways}
+    end = time.perf_counter() + _SECONDS
     for number in range(warmup + rounds):
+        if number > warmup and time.perf_counter() > end:
+            break
         order = list(steps)
         for way in order[number % max(1, len(order)) :] + order[: number % max(1, len(order))]:
             taken = _unless_out_of_memory(partial(step_seconds, steps[way], device), device)
