@@ -89,10 +89,14 @@ def test_the_report_holds_everything(report: dict) -> None:
         and report["versions"]["ultralytics-opencv-headless"]
         and report["machine"]["cores"] >= 1
     )
-    assert report["setup"]["networks"]["detector"]["size"] == 96 and report["setup"]["networks"]["detector"]["amp"] == {
-        "ours": "bf16",
-        "theirs": "off",
-    }
+    networks = report["setup"]["networks"]
+    assert networks["detector"]["size"] == 96 and networks["detector"]["ways"]["theirs"] == "float32, contiguous"
+    for name, network in networks.items():
+        assert network["ways"]["ours"].startswith("bf16, ") and network["ways"].keys() == {"ours", "limit", "theirs"}
+        other = [contender for contender in report["rounds"] if contender.startswith(f"{name}_limit, ")]
+        assert len(other) == 1 and other != [f"{name}_limit, {network['ways']['limit']}"], (
+            "the slower of the two limits"
+        )
 
 
 def test_both_trainers_are_evaluated(report: dict) -> None:

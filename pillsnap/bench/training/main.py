@@ -209,7 +209,7 @@ def bench_gpu(
     for name in ("classifier", "detector"):
         for mode in modes:
             settings = endless(base, workload.rounds * (workload.warmup + workload.steps), compile=mode)
-            hardware = choose_hardware(settings, settings.train.amp)
+            hardware = choose_hardware(settings)
             if hardware.device.type == "cuda":
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats(hardware.device)
@@ -221,7 +221,7 @@ def bench_gpu(
                 "network": getattr(settings.model, name).name,
                 "size": task.samples.store.size,
                 "batch": task.ladder.batch,
-                "amp": hardware.amp_name(),
+                "way": str(task.hardware.way()),
                 "compiled": task.forward is not None,
                 "images_per_second": {contender: round(median(rates), 1) for contender, rates in rounds.items()},
                 "peak_memory_mb": round(memory, 1),
@@ -234,7 +234,7 @@ DIFFERENCES = (
     "ultralytics' trainer keeps photos decoded in memory, ours reads its cache; "
     "timm's loop decodes crops of the final size from PNG files",
     "timm's loop also runs with one loading process per thread, and the faster counts; "
-    "its last batch of a pass is dropped",
+    "it computes in the number format and memory format that are fastest for it; its last batch of a pass is dropped",
     "ultralytics' trainer takes no half precision, no channels_last and no loading processes on a processor; "
     "its ratio is taken in float32 there",
     "where speed is measured, ultralytics' trainer does not turn photos and adds neither blur nor noise; "
@@ -300,15 +300,13 @@ def make_report(
                     "size": networks[name].image_size,
                     "batch": part["batch"],
                     "samples": part["samples"],
-                    "amp": part["amp"],
+                    "ways": part["ways"],
                 }
                 for name, part in speed.items()
             },
             "data": workload.dataset.report["root"],
             "workers": settings.dataloader.num_workers,
             "threads": torch.get_num_threads(),
-            "channels_last": settings.train.channels_last,
-            "compile": settings.train.compile,
             "rounds": options.rounds,
             "steps": options.steps,
             "warmup": options.warmup,
@@ -347,7 +345,7 @@ def _gpu_rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
         rates = found["images_per_second"]
         remark = (
             f"images/s, limit {rates['limit']:,.1f}; {found['peak_memory_mb']:,.0f} MB; "
-            f"{found['network']}, {found['size']} px, {found['amp']}"
+            f"{found['network']}, {found['size']} px, {found['way']}"
         )
         rows.append((name, f"{rates['ours']:,.1f}", remark))
     return rows
@@ -374,7 +372,7 @@ def table(
     rows += _gpu_rows(report)
     networks = ", ".join(
         f"{network['name'].rpartition('/')[2]} {network['size']} px "
-        f"in batches of {network['batch']} ({network['amp']['ours']})"
+        f"in batches of {network['batch']} ({network['ways']['ours']})"
         for network in setup["networks"].values()
     )
     machine = report["machine"]
