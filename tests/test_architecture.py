@@ -40,7 +40,7 @@ LAYERS = [
 ]
 # Subpackages of a package in the same order; "" stands for the modules of the package itself.
 SUBPACKAGES = {
-    "data": ["readers", "scan", "splits", "cache", ""],
+    "data": ["reading", "readers", "scan", "splits", "cache", ""],
     "training": ["device", "report", ""],
     "service": ["", "guard", "inference", "page", "endpoints", "client"],
     "bench": ["", "data", "training", "engines", "serving"],

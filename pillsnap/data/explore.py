@@ -11,7 +11,7 @@ import polars as pl
 from PIL import Image
 
 from ..answer.crops import crop_pill
-from .readers.photo_files import decode_photo
+from .reading.photo_files import decode_photo
 from .splits.sampling import sampling_order
 from ..runtime.boxes import Box
 from ..runtime.images import ImageError

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from ..config.schema import Settings
 from .batches import Batch, Batches
 from .cache.open import record_notes
-from .readers.records import DataError
+from .reading.records import DataError
 from .samples import Samples
 from ..runlog import decide
 

@@ -18,7 +18,7 @@ from ..answer.classes import ClassMap
 from ..atomic import replacing, write_json
 from ..config.schema import Settings
 from .readers.layouts import check_root
-from .readers.records import DataError
+from .reading.records import DataError
 from .scan.scan import ScanReport, check_usable, scan
 from .splits.class_map import make_class_map, read_class_map
 from .splits.group_split import check_groups

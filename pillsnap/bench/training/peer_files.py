@@ -13,7 +13,7 @@ import numpy as np
 import polars as pl
 
 from ..photos import BenchError
-from ...data.readers.photo_files import is_member, read_photo
+from ...data.reading.photo_files import is_member, read_photo
 from ...data.samples import Samples
 
 # %% auto #0

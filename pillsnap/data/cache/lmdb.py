@@ -16,7 +16,7 @@ from xxhash import xxh3_64_digest, xxh3_128
 
 from .crop_store import Crop, Crops
 from .shared_store import CROP_VERSION, SharedStore
-from ..readers.photo_files import photo_stamp
+from ..reading.photo_files import photo_stamp
 
 # %% auto #0
 __all__ = ['keys_of', 'pack', 'unpack', 'intact', 'open_environment', 'close_environment', 'LmdbStore']

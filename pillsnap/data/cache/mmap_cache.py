@@ -17,7 +17,7 @@ from xxhash import xxh3_64_intdigest, xxh3_128
 from ...atomic import write_json
 from .crop_store import Crop, Crops
 from .shared_store import CROP_VERSION, SharedStore, lock_byte, unlock_byte
-from ..readers.photo_files import photo_stamp
+from ..reading.photo_files import photo_stamp
 
 # %% auto #0
 __all__ = ['fingerprint', 'MmapStore', 'checksum']

@@ -18,9 +18,9 @@ import polars as pl
 
 from ...atomic import write_json
 from ..readers.aihub_layout import is_archive
-from ..readers.archives import ZipError, list_archive
 from ..readers.layouts import READERS, check_root, choose_layout
-from ..readers.records import RECORD_SCHEMA, DataError, ScanError, Shard, walk
+from ..reading.archives import ZipError, list_archive
+from ..reading.records import RECORD_SCHEMA, DataError, ScanError, Shard, walk
 from .parallel_scan import scan_shards
 from .scan_cache import QUARANTINE_SCHEMA, ScanCache, merge_tables, sweep, writing_below
 

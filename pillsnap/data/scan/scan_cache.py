@@ -22,7 +22,7 @@ from typing import Any
 import polars as pl
 
 from ...atomic import replacing, write_bytes, write_json
-from pillsnap.data.readers.records import (
+from pillsnap.data.reading.records import (
     RECORD_SCHEMA,
     Quarantined,
     Reason,

@@ -12,7 +12,7 @@ from pathlib import Path
 import polars as pl
 
 from ...answer.classes import ClassMap, Drug
-from ..readers.records import DataError
+from ..reading.records import DataError
 from ...runlog import Decision, decide
 
 # %% auto #0

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from ..readers.records import DataError
+from ..reading.records import DataError
 from .fingerprints import INSPECTED_SCHEMA, NEAR_BITS, fingerprint_photos, hash_words
 from .group_split import check_groups
 from .near_duplicates import confirmed

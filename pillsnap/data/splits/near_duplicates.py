@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import polars as pl
 
-from ..readers.photo_files import read_photo
+from ..reading.photo_files import read_photo
 from .fingerprints import decode_reduced
 from ...runtime.images import ImageError
 
