@@ -24,8 +24,8 @@ from .tables import TABLES, Report, markdown
 from ..config.load import find_root
 
 # %% auto #0
-__all__ = ['REPORTS', 'HEAD', 'TEXTS', 'EXECUTED', 'check_report', 'collect', 'with_tables', 'write_tables', 'store_outputs',
-           'main']
+__all__ = ['REPORTS', 'HEAD', 'TEXTS', 'EXECUTED', 'check_report', 'without_folder', 'collect', 'with_tables', 'write_tables',
+           'store_outputs', 'main']
 
 # %% ../../nbs/bench/04_publish.ipynb #63116bf5
 REPORTS = {  # name in results/ -> where the command writes it
@@ -54,13 +54,22 @@ def check_report(
     return report
 
 
+def without_folder(
+    content: dict[str, Any],  # plain values for JSON
+    root: Path,  # project folder
+) -> dict[str, Any]:  # the same with paths relative to it
+    """Leave out where the project lies on this machine."""
+    found: dict[str, Any] = json.loads(json.dumps(content).replace(f"{root}/", ""))
+    return found
+
+
 def collect(
     root: Path,  # project folder
 ) -> dict[str, dict[str, Any]]:  # the reports of results/, by name
     """Copy the reports of this machine to results/, and read all that lie there."""
     for name, place in REPORTS.items():
         if (root / place).is_file():
-            write_json(root / "results" / f"{name}.json", check_report(root / place))
+            write_json(root / "results" / f"{name}.json", without_folder(check_report(root / place), root))
     return {path.stem: check_report(path) for path in sorted((root / "results").glob("*.json"))}
 
 # %% ../../nbs/bench/04_publish.ipynb #c0ca97c8
@@ -127,7 +136,7 @@ def _small_picture(data: dict[str, Any]) -> dict[str, Any]:
 
 def _stored(output: dict[str, Any], root: Path) -> dict[str, Any]:
     """An output without the project's folder, and with small pictures."""
-    plain: dict[str, Any] = json.loads(json.dumps(output).replace(f"{root}/", ""))
+    plain = without_folder(output, root)
     return plain | {"data": _small_picture(plain["data"])} if "data" in plain else plain
 
 

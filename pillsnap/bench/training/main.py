@@ -172,7 +172,7 @@ def bench_accuracy(
         )
         found[name] = {
             **measured,
-            "data": workload.dataset.report["root"],
+            "data": Path(workload.dataset.report["root"]).name,
             "photos": photos,
             "classes": len(workload.dataset.class_map),
             "epochs": epochs,
@@ -304,7 +304,7 @@ def make_report(
                 }
                 for name, part in speed.items()
             },
-            "data": workload.dataset.report["root"],
+            "data": Path(workload.dataset.report["root"]).name,
             "workers": settings.dataloader.num_workers,
             "threads": torch.get_num_threads(),
             "rounds": options.rounds,
