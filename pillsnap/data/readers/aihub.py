@@ -12,7 +12,6 @@ from .aihub_labels import PillLabel, as_code, parse_label
 from .aihub_layout import list_aihub, looks_like_aihub
 from .aihub_names import Session, codes_in, parse_photo_name, single_group
 from ..reading.photo_files import read_photo
-from ..reading.photo_folders import quarantining
 from ..reading.reader import Reader
 from pillsnap.data.reading.records import (
     LabelError,
@@ -168,11 +167,14 @@ def read_aihub(
     photos, labels = photos_and_labels(shard, result)
     for stem, photo in sorted(photos.items()):
         own = labels.pop(stem, [])
-        with quarantining(result, photo.reference, files=1 + len(own)):
+        try:  # cheaper than `quarantining`, for millions of photos
             records, repeated = photo_records(photo, own, shard.facts["split"])
-            result.records.extend(records)
-            result.skipped["repeated_label"] += repeated
-            result.files_used += 1 + len(own) - repeated
+        except LabelError as error:
+            result.quarantined.append(Quarantined(photo.reference, error.reason, str(error), files=1 + len(own)))
+            continue
+        result.records.extend(records)
+        result.skipped["repeated_label"] += repeated
+        result.files_used += 1 + len(own) - repeated
     for stem, own in sorted(labels.items()):
         result.quarantined.append(
             Quarantined(own[0].reference, Reason.IMAGE_MISSING, f"no photo is named {stem}", files=len(own))
