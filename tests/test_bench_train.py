@@ -52,7 +52,7 @@ def report(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
         f"paths.cache_root={out.parent / 'cache'}",
     ]
     done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=300, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+        command, cwd=ROOT, capture_output=True, text=True, timeout=600, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     )
     assert done.returncode == 0, done.stderr
     assert "classifier over limit" in done.stdout and "there is none" in done.stdout and "train.json" in done.stdout
