@@ -39,7 +39,7 @@ from ...training.tasks import Task
 __all__ = ['Contender', 'RATIOS', 'TrainingWorkload', 'loading_processes', 'print_line', 'synchronise', 'timed', 'endless',
            'our_task', 'our_contender', 'data_fractions', 'take_turns', 'limit_contender', 'in_way', 'trial',
            'uncompiled_ways', 'limit_contenders', 'timm_contenders', 'ultralytics_contender', 'measure_speed',
-           'best_of', 'quotients']
+           'best_of', 'ratios']
 
 # %% ../../../nbs/bench/training/03_speed.ipynb #f1723075
 @dataclass(frozen=True)
@@ -359,13 +359,15 @@ def best_of(
     return [max(rates) for rates in zip(*chosen)]
 
 
-def quotients(
+def ratios(
     rounds: dict[str, list[float]],  # images per second, per contender and round
-) -> dict[str, list[float]]:  # per ratio one value a round
-    """One contender's rate over another's, round by round; with ultralytics, in its number format."""
+) -> dict[str, float]:
+    """Median over the rounds of one contender's rate over another's; with ultralytics, in its number format."""
     found = {}
     for name, (above, below) in RATIOS.items():
         if name == "detector_over_ultralytics" and "detector_ours_float32" in rounds:
             above = "detector_ours_float32"
-        found[name] = [ours / theirs for ours, theirs in zip(best_of(rounds, above), best_of(rounds, below))]
+        found[name] = round(
+            median(ours / theirs for ours, theirs in zip(best_of(rounds, above), best_of(rounds, below))), 3
+        )
     return found
