@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+import pillsnap
 from ..errors import PillsnapError
+from ..provenance import git_revision, versions
 from ..runtime.engines import this_machine
 
 # %% auto #0
-__all__ = ['machine', 'run_benchmark']
+__all__ = ['machine', 'report_head', 'goal', 'is_met', 'goal_lines', 'run_benchmark']
 
 # %% ../../nbs/bench/02_report.ipynb #3595b72f
 def machine() -> dict[str, Any]:
@@ -32,6 +35,55 @@ def machine() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "system": platform.platform(),
     }
+
+# %% ../../nbs/bench/02_report.ipynb #9c66523b
+def report_head(
+    packages: Sequence[str],  # whose versions are reported
+) -> dict[str, Any]:  # revision, date, machine, versions
+    """What every report begins with."""
+    return {
+        "revision": git_revision(Path(pillsnap.__file__).parent),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine(),
+        "versions": versions(packages),
+    }
+
+
+def goal(
+    name: str,  # what is measured
+    value: float | None,  # None: not measured
+    *,
+    at_least: float | None = None,  # smallest value that is good enough
+    at_most: float | None = None,  # largest value that is good enough
+    n: int = 1,  # measurements behind the value
+    spread: float | None = None,  # of these measurements
+) -> dict[str, Any]:  # plain values
+    """A measured value and its goal."""
+    return {"name": name, "value": value, "at_least": at_least, "at_most": at_most, "n": n, "spread": spread}
+
+
+def is_met(
+    goal: dict[str, Any],  # from `goal`
+) -> bool:  # False for a missing value
+    """Whether a value is good enough."""
+    value, least, most = goal["value"], goal["at_least"], goal["at_most"]
+    return value is not None and (least is None or value >= least) and (most is None or value <= most)
+
+
+def goal_lines(
+    goals: list[dict[str, Any]],  # from `goal`
+) -> list[str]:  # a line for each
+    """The goals as rows of text."""
+    lines = []
+    for item in goals:
+        wanted = [
+            f"at {word} {item[key]:g}"
+            for word, key in (("least", "at_least"), ("most", "at_most"))
+            if item[key] is not None
+        ]
+        value = "-" if item["value"] is None else f"{item['value']:.4g}"
+        lines.append(f"{item['name']:44} {value:>9}  goal {', '.join(wanted)}, {'met' if is_met(item) else 'not met'}")
+    return lines
 
 # %% ../../nbs/bench/02_report.ipynb #39716fba
 def run_benchmark(

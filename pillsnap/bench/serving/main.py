@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 
 from ...atomic import write_json
-from ..photos import BenchError
+from ..errors import BenchError
 from ..report import run_benchmark
 from .peers import PEERS, peer_versions
 from .rounds import Rounds, p95, rate, ratio, summary

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...atomic import write_json
 from ..data.main import DATA_PACKAGES
-from ..photos import BenchError
+from ..errors import BenchError
 from ..report import machine, run_benchmark
 from ...config.load import load_settings
 from ...config.schema import Settings

@@ -13,9 +13,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import polars as pl
 import torch
 
 from .peer_files import write_crops, write_yolo
@@ -23,7 +22,6 @@ from .timm_loop import make_timm_loader, train_timm
 from .ultralytics_loop import UltralyticsTrainer, number_format, trainer_arguments
 from ...config.schema import Settings
 from ...data.cache.open import build_cache
-from ...data.manifest import Dataset
 from ...models.classifier import normalisation
 from ...runlog import RunLog
 from ...training.device.distributed import ProcessGroup
@@ -32,6 +30,9 @@ from ...training.loop import StepLog
 from ...training.setup import build_tasks
 from ...training.step import Measured, compile_network, step_on, synthetic_batch, train_step
 from ...training.tasks import Task
+
+if TYPE_CHECKING:
+    from pillsnap.data.manifest import Dataset
 
 # %% auto #0
 __all__ = ['Contender', 'RATIOS', 'TrainingWorkload', 'loading_processes', 'print_line', 'synchronise', 'timed', 'endless',
@@ -202,7 +203,7 @@ def ultralytics_contender(
     stack: ExitStack,  # ends its process
 ) -> Contender:
     """ultralytics' trainer, from the same weights, on the same photos."""
-    data = write_yolo(workload.dataset.manifest.filter(pl.col("split") == "train"), workload.folder / "photos")
+    data = write_yolo(workload.dataset.manifest.filter(split="train"), workload.folder / "photos")
     arguments = trainer_arguments(
         data,
         workload.folder / "trainer",

@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 import torch
 
-from ..photos import BenchError
+from ..errors import BenchError
 from ...config.schema import Settings
 from ...data.augment import quarter_turns, random_light
 from ...training.device.hardware import Hardware
