@@ -76,13 +76,10 @@ def goal_lines(
     """The goals as rows of text."""
     lines = []
     for item in goals:
-        wanted = [
-            f"at {word} {item[key]:g}"
-            for word, key in (("least", "at_least"), ("most", "at_most"))
-            if item[key] is not None
-        ]
+        limits = {"at least": item["at_least"], "at most": item["at_most"]}
+        wanted = ", ".join(f"{words} {limit:g}" for words, limit in limits.items() if limit is not None)
         value = "-" if item["value"] is None else f"{item['value']:.4g}"
-        lines.append(f"{item['name']:44} {value:>9}  goal {', '.join(wanted)}, {'met' if is_met(item) else 'not met'}")
+        lines.append(f"{item['name']:48} {value:>9}  goal {wanted}, {'met' if is_met(item) else 'not met'}")
     return lines
 
 # %% ../../nbs/bench/02_report.ipynb #39716fba

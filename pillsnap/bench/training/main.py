@@ -136,9 +136,8 @@ def workload_of(
     from pillsnap.training.run import data_root
 
     settings = settings_of(options, root)
-    return TrainingWorkload(
-        prepare_data(settings, data_root(settings)), settings, work, options.warmup, options.steps, options.rounds
-    )
+    dataset = prepare_data(settings, data_root(settings))
+    return TrainingWorkload(settings, work, options.warmup, options.steps, options.rounds, dataset)
 
 # %% ../../../nbs/bench/training/05_main.ipynb #32b8aacf
 def bench_accuracy(

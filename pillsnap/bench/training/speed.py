@@ -35,21 +35,27 @@ if TYPE_CHECKING:
     from pillsnap.data.manifest import Dataset
 
 # %% auto #0
-__all__ = ['Contender', 'RATIOS', 'TrainingWorkload', 'loading_processes', 'print_line', 'synchronise', 'timed', 'endless',
-           'our_task', 'our_contender', 'limit_contender', 'data_fractions', 'timm_contenders', 'ultralytics_contender',
-           'take_turns', 'measure_speed', 'best_of', 'ratios']
+__all__ = ['Contender', 'RATIOS', 'Workload', 'TrainingWorkload', 'loading_processes', 'print_line', 'synchronise', 'timed',
+           'endless', 'our_task', 'our_contender', 'limit_contender', 'data_fractions', 'timm_contenders',
+           'ultralytics_contender', 'take_turns', 'measure_speed', 'best_of', 'ratios']
 
 # %% ../../../nbs/bench/training/03_speed.ipynb #f1723075
 @dataclass(frozen=True)
-class TrainingWorkload:
-    """Dataset, settings and number of steps that all contenders share."""
+class Workload:
+    """Settings and number of steps that all contenders share."""
 
-    dataset: Dataset  # photos, split and class map
     settings: Settings  # networks, sizes, batches, workers
     folder: Path  # for files of the other trainers
     warmup: int  # untimed steps at the start of each round
     steps: int  # timed steps in each round
     rounds: int  # number of rounds
+
+
+@dataclass(frozen=True)
+class TrainingWorkload(Workload):
+    """A workload on a dataset."""
+
+    dataset: Dataset  # photos, split and class map
 
 
 def loading_processes(
@@ -171,7 +177,7 @@ def data_fractions(
 
 # %% ../../../nbs/bench/training/03_speed.ipynb #12613fff
 def timm_contenders(
-    workload: TrainingWorkload,  # dataset, settings and steps
+    workload: Workload,  # settings and steps
     task: Task,  # ours, not trained yet
     counts: tuple[int, ...],  # numbers of loading processes
 ) -> dict[str, Contender]:  # by name
@@ -198,12 +204,12 @@ def timm_contenders(
 
 
 def ultralytics_contender(
-    workload: TrainingWorkload,  # dataset, settings and steps
+    data: Path,  # data.yaml of the photos
+    workload: Workload,  # settings and steps
     task: Task,  # ours, not trained yet
     stack: ExitStack,  # ends its process
 ) -> Contender:
     """ultralytics' trainer, from the same weights, on the same photos."""
-    data = write_yolo(workload.dataset.manifest.filter(split="train"), workload.folder / "photos")
     arguments = trainer_arguments(
         data,
         workload.folder / "trainer",
@@ -227,7 +233,7 @@ def ultralytics_contender(
 # %% ../../../nbs/bench/training/03_speed.ipynb #b0dff1ad
 def take_turns(
     contenders: dict[str, Contender],  # by name
-    workload: TrainingWorkload,  # steps and rounds
+    workload: Workload,  # steps and rounds
     log: Callable[[str], None] = print_line,  # gets a line per round
 ) -> dict[str, list[float]]:  # images per second, per contender and round
     """Run all contenders in turns."""
@@ -265,7 +271,8 @@ def measure_speed(
             counts = dict.fromkeys((loading_processes(settings), torch.get_num_threads()))
             contenders |= timm_contenders(workload, resident, tuple(counts))
         else:
-            contenders["detector_ultralytics"] = ultralytics_contender(workload, resident, stack)
+            data = write_yolo(workload.dataset.manifest.filter(split="train"), workload.folder / "photos")
+            contenders["detector_ultralytics"] = ultralytics_contender(data, workload, resident, stack)
             if theirs != hardware.amp_name():
                 contenders["detector_ours_float32"] = our_contender(
                     our_task(workload.dataset, settings, name, hardware.with_amp("off")), run, []
