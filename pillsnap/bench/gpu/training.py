@@ -10,10 +10,9 @@ from functools import partial
 from statistics import median, pstdev
 from typing import Any
 
-from .ways import CLASSES, WAYS, drawn_task, measure_way, recorded, settings_of_way
-
 from .parts import Findings, Setup
 from .pictures import cached_samples, drawn_samples
+from .ways import CLASSES, WAYS, drawn_task, measure_way, recorded, settings_of_way
 from ..report import goal
 from ..training.speed import Contender, data_fractions, limit_contender, our_contender
 from ...data.loaders import Samples
@@ -156,9 +155,7 @@ def measure_network(
     best = max(rates, key=lambda way: rates[way].get("images_per_second", 0.0))
     value, goals = measure_loop(name, drawn, best, rates[best]["batch"], setup)
     rate = value["images_per_second"]
-    text = (
-        f"{rate['memory']:,.1f} images/s from memory, {rate['hotset']:,.1f} from the hotset, limit {rate['limit']:,.1f}"
-    )
+    text = ", ".join(f"{feed} {images:,.1f}" for feed, images in rate.items()) + " images/s"
     found.show(loop, value, text, goals)
     for way in compiled:
         if setup.dry:

@@ -24,7 +24,7 @@ from ...training.device.hardware import Hardware, choose_hardware, seed_everythi
 from ...training.device.memory_ladder import MemoryLadder, free_memory, is_out_of_memory
 from ...training.setup import TASKS
 from ...training.step import compile_network
-from ...training.tasks import Task
+from ...training.tasks import Task, checkpoint_gradients
 
 # %% auto #0
 __all__ = ['WAYS', 'CLASSES', 'settings_of_way', 'random_network', 'drawn_task', 'steady_rate', 'recorded',
@@ -78,8 +78,7 @@ def random_network(
         if name == "classifier"
         else build_detector(settings.model.detector.name)
     )
-    if settings.train.grad_checkpointing:
-        cast(Any, network).set_grad_checkpointing(True)
+    checkpoint_gradients(network, settings.train.grad_checkpointing, name)
     moved: nn.Module = cast(Any, network).to(hardware.device, memory_format=hardware.memory_format)
     return moved
 
