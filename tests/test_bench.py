@@ -13,13 +13,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from pillsnap.bench.errors import BenchError
 
 from pillsnap.bench import photos
 from pillsnap.bench.data import loaders
 from pillsnap.bench.data import main as data
 from pillsnap.bench.data.labels import synthetic_labels
 from pillsnap.bench.data.peers import PEERS, why_missing
+from pillsnap.bench.errors import BenchError
 from pillsnap.bench.photos import plan_photos, write_photos
 from pillsnap.runtime.images import decode_image
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from pillsnap.bench.errors import BenchError
 
+from pillsnap.bench.errors import BenchError
 from pillsnap.bench.serving import main as serve
 from pillsnap.bench.serving import session
 from pillsnap.bench.serving.limit import limit_of

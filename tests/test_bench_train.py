@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY
-from pillsnap.bench.errors import BenchError
 
+from pillsnap.bench.errors import BenchError
 from pillsnap.bench.training import main as train
 from pillsnap.bench.training.ultralytics_loop import UltralyticsTrainer
 

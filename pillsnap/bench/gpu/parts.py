@@ -19,7 +19,7 @@ from ...atomic import write_json
 from ...config.schema import Settings
 
 # %% auto #0
-__all__ = ['Findings', 'Setup', 'Part', 'run_limited', 'read_findings']
+__all__ = ['Findings', 'Setup', 'Part', 'measure_part', 'run_limited', 'read_findings']
 
 # %% ../../../nbs/bench/gpu/00_parts.ipynb #f7e42a0f
 @dataclass
@@ -31,6 +31,7 @@ class Findings:
     goals: list[dict[str, Any]] = field(default_factory=list)  # from `goal`
     not_shown: list[dict[str, str]] = field(default_factory=list)  # name, reason
     planned: list[str] = field(default_factory=list)  # names that are neither in `values` nor in `not_shown` yet
+    began: float = field(default_factory=time.monotonic)
 
     def plan(
         self,
@@ -63,12 +64,20 @@ class Findings:
         print(f"  {name:52} not shown: {reason}", flush=True)
         self._done(name)
 
+    def end(
+        self,
+        name: str,  # planned as a whole
+    ) -> None:
+        """The part has come to its end."""
+        self._done(name)
+
     def _done(self, name: str) -> None:
         self.planned = [other for other in self.planned if other != name]
         self._write()
 
     def _write(self) -> None:
-        write_json(self.file, {key: value for key, value in asdict(self).items() if key != "file"})
+        content = {**asdict(self), "seconds": round(time.monotonic() - self.began, 1)}
+        write_json(self.file, {key: value for key, value in content.items() if key not in ("file", "began")})
 
 
 @dataclass(frozen=True)
@@ -91,6 +100,26 @@ class Part:
 
     measure: Callable[[Setup, Findings], None]
     seconds: float  # that it may take; what the parts before it did not need is added
+
+
+def measure_part(
+    name: str,  # of the part
+    part: Part,
+    setup: Setup,
+    file: Path,  # gets the findings
+) -> None:
+    """Run a part in this process; an error is the reason why the rest of it is not shown."""
+    print(f"\n=== {name}", flush=True)
+    found = Findings(file)
+    found.plan(name)
+    try:
+        part.measure(setup, found)
+    except Exception as error:  # of any kind: the other parts still run
+        reason = (str(error).strip().splitlines() or ["it has no message"])[0][:300]
+        for planned in [other for other in found.planned if other != name] or [name]:
+            found.leave_out(planned, f"{type(error).__name__}: {reason}")
+    found.end(name)
+    print(f"=== {name}: {time.monotonic() - found.began:.1f} s", flush=True)
 
 # %% ../../../nbs/bench/gpu/00_parts.ipynb #13bfd54c
 def run_limited(
@@ -115,13 +144,15 @@ def run_limited(
 def read_findings(
     file: Path,  # of a part
     why: str,  # from `run_limited`
-) -> dict[str, Any]:  # values, goals, not_shown
+) -> dict[str, Any]:  # values, goals, not_shown, seconds
     """What a part has left; what it had planned is not shown, with the reason."""
     stored = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    missing = stored.get("planned", []) if stored else [file.stem]
+    planned = stored.get("planned", [file.stem])
+    missing = [name for name in planned if name != file.stem] or planned
     reason = f"{why or 'the part did not get to it'}."
     return {
         "values": stored.get("values", {}),
         "goals": stored.get("goals", []),
         "not_shown": [*stored.get("not_shown", []), *({"name": name, "reason": reason} for name in missing)],
+        "seconds": stored.get("seconds", 0.0),
     }
