@@ -118,6 +118,9 @@ def settings_of(
     return load_settings(profile="cpu" if options.dry else None, overrides=[*fixed, *options.overrides])
 
 # %% ../../../nbs/bench/gpu/07_main.ipynb #58c4de61
+_ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # tiny networks spend their time on waiting for a second thread
+
+
 def measure_here(
     options: Namespace,  # only, into, dry and overrides are read
 ) -> None:
@@ -209,7 +212,7 @@ def check_gpu(
             seconds = seconds_for(group, later, SECONDS - (time.monotonic() - began))
             words = [*options.overrides, "--only", ",".join(group), "--into", str(into)]
             command = [sys.executable, "-m", "pillsnap.bench.gpu.main", *words, *(["--dry"] if options.dry else [])]
-            why = run_limited(command, seconds)
+            why = run_limited(command, seconds, _ONE_THREAD if options.dry else {})
             parts |= {name: read_findings(into / f"{name}.json", why) for name in group}
             report = make_report(head, parts, options, settings, time.monotonic() - began)
             write_json(file, report)

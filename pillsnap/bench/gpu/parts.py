@@ -10,9 +10,10 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ...atomic import write_json
@@ -125,9 +126,10 @@ def measure_part(
 def run_limited(
     command: Sequence[str],  # a program and its arguments
     seconds: float,  # after which it is killed with all its processes
+    environment: Mapping[str, str] = MappingProxyType({}),  # variables besides those of this process
 ) -> str:  # "" when it ended by itself with status 0, else why not
     """Run a program with a time limit."""
-    process = subprocess.Popen(command, start_new_session=True)
+    process = subprocess.Popen(command, start_new_session=True, env={**os.environ, **environment})
     try:
         status = process.wait(timeout=max(1.0, seconds))
     except subprocess.TimeoutExpired:
