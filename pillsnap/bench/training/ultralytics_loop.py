@@ -270,7 +270,11 @@ class UltralyticsTrainer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._input.close()
+        try:
+            self._input.write("\n")  # the end of the pipe would not do: processes forked since then hold it, too
+            self._input.close()
+        except BrokenPipeError:
+            pass  # it has ended already
         try:
             self.process.wait(timeout=30)
         except subprocess.TimeoutExpired:
