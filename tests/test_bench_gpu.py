@@ -27,6 +27,7 @@ REASONS = (  # why a processor can't show something
     "there is no GPU",
     "a dry run does not compile",
     "does not offer it",
+    "the check uses one",
 )
 
 

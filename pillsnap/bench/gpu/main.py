@@ -38,9 +38,9 @@ __all__ = ['SECONDS', 'PARTS', 'PACKAGES', 'parse', 'parts_of', 'settings_of', '
 SECONDS = 480.0  # for everything
 PARTS: dict[str, Part] = {
     "tests": Part(measure_tests, 100),
-    "classifier": Part(measure_classifier, 110),
+    "classifier": Part(measure_classifier, 120),
     "detector": Part(measure_detector, 100),
-    "answers": Part(measure_answers, 50),
+    "answers": Part(measure_answers, 45),
     "timm": Part(measure_timm, 40),
     "ultralytics": Part(measure_ultralytics, 50),
 }

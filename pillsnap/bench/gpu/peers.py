@@ -54,7 +54,8 @@ def measure_peer(
     title = f"{name}, {peer}'s trainer"
     found.plan(title)
     way = "float32" if setup.dry else "bf16, channels_last"
-    settings, drawn, batch = settings_of_way(setup.settings, way), pictures_of(name, setup), batch_of(name, setup)
+    settings, drawn = settings_of_way(setup.settings, way), pictures_of(name, setup)
+    batch = batch_of(name, setup) // (2 if peer == "ultralytics" else 1)  # its process and ours share the memory
     make = {"timm": _timm, "ultralytics": _ultralytics}[peer]
     with recorded(settings, setup.folder / f"{peer} run") as (run, _), ExitStack() as stack:
         theirs = make(drawn_task(name, drawn, settings, batch), setup, stack)
