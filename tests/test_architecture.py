@@ -43,7 +43,7 @@ SUBPACKAGES = {
     "data": ["reading", "readers", "scan", "splits", "cache", ""],
     "training": ["device", "report", ""],
     "service": ["", "guard", "inference", "page", "endpoints", "client"],
-    "bench": ["", "data", "training", "engines", "serving"],
+    "bench": ["", "data", "training", "engines", "gpu", "serving"],
 }
 LAYER = {package: number for number, layer in enumerate(LAYERS) for package in layer}
 

@@ -18,7 +18,7 @@ import papermill
 from PIL import Image
 
 from ..atomic import write_bytes, write_json
-from .photos import BenchError
+from .errors import BenchError
 from .report import goal_lines
 from .tables import TABLES, Report, markdown
 from ..config.load import find_root

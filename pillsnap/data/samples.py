@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
-import polars as pl
 import torch
 
 from ..config.schema import Settings
@@ -16,6 +16,9 @@ from .cache.budget import Budget
 from .cache.crop_store import Crops, CropStore, Note
 from .cache.open import open_store
 from ..runtime.letterbox import place_letterbox, to_letterbox
+
+if TYPE_CHECKING:
+    import polars as pl
 
 # %% auto #0
 __all__ = ['Samples', 'classifier_samples', 'detector_samples']
@@ -44,10 +47,10 @@ def classifier_samples(
     budget: Budget | None = None,  # what the caches of this run may take, less by this call
 ) -> Samples:  # one sample per pill that has a class
     """Crops of all pills with a class."""
-    rows = manifest.filter(pl.col("class_index") >= 0)
-    crops = Crops(rows["image"], rows.select("x1", "y1", "x2", "y2").cast(pl.Float64).to_numpy())
+    rows = manifest.filter(manifest["class_index"] >= 0)
+    crops = Crops(rows["image"], rows.select("x1", "y1", "x2", "y2").to_numpy().astype(np.float64))
     store = _open(crops, settings.model.classifier.image_size, settings, budget)
-    labels = torch.from_numpy(rows["class_index"].cast(pl.Int64).to_numpy().copy())
+    labels = torch.from_numpy(rows["class_index"].to_numpy().astype(np.int64))
     return Samples(store, labels, torch.zeros(0, 4), torch.zeros(len(rows) + 1, dtype=torch.int64))
 
 
@@ -58,12 +61,11 @@ def detector_samples(
 ) -> Samples:  # one sample per photo
     """Letterboxed photos with all their boxes."""
     size = settings.model.detector.image_size
-    photos = manifest.group_by("image", "width", "height", maintain_order=True).agg(
-        pl.concat_list("x1", "y1", "x2", "y2").alias("boxes")
-    )
+    corners = ("x1", "y1", "x2", "y2")
+    photos = manifest.group_by("image", "width", "height", maintain_order=True).agg(*corners)  # lists of the pills
     store = _open(Crops(photos["image"]), size, settings, budget)
-    first_box = np.append(0, np.cumsum(photos["boxes"].list.len().to_numpy().astype(np.int64)))
-    boxes = photos["boxes"].explode().explode().cast(pl.Float32).to_numpy().reshape(-1, 4).copy()
+    first_box = np.append(0, np.cumsum(photos["x1"].list.len().to_numpy().astype(np.int64)))
+    boxes = np.stack([photos[name].explode().to_numpy().astype(np.float32) for name in corners], axis=1)
     sizes = photos.select("width", "height").to_numpy().repeat(np.diff(first_box), axis=0)
     for width, height in np.unique(sizes, axis=0).tolist():
         chosen = (sizes == (width, height)).all(axis=1)

@@ -9,9 +9,8 @@ import copy
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import polars as pl
 import timm
 import torch
 from torch import nn
@@ -19,7 +18,6 @@ from torch import nn
 from ..answer.rules import Rules
 from ..config.schema import Settings
 from ..data.cache.budget import Budget, reads_per_byte
-from ..data.manifest import Dataset
 from ..data.samples import Samples, classifier_samples, detector_samples
 from ..models.classifier import build_classifier, normalisation
 from ..models.detector import build_detector
@@ -34,6 +32,9 @@ from .schedule import TrainingError, samples_to_see
 from .tasks import Task, checkpoint_gradients
 from .tuning import PROBE_BATCH, resumed_way, tuned_batch_size, tuned_way
 
+if TYPE_CHECKING:
+    from pillsnap.data.manifest import Dataset
+
 # %% auto #0
 __all__ = ['TASKS', 'open_samples', 'build_networks', 'check_reused_network', 'own_hardware', 'build_tasks']
 
@@ -43,8 +44,8 @@ def open_samples(
     settings: Settings,  # data, model, train and paths are read
 ) -> dict[str, Samples]:  # classifier, detector and "... validation" of both; with train.only those of one network
     """Training and validation samples of a run; `build_cache` fills their stores in advance."""
-    parts = {split: dataset.manifest.filter(pl.col("split") == split) for split in ("train", "validation")}
-    combinations = parts["validation"].filter(pl.col("photo_kind") == "combination")
+    parts = {split: dataset.manifest.filter(split=split) for split in ("train", "validation")}
+    combinations = parts["validation"].filter(photo_kind="combination")
     crops, frames, train = settings.model.classifier.image_size, settings.model.detector.image_size, settings.train
     wanted = [  # name, function that opens it, rows, reads per image, image size
         ("classifier", classifier_samples, parts["train"], train.classifier.epochs, crops),

@@ -26,7 +26,8 @@ from pillsnap.bench.data.paths import (
     stream_store,
 )
 from .peers import PEERS, stream_image_folder, why_missing
-from ..photos import BenchError, write_photos
+from ..errors import BenchError
+from ..photos import write_photos
 from ...config.load import load_settings
 from ...data.cache.open import build_cache
 from ...data.scan.scan import scan

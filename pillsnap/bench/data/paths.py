@@ -16,8 +16,8 @@ import numpy as np
 import polars as pl
 import torch
 
+from ..errors import BenchError
 from ..memory import Memory, family_memory
-from ..photos import BenchError
 from ...config.load import load_settings
 from ...config.schema import Settings
 from ...data.augment import augment_crops

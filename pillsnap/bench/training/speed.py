@@ -14,9 +14,8 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import median
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import polars as pl
 import torch
 
 from .peer_files import write_crops, write_yolo
@@ -24,7 +23,6 @@ from .timm_loop import make_timm_loader, train_timm
 from .ultralytics_loop import UltralyticsTrainer, number_format, trainer_arguments
 from ...config.schema import Settings
 from ...data.cache.open import build_cache
-from ...data.manifest import Dataset
 from ...models.classifier import normalisation
 from ...runlog import RunLog
 from ...training.device.distributed import ProcessGroup
@@ -35,23 +33,32 @@ from ...training.setup import build_tasks
 from ...training.step import Measured, compile_network, step_on, synthetic_batch, train_step
 from ...training.tasks import Task
 
+if TYPE_CHECKING:
+    from pillsnap.data.manifest import Dataset
+
 # %% auto #0
-__all__ = ['Contender', 'RATIOS', 'TrainingWorkload', 'loading_processes', 'print_line', 'synchronise', 'timed', 'endless',
-           'our_task', 'our_contender', 'data_fractions', 'take_turns', 'limit_contender', 'in_way', 'trial',
+__all__ = ['Contender', 'RATIOS', 'Workload', 'TrainingWorkload', 'loading_processes', 'print_line', 'synchronise', 'timed',
+           'endless', 'our_task', 'our_contender', 'data_fractions', 'take_turns', 'limit_contender', 'in_way', 'trial',
            'uncompiled_ways', 'limit_contenders', 'timm_contenders', 'ultralytics_contender', 'measure_speed',
-           'best_of', 'ratios']
+           'best_of', 'quotients']
 
 # %% ../../../nbs/bench/training/03_speed.ipynb #f1723075
 @dataclass(frozen=True)
-class TrainingWorkload:
-    """Dataset, settings and number of steps that all contenders share."""
+class Workload:
+    """Settings and number of steps that all contenders share."""
 
-    dataset: Dataset  # photos, split and class map
     settings: Settings  # networks, sizes, batches, workers
     folder: Path  # for files of the other trainers
     warmup: int  # untimed steps at the start of each round
     steps: int  # timed steps in each round
     rounds: int  # number of rounds
+
+
+@dataclass(frozen=True)
+class TrainingWorkload(Workload):
+    """A workload on a dataset."""
+
+    dataset: Dataset  # photos, split and class map
 
 
 def loading_processes(
@@ -160,7 +167,7 @@ def data_fractions(
 # %% ../../../nbs/bench/training/03_speed.ipynb #4c733dee
 def take_turns(
     contenders: dict[str, Contender],  # by name
-    workload: TrainingWorkload,  # steps and rounds
+    workload: Workload,  # steps and rounds
     log: Callable[[str], None] = print_line,  # gets a line per round
 ) -> dict[str, list[float]]:  # images per second, per contender and round
     """Run all contenders in turns."""
@@ -202,7 +209,7 @@ def in_way(
 
 def trial(
     contenders: dict[Way, Contender],  # by the way in which they compute
-    workload: TrainingWorkload,  # its number of rounds is replaced
+    workload: Workload,  # its number of rounds is replaced
     what: str,  # is tried, for the line that is printed
 ) -> list[Way]:  # fastest first
     """Find the fastest ways in a few short rounds."""
@@ -241,7 +248,7 @@ def limit_contenders(
 
 # %% ../../../nbs/bench/training/03_speed.ipynb #12613fff
 def timm_contenders(
-    workload: TrainingWorkload,  # dataset, settings and steps
+    workload: Workload,  # settings and steps
     task: Task,  # ours, not trained yet
     counts: tuple[int, ...],  # numbers of loading processes
 ) -> tuple[dict[str, Contender], Way]:  # by name; the way in which they compute
@@ -271,12 +278,12 @@ def timm_contenders(
 
 
 def ultralytics_contender(
-    workload: TrainingWorkload,  # dataset, settings and steps
+    data: Path,  # data.yaml of the photos
+    workload: Workload,  # settings and steps
     task: Task,  # ours, not trained yet
     stack: ExitStack,  # ends its process
 ) -> Contender:
     """ultralytics' trainer, from the same weights, on the same photos."""
-    data = write_yolo(workload.dataset.manifest.filter(pl.col("split") == "train"), workload.folder / "photos")
     arguments = trainer_arguments(
         data,
         workload.folder / "trainer",
@@ -319,7 +326,8 @@ def measure_speed(
             timm, theirs = timm_contenders(workload, task, counts)
             contenders |= timm
         else:
-            contenders["detector_ultralytics"] = ultralytics_contender(workload, task, stack)
+            data = write_yolo(workload.dataset.manifest.filter(split="train"), workload.folder / "photos")
+            contenders["detector_ultralytics"] = ultralytics_contender(data, workload, task, stack)
             if not half and task.hardware.amp is not None:
                 float32 = settings.model_copy(update={"train": settings.train.model_copy(update={"amp": "off"})})
                 contenders["detector_ours_float32"] = our_contender(
@@ -359,15 +367,13 @@ def best_of(
     return [max(rates) for rates in zip(*chosen)]
 
 
-def ratios(
+def quotients(
     rounds: dict[str, list[float]],  # images per second, per contender and round
-) -> dict[str, float]:
-    """Median over the rounds of one contender's rate over another's; with ultralytics, in its number format."""
+) -> dict[str, list[float]]:  # per ratio one value a round
+    """One contender's rate over another's, round by round; with ultralytics, in its number format."""
     found = {}
     for name, (above, below) in RATIOS.items():
         if name == "detector_over_ultralytics" and "detector_ours_float32" in rounds:
             above = "detector_ours_float32"
-        found[name] = round(
-            median(ours / theirs for ours, theirs in zip(best_of(rounds, above), best_of(rounds, below))), 3
-        )
+        found[name] = [ours / theirs for ours, theirs in zip(best_of(rounds, above), best_of(rounds, below))]
     return found

@@ -11,11 +11,10 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lmdb
 import numpy as np
-import polars as pl
 from tqdm import tqdm
 
 from .budget import Budget, available_memory
@@ -23,6 +22,9 @@ from .crop_store import Crop, Crops, CropStore, Note
 from .lmdb import LmdbStore, close_environment, intact, open_environment
 from .mmap_cache import MmapStore, checksum, fingerprint
 from ...runlog import decide
+
+if TYPE_CHECKING:
+    import polars as pl
 
 # %% auto #0
 __all__ = ['open_store', 'record_notes', 'build_cache', 'describe_cache', 'check_cache', 'clear_cache']
@@ -90,6 +92,8 @@ def build_cache(
     progress: bool = True,  # show a bar
 ) -> pl.DataFrame:  # per store: size (pixels), pictures, filled, made, damaged
     """Decode every crop that fits into its cache and is not cached yet."""
+    import polars as pl
+
     rows = []
     for store in stores:
         before = int(store.filled().sum())
@@ -162,6 +166,8 @@ def describe_cache(
     folder: Path,  # paths.cache_root
 ) -> pl.DataFrame:  # kind, name, size (pixels), pictures, filled (0 to 1), bytes
     """One row per memory-mapped file and one for the database."""
+    import polars as pl
+
     rows = [
         {
             "kind": "hotset",
@@ -210,6 +216,8 @@ def check_cache(
 
     Wrong ones need no repair: they are decoded again when they are read.
     """
+    import polars as pl
+
     rows = []
     for metadata_file, metadata, sums in _hotsets(folder):
         wrong, pixels = 0, np.empty(3 * metadata["size"] ** 2, np.uint8)

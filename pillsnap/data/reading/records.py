@@ -15,19 +15,21 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from enum import StrEnum
 from operator import attrgetter, itemgetter
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-import polars as pl
 from PIL import Image, UnidentifiedImageError
 
 from .photo_files import is_member, read_photo
 from ...errors import PillsnapError
 from ...runtime.images import FORMATS, ImageError, exif_orientation
 
+if TYPE_CHECKING:
+    import polars as pl
+
 # %% auto #0
-__all__ = ['PhotoKind', 'OfficialSplit', 'RECORD_SCHEMA', 'Reason', 'Quarantined', 'printable', 'LabelError', 'check_box',
-           'header_size', 'PillRecord', 'DataError', 'ScanError', 'ScanResult', 'listing_once', 'entries_of', 'walk',
-           'Shard', 'records_table']
+__all__ = ['PhotoKind', 'OfficialSplit', 'Reason', 'Quarantined', 'printable', 'LabelError', 'check_box', 'header_size',
+           'PillRecord', 'DataError', 'ScanError', 'ScanResult', 'listing_once', 'entries_of', 'walk', 'Shard',
+           'record_schema', 'records_table']
 
 # %% ../../../nbs/data/reading/01_records.ipynb #0e3aa4a3
 class Reason(StrEnum):
@@ -272,47 +274,53 @@ class Shard:
     facts: dict[str, Any] = field(default_factory=dict)  # other metadata for the reader
 
 # %% ../../../nbs/data/reading/01_records.ipynb #156d5c1e
-RECORD_SCHEMA: dict[str, Any] = {
-    "image": pl.String,
-    "width": pl.Int32,
-    "height": pl.Int32,
-    "photo_kind": pl.String,
-    "official_split": pl.String,
-    "group": pl.String,
-    "code": pl.String,
-    "name": pl.String,
-    "edi_codes": pl.List(pl.String),
-    "x1": pl.Float32,
-    "y1": pl.Float32,
-    "x2": pl.Float32,
-    "y2": pl.Float32,
-    "side": pl.String,
-    "background": pl.String,
-    "light": pl.String,
-    "elevation": pl.Int32,
-    "azimuth": pl.Int32,
-    "shape": pl.String,
-    "colors": pl.String,
-    "print_front": pl.String,
-    "print_back": pl.String,
-    "company": pl.String,
-    "length_mm": pl.Float32,
-    "width_mm": pl.Float32,
-    "thick_mm": pl.Float32,
-    "bytes": pl.Int64,
-    "content_hash": pl.String,
-    "source": pl.String,
-}
+def record_schema() -> dict[str, Any]:  # column -> type
+    """Columns of the table of records."""
+    import polars as pl
+
+    return {
+        "image": pl.String,
+        "width": pl.Int32,
+        "height": pl.Int32,
+        "photo_kind": pl.String,
+        "official_split": pl.String,
+        "group": pl.String,
+        "code": pl.String,
+        "name": pl.String,
+        "edi_codes": pl.List(pl.String),
+        "x1": pl.Float32,
+        "y1": pl.Float32,
+        "x2": pl.Float32,
+        "y2": pl.Float32,
+        "side": pl.String,
+        "background": pl.String,
+        "light": pl.String,
+        "elevation": pl.Int32,
+        "azimuth": pl.Int32,
+        "shape": pl.String,
+        "colors": pl.String,
+        "print_front": pl.String,
+        "print_back": pl.String,
+        "company": pl.String,
+        "length_mm": pl.Float32,
+        "width_mm": pl.Float32,
+        "thick_mm": pl.Float32,
+        "bytes": pl.Int64,
+        "content_hash": pl.String,
+        "source": pl.String,
+    }
 
 
 def records_table(
     records: Sequence[PillRecord],  # one per pill and photo
 ) -> pl.DataFrame:  # one row per record, sorted by image and box
     """Records as a table in a fixed order, independent of the file system."""
+    import polars as pl
+
     columns = {name: list(map(itemgetter(index), records)) for index, name in enumerate(PillRecord._fields)}
     # Joined here and split again below: fifteen times as fast as a column of lists.
     columns["edi_codes"] = ["\n".join(codes) for codes in columns["edi_codes"]]
-    table = pl.DataFrame(columns, schema=RECORD_SCHEMA | {"edi_codes": pl.String})
+    table = pl.DataFrame(columns, schema=record_schema() | {"edi_codes": pl.String})
     codes = (
         pl.when(pl.col("edi_codes") == "")
         .then(pl.lit([], dtype=pl.List(pl.String)))

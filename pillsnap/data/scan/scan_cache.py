@@ -23,7 +23,6 @@ import polars as pl
 
 from ...atomic import replacing, write_bytes, write_json
 from pillsnap.data.reading.records import (
-    RECORD_SCHEMA,
     Quarantined,
     Reason,
     ScanError,
@@ -31,6 +30,7 @@ from pillsnap.data.reading.records import (
     Shard,
     entries_of,
     printable,
+    record_schema,
     records_table,
 )
 
@@ -72,7 +72,7 @@ def shard_fingerprint(
     digest = blake2b(digest_size=16)
     head = [
         CACHE_VERSION,
-        {name: str(kind) for name, kind in RECORD_SCHEMA.items()},
+        {name: str(kind) for name, kind in record_schema().items()},
         shard.key,
         shard.source,
         shard.facts,
