@@ -115,7 +115,8 @@ def settings_of(
     workers = 1 if options.dry else max(1, min(8, len(os.sched_getaffinity(0)) - 2))
     networks = _TINY if options.dry else _PRODUCTION
     fixed = (*networks, "model.classifier.pretrained=false", f"dataloader.num_workers={workers}")
-    return load_settings(profile="cpu" if options.dry else None, overrides=[*fixed, *options.overrides])
+    chosen = {text.partition("=")[0]: text for text in (*fixed, *options.overrides)}  # the last one of a key counts
+    return load_settings(profile="cpu" if options.dry else None, overrides=list(chosen.values()))
 
 # %% ../../../nbs/bench/gpu/07_main.ipynb #58c4de61
 _ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # tiny networks spend their time on waiting for a second thread

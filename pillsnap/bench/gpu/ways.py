@@ -101,8 +101,10 @@ def drawn_task(
     settings: Settings,  # from `settings_of_way`
     batch: int,  # images per step
 ) -> Task:
-    """A task that computes as the settings say, compiled or recorded if they require it."""
+    """A task that computes as the settings say, compiled or recorded; its peak memory counts from here."""
     hardware = named_hardware(name, settings)
+    if hardware.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(hardware.device)
     ladder = MemoryLadder(hardware.amp is not None, 1, batch, settings.train.max_grad_accum)
     task = TASKS[name](random_network(name, settings, hardware), samples, samples, settings, hardware, ladder)
     compile_network(task, ALONE)
@@ -161,8 +163,6 @@ def measure_way(
     device = choose_hardware(settings).device
 
     def measure(count: int) -> dict[str, Any]:
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
         with recorded(settings, folder / str(count)) as (_, fallbacks):
             task = drawn_task(name, samples, settings, count)
             rate = steady_rate(limit_contender(task), count, seconds, 2 if device.type == "cpu" else 5)
