@@ -24,8 +24,8 @@ from .tables import TABLES, Report, markdown
 from ..config.load import find_root
 
 # %% auto #0
-__all__ = ['REPORTS', 'HEAD', 'TEXTS', 'EXECUTED', 'check_report', 'without_folder', 'collect', 'with_tables', 'write_tables',
-           'store_outputs', 'main']
+__all__ = ['REPORTS', 'HEAD', 'TEXTS', 'EXECUTED', 'PICTURE', 'check_report', 'without_folder', 'collect', 'with_tables',
+           'write_tables', 'store_outputs', 'main']
 
 # %% ../../nbs/bench/04_publish.ipynb #63116bf5
 REPORTS = {  # name in results/ -> where the command writes it
@@ -116,6 +116,7 @@ EXECUTED = {  # notebook -> where its executed copy is
     "12_export": "runs/demo/export.ipynb",
     "13_benchmark": "runs/bench/benchmark.ipynb",
 }
+PICTURE = "runs/demo/combo.jpg"  # of the README
 _WIDTH, _LARGE = 720, 40_000  # pixels and bytes of a stored picture
 
 
@@ -168,6 +169,8 @@ def main() -> int:  # exit status: 0 written, 2 a report can't be published
     (root / "runs" / "bench").mkdir(parents=True, exist_ok=True)
     benchmark = root / "nbs" / "13_benchmark.ipynb", root / EXECUTED["13_benchmark"]
     papermill.execute_notebook(*benchmark, cwd=root, progress_bar=False)
+    if (root / PICTURE).is_file():
+        write_bytes(root / "nbs" / "images" / "combo.jpg", (root / PICTURE).read_bytes())
     for name, place in EXECUTED.items():
         if (root / place).is_file():
             store_outputs(root / place, root / "nbs" / f"{name}.ipynb", root)
