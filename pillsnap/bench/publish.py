@@ -90,7 +90,7 @@ def with_tables(
         report, rows_of = TABLES[name]
         if report not in reports:
             raise BenchError(f"The table {name} needs results/{report}.json, which is missing: measure it first.")
-        return f"<!-- table {name} -->\n\n{markdown(rows_of(reports[report]))}\n\n<!-- end of table -->"
+        return f"<!-- table {name} -->\n{markdown(rows_of(reports[report]))}\n<!-- end of table -->"
 
     return _BLOCK.sub(block, text)
 
