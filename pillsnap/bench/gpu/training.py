@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from statistics import median, pstdev
+from statistics import median
 from typing import Any
 
 from .parts import Findings, Setup
 from .pictures import cached_samples, drawn_samples
 from .ways import CLASSES, WAYS, drawn_task, measure_way, recorded, settings_of_way
-from ..report import goal
+from ..report import goal, ratio_goals
 from ..training.speed import Contender, data_fractions, limit_contender, our_contender
 from ...data.samples import Samples
 from ...runlog import RunLog
@@ -88,8 +88,8 @@ def ratio_goal(
     at_least: float,  # wanted
 ) -> dict[str, Any]:  # from `goal`
     """The median of the rounds' ratios, with its goal."""
-    found = [ours / theirs for ours, theirs in zip(above, below)]
-    return goal(name, round(median(found), 3), at_least=at_least, n=len(found), spread=round(pstdev(found), 3))
+    quotients = [ours / theirs for ours, theirs in zip(above, below)]
+    return ratio_goals({name: quotients}, {name: at_least})[0]
 
 # %% ../../../nbs/bench/gpu/03_training.ipynb #35f2de41
 def measure_loop(
