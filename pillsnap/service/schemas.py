@@ -124,6 +124,9 @@ class Prediction(BaseModel):
     annotated: str | None = Field(
         description="with annotate=true: the photo with boxes and names, a JPEG as a data: address"
     )
+    picture: str = Field(
+        default="", description="only with picture=true: the photo as the boxes lie on it, a JPEG as a data: address"
+    )
     notice: str = Field(examples=[NOTICE])
     model: ModelResponse
 
