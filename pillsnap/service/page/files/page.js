@@ -146,10 +146,10 @@ function pairs(kind, rows) {
     make("div", {}, make("dt", {}, name), make("dd", {}, value))));
 }
 
-function facts({ code, name, edi_codes, maker, details }, more = []) {
+function facts({ code, edi_codes, maker, details }, more = []) {
   const english = language === "en";
   const known = {
-    code, korean: english && details.name_en ? name : "", edi: edi_codes.join(", ") || say("none"),
+    code, edi: edi_codes.join(", ") || say("none"),
     maker: (english && details.company_en) || maker, shape: words(details.shape ?? ""),
     colors: words(details.colors ?? ""), form: words(details.form ?? ""),
     front: imprint(details.print_front ?? ""), back: imprint(details.print_back ?? "")
@@ -197,9 +197,11 @@ function internals({ timings_ms, model, pills }) {
     [say(step) ?? step, `${number(time, { maximumFractionDigits: time < 10 ? 1 : 0 })} ms`]);
   const networks = [model.classifier, model.detector, model.version].filter(Boolean).join(", ");
   const seen = pills.map((one) => (one.box_confidence === null ? "–" : percent(one.box_confidence))).join(", ");
+  const other = pills.filter((one) => nameOf(one) !== one.name).map((one) => one.name).join(", ");
+  const korean = other ? [[say("korean"), other]] : [];
   return make("details", { class: "internals" }, make("summary", {}, say("details")),
     make("small", {}, say("time")), pairs("timings", times),
-    pairs("facts", [[say("detection"), seen || "–"], [say("model"), networks]]));
+    pairs("facts", [[say("detection"), seen || "–"], ...korean, [say("model"), networks]]));
 }
 
 function result(card) {
