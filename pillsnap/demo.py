@@ -22,6 +22,7 @@ import httpx
 import papermill
 
 from .answer.factory import load_identifier
+from .answer.identify import percent
 from .atomic import write_bytes, write_json
 from .bench.report import goal, goal_lines, report_head
 from .bench.serving.server_process import free_port
@@ -297,7 +298,7 @@ def _predict(
         responses = {"single": post_photo(client, single, "single"), "combo": post_photo(client, fullest, "combo")}
     write_json(demo / "predictions.json", responses)
     for pipeline, response in responses.items():
-        named = ", ".join(f"{pill['name']} {pill['confidence']:.0%}" for pill in response["pills"])
+        named = ", ".join(f"{pill['name']} {percent(pill['confidence'])}" for pill in response["pills"])
         print(f"POST /predict?pipeline={pipeline}: {named} in {response['timings_ms']['total']:.0f} ms")
     image = decode_image(Path(fullest.image))
     write_bytes(

@@ -5,6 +5,7 @@
 # %% ../../nbs/answer/03_identify.ipynb #04dcf6a2
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from time import perf_counter
@@ -21,7 +22,7 @@ from ..runtime.letterbox import letterbox, normalise
 from ..runtime.session import ModelError
 
 # %% auto #0
-__all__ = ['PIPELINES', 'IdentifyError', 'Candidate', 'Pill', 'Identification', 'softmax', 'PillCrops', 'Identifier']
+__all__ = ['PIPELINES', 'IdentifyError', 'Candidate', 'Pill', 'Identification', 'percent', 'softmax', 'PillCrops', 'Identifier']
 
 # %% ../../nbs/answer/03_identify.ipynb #06c0ff0c
 class IdentifyError(PillsnapError):
@@ -47,7 +48,8 @@ class Pill:
     box: Box  # pixels of the photo
     box_confidence: float | None  # that there is a pill, 0 to 1; None = nothing was detected, the whole photo was used
     candidates: list[Candidate]  # best first; the prediction is the first
-    sure: bool  # its confidence reached the rules' sure_confidence
+    # Its confidence reached the rules' sure_confidence, and the detector, where there is one, has found it.
+    sure: bool
 
     @property
     def drug(self) -> Drug:
@@ -93,6 +95,13 @@ class Identification:
     def to_json(self) -> dict[str, Any]:
         """Convert to plain values."""
         return asdict(self) | {"pills": [pill.to_json() for pill in self.pills]}
+
+
+def percent(
+    confidence: float,  # 0 to 1
+) -> str:
+    """A confidence for people, at most 99 %: nobody is entirely sure. The page rounds alike."""
+    return f"{min(99, math.floor(100 * confidence + 0.5))}%"
 
 # %% ../../nbs/answer/03_identify.ipynb #00da99fd
 def softmax(
@@ -272,7 +281,9 @@ class Identifier:
             Candidate(self.rules.class_map[int(index)], float(probabilities[index]))
             for index in np.argsort(-probabilities, kind="stable")[:top_k]
         ]
-        sure = candidates[0].confidence >= self.rules.sure_confidence
+        # A guess from the whole photo, in which the detector has found nothing, is never sure.
+        seen = score is not None or self.detect is None
+        sure = seen and candidates[0].confidence >= self.rules.sure_confidence
         return Pill(
             Box(*(round(float(value), 2) for value in box)), None if score is None else float(score), candidates, sure
         )

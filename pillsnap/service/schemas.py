@@ -31,7 +31,7 @@ class DrugResponse(BaseModel):
     edi_codes: list[str] = Field(description="codes of the health insurance, none to several", examples=[["649900030"]])
     maker: str | None = Field(description="null = the training data does not say", examples=["Example Pharma"])
     details: dict[str, str] = Field(
-        description="what the training data says of its looks: shape, colors, print_front, print_back",
+        description="what the training data says: shape, colors, form, print_front, print_back, name_en, company_en",
         examples=[{"shape": "round", "print_front": "P 30"}],
     )
 
@@ -123,6 +123,9 @@ class Prediction(BaseModel):
     hint: HintResponse | None
     annotated: str | None = Field(
         description="with annotate=true: the photo with boxes and names, a JPEG as a data: address"
+    )
+    picture: str = Field(
+        default="", description="only with picture=true: the photo as the boxes lie on it, a JPEG as a data: address"
     )
     notice: str = Field(examples=[NOTICE])
     model: ModelResponse

@@ -152,6 +152,9 @@ class PillRecord(NamedTuple):
     print_front: str = ""  # imprint on the front
     print_back: str = ""  # imprint on the back
     company: str = ""  # maker
+    name_en: str = ""  # name in English
+    company_en: str = ""  # maker in English
+    form: str = ""  # of the product, such as a film-coated tablet, as written in the label
     length_mm: float | None = None  # longer side of the pill, mm
     width_mm: float | None = None  # shorter side of the pill, mm
     thick_mm: float | None = None  # thickness of the pill, mm
@@ -302,6 +305,9 @@ def record_schema() -> dict[str, Any]:  # column -> type
         "print_front": pl.String,
         "print_back": pl.String,
         "company": pl.String,
+        "name_en": pl.String,
+        "company_en": pl.String,
+        "form": pl.String,
         "length_mm": pl.Float32,
         "width_mm": pl.Float32,
         "thick_mm": pl.Float32,

@@ -19,7 +19,7 @@ from ...runlog import Decision, decide
 __all__ = ['describe_drugs', 'make_class_map', 'read_class_map']
 
 # %% ../../../nbs/data/splits/02_class_map.ipynb #35b5f730
-_ATTRIBUTES = ("shape", "colors", "print_front", "print_back", "company")
+_ATTRIBUTES = ("shape", "colors", "print_front", "print_back", "company", "name_en", "company_en", "form")
 
 
 def _most_common(records: pl.LazyFrame, column: str) -> dict[str, str]:

@@ -22,7 +22,7 @@ import httpx
 from tabulate import tabulate
 from tqdm import tqdm
 
-from ...answer.identify import IdentifyError
+from ...answer.identify import IdentifyError, percent
 from ...atomic import write_text
 from ...errors import PillsnapError
 from ...runtime.images import ImageError, decode_image
@@ -217,6 +217,14 @@ def _text(
     return os.fsencode(photo).decode("utf-8", "replace")
 
 
+def _found(
+    prediction: dict[str, Any],  # as in /docs of the server
+) -> list[dict[str, Any]]:  # its pills
+    """The pills that the detector has found; a guess from a photo without any is none."""
+    detector = prediction.get("model", {}).get("detector")
+    return [pill for pill in prediction["pills"] if not detector or pill["box_confidence"] is not None]
+
+
 def as_table(
     predictions: Sequence[tuple[Path, dict[str, Any]]],  # photo and prediction
 ) -> str:  # a row per pill, then the notes
@@ -226,18 +234,19 @@ def as_table(
     for photo, prediction in predictions:
         hint = [prediction["hint"]["reason"]] if prediction.get("hint") else []
         notes += [f"{_text(photo)}: {note}" for note in [*prediction.get("notes", []), *hint]]
-        for number, pill in enumerate(prediction["pills"], 1):
+        pills = _found(prediction)
+        for number, pill in enumerate(pills, 1):
             rows.append(
                 (
                     _text(photo),
                     number,
                     pill["code"],
                     pill["name"],
-                    f"{pill['confidence']:.0%}",
+                    percent(pill["confidence"]),
                     "yes" if pill["sure"] else "no",
                 )
             )
-        if not prediction["pills"]:
+        if not pills:
             rows.append((_text(photo), "-", "-", "no pill was found", "-", "-"))
     table = tabulate(
         rows,

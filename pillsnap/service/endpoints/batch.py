@@ -65,6 +65,7 @@ async def _item(service: Service, loaded: LoadedModels, data: bytes, parameters:
 @batch_router.post(
     "/batch",
     response_model=BatchResponse,
+    response_model_exclude_unset=True,
     openapi_extra=form_schema("images", {"type": "array", "items": FILE_SCHEMA, "minItems": 1, "maxItems": 16}),
 )
 async def batch(

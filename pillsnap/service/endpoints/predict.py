@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Sequence
+from pathlib import Path
 from time import perf_counter
 from typing import Annotated, Any
 
@@ -14,7 +16,7 @@ from fastapi import APIRouter, Depends, Query, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ...answer.identify import PIPELINES, IdentifyError, PillCrops
+from ...answer.identify import PIPELINES, IdentifyError, Pill, PillCrops
 from ...runtime.images import ImageError, NotAnImage, TooManyPixels, decode_image
 from ...runtime.session import ModelError
 from .dependencies import Service, count_photo
@@ -39,6 +41,7 @@ class PredictParameters(BaseModel):
     )
     top_k: int = Field(5, ge=1, le=20, description="drugs named for each pill")
     annotate: bool = Field(False, description="also the photo with boxes and names")
+    picture: bool = Field(False, description="also the photo as the boxes lie on it: decoded and upright")
 
 
 async def predict_parameters(
@@ -106,13 +109,27 @@ def _decode_and_crop(
     data: bytes,  # an image file
     parameters: PredictParameters,  # of the request
 ) -> tuple[PillCrops, tuple[int, ...], np.ndarray | None, float]:
-    """Return the crops, the photo's shape, its pixels if they are annotated later, and milliseconds of decoding."""
+    """Return the crops, the photo's shape, its pixels if they are drawn later, and milliseconds of decoding."""
     with service.work_queue.decode_slots:
         begun = perf_counter()
         image = decode_image(data, service.max_pixels)
         decode_ms = (perf_counter() - begun) * 1000
         crops = loaded.identifier.crop_pills(image, parameters.pipeline, parameters.conf_threshold)
-        return crops, image.shape, image if parameters.annotate else None, decode_ms
+        return crops, image.shape, image if parameters.annotate or parameters.picture else None, decode_ms
+
+
+def _pictures(
+    image: np.ndarray,  # RGB, uint8, (height, width, 3)
+    pills: Sequence[Pill],  # to draw
+    font: Path | None,  # as in Service
+    parameters: PredictParameters,  # of the request
+) -> dict[str, str]:  # the pictures that it asks for, JPEGs as data: addresses
+    from pillsnap.service.page.annotate import annotate_photo, upright_photo
+
+    pictures = {"annotated": annotate_photo(image, pills, font)} if parameters.annotate else {}
+    if parameters.picture:
+        pictures["picture"] = upright_photo(image)
+    return {name: "data:image/jpeg;base64," + base64.b64encode(jpeg).decode() for name, jpeg in pictures.items()}
 
 
 def predict_photo(
@@ -128,13 +145,9 @@ def predict_photo(
     except tuple(kind for kind, _, _ in _ERRORS) as error:
         status, code = next((status, code) for kind, status, code in _ERRORS if isinstance(error, kind))
         raise ApiError(status, code, str(error)) from error
-    annotated = None
+    response = prediction_response(identification, shape, decode_ms, loaded.model, None)
     if image is not None:
-        from pillsnap.service.page.annotate import annotate_photo
-
-        jpeg = annotate_photo(image, identification.pills, service.font)
-        annotated = "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
-    response = prediction_response(identification, shape, decode_ms, loaded.model, annotated)
+        response |= _pictures(image, identification.pills, service.font, parameters)
     if service.metrics is not None:
         service.metrics.count_prediction(response)
     return response
@@ -183,6 +196,7 @@ FILE_SCHEMA = {"type": "string", "format": "binary", "description": "JPEG, PNG, 
 @predict_router.post(
     "/predict",
     response_model=Prediction,
+    response_model_exclude_unset=True,
     dependencies=[Depends(count_photo)],
     openapi_extra=form_schema("image", FILE_SCHEMA),
 )
