@@ -15,7 +15,8 @@ export const TEXT = {
     key: "API key", key_use: "Use this key",
     key_about: "It is kept until this tab is closed, and goes to this server only.",
     results: "Results", none_yet: "No photo yet.",
-    private: "Your photos are sent to this server for their answers; otherwise they stay in this tab until it is closed.",
+    private: "Your photos are sent to this server for their answers; otherwise they stay in this tab, " +
+      "until it is closed.",
     docs: "For programs: the API",
     waiting: "Waiting for its turn", preparing: "Opening the photo", sending: "Sending", asking: "Asking",
     sent: "Sent", pills: (count) => (count === 1 ? "1 pill" : count ? `${count} pills` : "No pill found"),
