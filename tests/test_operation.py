@@ -413,7 +413,7 @@ def test_watch_prints_changes_and_exits_with_a_status(capfd: pytest.CaptureFixtu
         server.server_close()
     for words in (("--every", "0"), ("--every", "-1")):
         assert command(capfd, "watch", *words)[0] == 2
-    assert command(capfd, "watch", "--url", "nowhere", "--once")[0] == 1
+    assert command(capfd, "watch", "--url", "nowhere", "--once")[0] == 2
 
 
 def workers(process: subprocess.Popen) -> set[int]:

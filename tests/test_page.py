@@ -240,10 +240,10 @@ def quiet(browser: WebDriver) -> bool:
 
 
 def boxes_on_the_photo(browser: WebDriver) -> list[list[float]]:
-    """Each box as fractions of the displayed photo: x1, y1, x2, y2."""
+    """Each box as fractions of its displayed photo: x1, y1, x2, y2."""
     return browser.execute_script("""
-        const photo = document.querySelector(".photo img").getBoundingClientRect();
         return [...document.querySelectorAll(".photo rect")].map((node) => {
+          const photo = node.closest(".photo").querySelector("img").getBoundingClientRect();
           const box = node.getBoundingClientRect();
           return [
             (box.left - photo.left) / photo.width, (box.top - photo.top) / photo.height,
