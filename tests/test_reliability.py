@@ -21,6 +21,7 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+import pillow_heif
 import pytest
 from PIL import Image
 from serving import ADMIN, Running, running, wait_until_ready
@@ -167,12 +168,25 @@ def test_five_hundred_hostile_uploads(server: Running) -> None:
         ("progressive", image_file("JPEG", progressive=True)),
         ("animated WebP", animated("WEBP")),
         ("animated PNG", animated("PNG")),
+        ("TIFF", image_file("TIFF")),
+        ("GIF", image_file("GIF", mode="P")),
+        ("AVIF", image_file("AVIF")),
     ],
 )
 def test_unusual_images_are_predicted_or_refused_in_words(server: Running, name: str, data: bytes) -> None:
     answer = send(server, data)
     assert answer.status_code in (200, 415, 422), name
     assert answer.status_code == 200 or len(answer.json()["detail"].split()) > 3
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "AVIF", "TIFF", "GIF", "HEIF"])
+def test_half_a_photo_is_refused(server: Running, kind: str) -> None:
+    pillow_heif.register_heif_opener()
+    whole = image_file(kind)
+    half = whole[: len(whole) // 2]
+    for data in (half, half + bytes(len(half)), *([half + b"\xff\xd9"] if kind == "JPEG" else [])):
+        assert send(server, data).status_code in (415, 422)
+    alive(server)
 
 
 @pytest.mark.parametrize(
