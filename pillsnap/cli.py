@@ -76,16 +76,17 @@ OPTIONS = {  # of each command, in addition to the settings
         ),
     ],
     "bench": [
-        _option("--run", type=Path, metavar="DIR", required=True, help="folder of a finished run"),
-        _option(
-            "--out", type=Path, default=Path("runs/bench"), metavar="DIR", help="gets infer.json (default: %(default)s)"
-        ),
+        _option("what", nargs="?", metavar="gpu", help="measure a GPU instead of a run, as `make gpu-check` does"),
+        _option("--run", type=Path, metavar="DIR", help="folder of a finished run"),
+        _option("--out", type=Path, metavar="DIR", help="gets the report (default: runs/bench; of a GPU: results)"),
         _option(
             "--engines",
             default="",
             metavar="NAMES",
             help="that are measured, with commas (default: all that this machine has)",
         ),
+        _option("--dry", action="store_true", help="with gpu: every step in small on the processor"),
+        _option("--only", default="", metavar="NAMES", help="with gpu: parts to run, with commas (default: all)"),
     ],
     "gate": [
         _option("--run", type=Path, metavar="DIR", required=True, help="folder of a finished run"),

@@ -231,11 +231,21 @@ def export(arguments: Namespace) -> int:
 
 
 def bench(arguments: Namespace) -> int:
-    """Measure every engine with a run's exported models, and choose the one that serves."""
+    """Measure every engine with a run's exported models, and choose the one that serves; `gpu` measures a GPU."""
+    if arguments.what == "gpu":
+        from pillsnap.bench.gpu.main import main
+
+        place = ["--out", str(arguments.out)] if arguments.out else []
+        return main([*arguments.overrides, *place, *(["--dry"] if arguments.dry else []), "--only", arguments.only])
+    if arguments.what is not None:
+        arguments.overrides.insert(0, arguments.what)
+    if arguments.run is None:
+        raise SettingsError("there is nothing to measure: name a run with --run, or a GPU with `pillsnap bench gpu`")
     settings = settings_of_run(arguments)
     from pillsnap.bench.engines.infer import bench_run, table
 
-    print(table(bench_run(arguments.run.resolve(), settings, arguments.out.resolve(), words_of(arguments.engines))))
+    out = (arguments.out or Path("runs/bench")).resolve()
+    print(table(bench_run(arguments.run.resolve(), settings, out, words_of(arguments.engines))))
     return 0
 
 

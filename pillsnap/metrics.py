@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from faster_coco_eval import COCO, COCOeval_faster
-from sklearn.metrics import f1_score
 
 from .errors import PillsnapError
 from .runtime.boxes import iou_matrix
@@ -29,6 +27,8 @@ def classification_metrics(
     labels: np.ndarray,  # (photos,) true class index
 ) -> dict[str, float]:  # top1, top5, macro_f1: 0 to 1; images: count
     """Compute top-1, top-5 and macro-F1; raises `NothingToEvaluate` without photos."""
+    from sklearn.metrics import f1_score
+
     if len(labels) == 0:
         raise NothingToEvaluate("There is nothing to evaluate: the split holds no photo of a known class.")
     ranks = (scores > scores[np.arange(len(labels)), labels][:, None]).sum(axis=1)
@@ -46,6 +46,8 @@ def detection_metrics(
     found: Sequence[tuple[np.ndarray, np.ndarray]],  # per photo boxes (n, 4) and scores (n,), also those of low score
 ) -> dict[str, float]:  # map50, map50_95: 0 to 1; images: count
     """Compute mAP@0.5 and mAP@0.5:0.95 as COCO does; raises `NothingToEvaluate` without any true box."""
+    from faster_coco_eval import COCO, COCOeval_faster
+
     if not sum(len(boxes) for boxes in truth):
         raise NothingToEvaluate("There is nothing to evaluate: no photo of the split has a box.")
     photos = [{"id": number, "width": 0, "height": 0} for number in range(1, len(truth) + 1)]

@@ -26,5 +26,5 @@ OMP_NUM_THREADS=1 nbdev_test --n_workers 2  # one thread each, or two notebooks 
 
 echo "== tests"
 # Training that is compared bit for bit runs in a process that no other test has run in.
-python -m pytest -q tests --ignore tests/test_training_engine.py
-python -m pytest -q tests/test_training_engine.py
+python -m pytest -q tests --ignore tests/test_training_engine.py --ignore tests/test_ways.py
+python -m pytest -q tests/test_training_engine.py tests/test_ways.py

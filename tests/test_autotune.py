@@ -245,35 +245,3 @@ def test_slow_steps_are_timed_once():
     made = []
     timed_attempt(lambda size: lambda: made.append(size), 4, torch.device("cpu"), warmup=3, runs=50, seconds=0.0)
     assert len(made) == 4
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_real_network_on_a_gpu(settings: Settings):
-    made, device = [], torch.device("cuda")
-    make_step = make_step_of(tiny_network().to(device), device, made)
-    trials = [timed_attempt(make_step, size, device) for size in (64, 4096, 64)]
-    assert len(made) == 45 and all(fits(trial) for trial in trials)
-    assert trials[0].memory < trials[1].memory and trials[2].memory < trials[1].memory, (
-        "a trial does not count the memory of an earlier one"
-    )
-    assert (
-        choose_batch_size(
-            "batch size", lambda size: timed_attempt(make_step, size, device), 64, settings, KEY, cuda=True
-        )
-        == 64
-    )
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_real_gpu_without_memory_is_too_large(settings: Settings):
-    device = torch.device("cuda")
-    block = torch.cuda.mem_get_info(device)[0] // 30
-
-    def make_step(batch_size: int) -> Callable[[], None]:
-        return lambda: torch.empty(batch_size * block, dtype=torch.uint8, device=device).zero_()
-
-    best = choose_batch_size(
-        "batch size", lambda size: timed_attempt(make_step, size, device), 160, settings, KEY, cuda=True
-    )
-    assert best == 24
-    assert torch.empty(20 * block, dtype=torch.uint8, device=device).numel(), "the memory of the failed trials is freed"

@@ -20,7 +20,8 @@ from pillsnap.bench.data import loaders
 from pillsnap.bench.data import main as data
 from pillsnap.bench.data.labels import synthetic_labels
 from pillsnap.bench.data.peers import PEERS, why_missing
-from pillsnap.bench.photos import BenchError, plan_photos, write_photos
+from pillsnap.bench.errors import BenchError
+from pillsnap.bench.photos import plan_photos, write_photos
 from pillsnap.runtime.images import decode_image
 
 ROOT = Path(__file__).parents[1]

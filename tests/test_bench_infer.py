@@ -55,6 +55,8 @@ def test_report_has_all_timings(report: dict, run: Path):
     goals = goal_values(report)
     assert set(report) >= HEAD
     assert set(goals) >= {"latency_ms_p95", "identify_over_engine_and_decode", "default_over_torch_eager"}
+    latency = next(goal for goal in report["goals"] if goal["name"] == "latency_ms_p95")
+    assert latency["n"] == 6 and latency["spread"] <= report["engines"][report["default_engine"]]["p99_ms"], "in ms"
     assert min(goals.values()) > 0 and goals["latency_ms_p95"] == report["engines"][report["default_engine"]]["p95_ms"]
     assert "classifier.int8.onnx" in report["not_measured"]["onnxruntime-int8"]
     assert report["default_engine"] in ("onnxruntime", "openvino") and report["default_engine"] in table(report)

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from conftest import HEAD, goal_values
 
-from pillsnap.bench.photos import BenchError
+from pillsnap.bench.errors import BenchError
 from pillsnap.bench.report import is_met
 from pillsnap.bench.serving import main as serve
 from pillsnap.bench.serving import session

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import HEAD, TINY, goal_values
 
-from pillsnap.bench.photos import BenchError
+from pillsnap.bench.errors import BenchError
 from pillsnap.bench.training import main as train
 from pillsnap.bench.training.ultralytics_loop import UltralyticsTrainer
 
@@ -26,7 +26,6 @@ KEYS = {
     "accuracy",
     "data_time_share",
     "images_per_second",
-    "gpu",
     "setup",
     "rounds",
     "seconds",
@@ -46,22 +45,21 @@ def report(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
         str(tiny_data),
         "--out",
         str(out),
-        "--gpu",
         *NETWORKS,
         "train.amp=bf16",
         f"paths.cache_root={out.parent / 'cache'}",
     ]
     done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=300, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+        command, cwd=ROOT, capture_output=True, text=True, timeout=600, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     )
     assert done.returncode == 0, done.stderr
-    assert "classifier over limit" in done.stdout and "there is none" in done.stdout and "train.json" in done.stdout
+    assert "classifier over limit" in done.stdout and "train.json" in done.stdout
     assert [path.name for path in out.iterdir()] == ["train.json"], "files of other trainers stay behind"
     return json.loads((out / "train.json").read_text(encoding="utf-8"))
 
 
 def test_the_report_holds_everything(report: dict) -> None:
-    assert set(report) == KEYS and report["gpu"] is None
+    assert set(report) == KEYS
     goals = goal_values(report)
     assert set(goals) == {
         "classifier_over_limit",
@@ -89,10 +87,14 @@ def test_the_report_holds_everything(report: dict) -> None:
         and report["versions"]["ultralytics-opencv-headless"]
         and report["machine"]["cores"] >= 1
     )
-    assert report["setup"]["networks"]["detector"]["size"] == 96 and report["setup"]["networks"]["detector"]["amp"] == {
-        "ours": "bf16",
-        "theirs": "off",
-    }
+    networks = report["setup"]["networks"]
+    assert networks["detector"]["size"] == 96 and networks["detector"]["ways"]["theirs"] == "float32, contiguous"
+    for name, network in networks.items():
+        assert network["ways"]["ours"].startswith("bf16, ") and network["ways"].keys() == {"ours", "limit", "theirs"}
+        other = [contender for contender in report["rounds"] if contender.startswith(f"{name}_limit, ")]
+        assert len(other) == 1 and other != [f"{name}_limit, {network['ways']['limit']}"], (
+            "the slower of the two limits"
+        )
 
 
 def test_both_trainers_are_evaluated(report: dict) -> None:
@@ -109,21 +111,6 @@ def test_the_ratio_to_ultralytics_is_taken_in_its_number_format(report: dict) ->
     rounds = report["rounds"]
     assert goal_values(report)["detector_over_ultralytics"] == pytest.approx(
         rounds["detector_ours_float32"][0] / rounds["detector_ultralytics"][0], rel=0.02
-    )
-
-
-def test_the_gpu_part_measures_both_networks(tiny_settings, tiny_data: Path, tmp_path: Path) -> None:
-    from pillsnap.runlog import open_run
-
-    options = train.parse([*SHORT, "--data-root", str(tiny_data), *NETWORKS, f"paths.cache_root={tmp_path}"])
-    with open_run(tmp_path / "run", tiny_settings()) as run:
-        found = train.bench_gpu(
-            options, train.workload_of(options, tiny_data, tmp_path), run, [*NETWORKS, "train.amp=off"], ["none"]
-        )
-    assert set(found) == {"classifier, compile none", "detector, compile none"}
-    assert all(
-        part["images_per_second"]["ours"] > 0 and part["images_per_second"]["limit"] > 0 and not part["compiled"]
-        for part in found.values()
     )
 
 

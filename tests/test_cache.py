@@ -23,21 +23,14 @@ import torch
 
 from pillsnap.config.load import load_settings
 from pillsnap.config.schema import Settings
+from pillsnap.data.batches import Batch, Batches, in_order
 from pillsnap.data.cache.budget import Budget
 from pillsnap.data.cache.crop_store import Crop, CropStore
 from pillsnap.data.cache.lmdb import close_environment
 from pillsnap.data.cache.open import build_cache, check_cache, clear_cache, describe_cache, open_store
-from pillsnap.data.loaders import (
-    Batch,
-    Batches,
-    Samples,
-    classifier_samples,
-    detector_samples,
-    in_order,
-    make_loader,
-    received,
-)
-from pillsnap.data.readers.records import DataError
+from pillsnap.data.loaders import make_loader, received
+from pillsnap.data.reading.records import DataError
+from pillsnap.data.samples import Samples, classifier_samples, detector_samples
 from pillsnap.data.workers import candidates, choose_workers
 from pillsnap.runtime.boxes import Box
 

@@ -21,7 +21,7 @@ from pillsnap.data import manifest as manifest_module
 from pillsnap.data.manifest import load_dataset, prepare_data, save_dataset
 from pillsnap.data.readers.aihub_layout import looks_like_aihub
 from pillsnap.data.readers.layouts import read_all
-from pillsnap.data.readers.records import DataError
+from pillsnap.data.reading.records import DataError
 from pillsnap.data.scan.scan import scan
 from pillsnap.data.splits.group_split import check_groups
 

@@ -10,8 +10,8 @@ import sys
 import pytest
 import torch
 
-from pillsnap.config.load import load_settings
 from pillsnap.training.device import hardware
+from pillsnap.training.device.ways import number_formats
 
 
 @pytest.fixture
@@ -52,15 +52,10 @@ def test_cuda_before_mps_before_cpu(
     assert line.startswith(f"device: {chosen.partition(':')[0]} (") and reason in line
 
 
-def test_apple_gpu_trains_in_float32_with_a_warning(machine, caplog: pytest.LogCaptureFixture):
-    machine(cuda=False, mps=True)
-    with caplog.at_level(logging.INFO, logger="pillsnap"):
-        requested, automatic = (hardware.choose_hardware(load_settings(profile="cpu"), amp) for amp in ("bf16", "auto"))
-    assert requested.device.type == automatic.device.type == "mps" and requested.amp is automatic.amp is None
-    assert [record.levelname for record in caplog.records if record.getMessage().startswith("amp: float32")] == [
-        "WARNING",
-        "INFO",
-    ]
+def test_apple_gpu_trains_in_float32():
+    requested, automatic = (number_formats(amp, torch.device("mps")) for amp in ("bf16", "auto"))
+    assert requested.names == automatic.names == ("off",)
+    assert requested.fallback and not automatic.fallback and "Apple" in requested.reason
 
 
 def test_torch_reads_its_threads_from_the_environment():

@@ -262,14 +262,15 @@ def test_example_of_a_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for name in ("a.png", "b.png"):
         Image.new("RGB", (40, 30)).save(tmp_path / name)
     (tmp_path / "c.png").write_bytes(b"no image")
-    (tmp_path / "labels.csv").write_text("a.png,aspirin\nb.png,biotin\nc.png,aspirin\n")
+    (tmp_path / "labels.csv").write_text("a.png,aspirin\n\nb.png,biotin\nc.png,aspirin\nd.png,biotin\n")
     readers = {**layouts.READERS}
     folders = readers.pop("folders")
     monkeypatch.setattr(layouts, "READERS", {**readers, "sheet": sheet, "folders": folders})
     result = layouts.read_all(tmp_path)
     assert [record.code for record in result.records] == ["aspirin", "biotin"]
-    assert result.summary()["files"] == {"found": 4, "used": 2, "skipped": 1, "quarantined": 1}
+    assert result.summary()["files"] == {"found": 4, "used": 3, "skipped": 0, "quarantined": 1}
     assert result.records[0].source == sheet.name == "sheet"
+    assert [Path(found.image).name for found in result.quarantined] == ["c.png", "d.png"]
 
 
 def test_example_of_a_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -23,7 +23,7 @@ from pillsnap.config.schema import Settings
 from pillsnap.data import manifest as manifest_module
 from pillsnap.data.manifest import load_dataset, prepare_data, save_dataset
 from pillsnap.data.readers.layouts import choose_layout, read_all
-from pillsnap.data.readers.records import DataError, ScanError
+from pillsnap.data.reading.records import DataError, ScanError
 from pillsnap.data.scan.scan import scan
 from pillsnap.data.splits import fingerprints
 from pillsnap.data.splits.fingerprints import fingerprint_photos

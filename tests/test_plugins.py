@@ -61,8 +61,8 @@ from pillsnap.atomic import replacing
 from pillsnap.cli import COMMANDS, OPTIONS
 from pillsnap.data.augment import CROP_AUGMENTATIONS
 from pillsnap.data.readers.layouts import READERS
-from pillsnap.data.readers.reader import Reader
-from pillsnap.data.readers.records import PillRecord, ScanResult, Shard, header_size
+from pillsnap.data.reading.reader import Reader
+from pillsnap.data.reading.records import PillRecord, ScanResult, Shard, header_size
 from pillsnap.export.formats import FORMATS, Format
 from pillsnap.runtime.engines import ENGINES, Engine
 from pillsnap.runtime.session import open_model

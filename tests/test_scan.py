@@ -25,8 +25,8 @@ import polars as pl
 import pytest
 from PIL import Image
 
-from pillsnap.data.readers.photo_files import decode_photo, is_member, photo_name, read_photo
-from pillsnap.data.readers.records import DataError, ScanError
+from pillsnap.data.reading.photo_files import decode_photo, is_member, photo_name, read_photo
+from pillsnap.data.reading.records import DataError, ScanError
 from pillsnap.data.scan.scan import check_usable, plan_scan, read_report, scan
 from pillsnap.runtime.images import DamagedImage
 
@@ -480,7 +480,7 @@ def test_damaged_shards_are_read_again(tmp_path, collection, undisturbed):
 
 SCRIPT = """
 import sys
-from pillsnap.data.readers.records import ScanError
+from pillsnap.data.reading.records import ScanError
 from pillsnap.data.scan.scan import scan
 if __name__ == "__main__":
     try:

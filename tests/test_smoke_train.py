@@ -52,8 +52,11 @@ def test_both_networks_took_steps_and_were_evaluated(trained_run: Path):
 
 def test_number_format_and_compiler_are_recorded(trained_run: Path):
     decisions = {item["what"]: item for item in json.loads((trained_run / "decisions.json").read_text())}
-    assert decisions["amp"]["choice"] == "bf16"
     for task in ("detector", "classifier"):
+        assert (
+            decisions[f"{task} amp"]["choice"] == "bf16" and decisions[f"{task} amp"]["reason"] == "train.amp is bf16"
+        )
+        assert decisions[f"{task} memory format"]["choice"] == "channels_last"
         compiled = decisions[f"{task} compile"]
         if shutil.which(os.environ.get("CXX", "g++")):
             assert compiled["choice"] == "default" and not compiled["fallback"], compiled

@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..atomic import write_json
-from ..errors import PillsnapError
+from .errors import BenchError
 from ..sample.drugs import sample_drugs
 from ..sample.plan import ELEVATIONS, PlannedPhoto, random_of
 from ..sample.render import View
@@ -29,13 +29,9 @@ from ..sample.scene import HEIGHT, WIDTH
 from ..sample.write import draw_photo, label, put_file
 
 # %% auto #0
-__all__ = ['BenchError', 'plan_photos', 'enlarge', 'png', 'write_photos']
+__all__ = ['plan_photos', 'enlarge', 'png', 'write_photos']
 
 # %% ../../nbs/bench/01_photos.ipynb #5be0db37
-class BenchError(PillsnapError):
-    """A benchmark can't be run as requested, with the reason and what to do."""
-
-
 def plan_photos(
     count: int,  # number of photos
     seed: int = 42,  # of the order of the views

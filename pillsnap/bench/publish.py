@@ -18,14 +18,14 @@ import papermill
 from PIL import Image
 
 from ..atomic import write_bytes, write_json
-from .photos import BenchError
+from .errors import BenchError
 from .report import goal_lines
 from .tables import TABLES, Report, markdown
 from ..config.load import find_root
 
 # %% auto #0
-__all__ = ['REPORTS', 'HEAD', 'TEXTS', 'EXECUTED', 'check_report', 'collect', 'with_tables', 'write_tables', 'store_outputs',
-           'main']
+__all__ = ['REPORTS', 'HEAD', 'TEXTS', 'EXECUTED', 'PICTURE', 'check_report', 'without_folder', 'collect', 'with_tables',
+           'write_tables', 'store_outputs', 'main']
 
 # %% ../../nbs/bench/04_publish.ipynb #63116bf5
 REPORTS = {  # name in results/ -> where the command writes it
@@ -54,13 +54,22 @@ def check_report(
     return report
 
 
+def without_folder(
+    content: dict[str, Any],  # plain values for JSON
+    root: Path,  # project folder
+) -> dict[str, Any]:  # the same with paths relative to it
+    """Leave out where the project lies on this machine."""
+    found: dict[str, Any] = json.loads(json.dumps(content).replace(f"{root}/", ""))
+    return found
+
+
 def collect(
     root: Path,  # project folder
 ) -> dict[str, dict[str, Any]]:  # the reports of results/, by name
     """Copy the reports of this machine to results/, and read all that lie there."""
     for name, place in REPORTS.items():
         if (root / place).is_file():
-            write_json(root / "results" / f"{name}.json", check_report(root / place))
+            write_json(root / "results" / f"{name}.json", without_folder(check_report(root / place), root))
     return {path.stem: check_report(path) for path in sorted((root / "results").glob("*.json"))}
 
 # %% ../../nbs/bench/04_publish.ipynb #c0ca97c8
@@ -81,7 +90,7 @@ def with_tables(
         report, rows_of = TABLES[name]
         if report not in reports:
             raise BenchError(f"The table {name} needs results/{report}.json, which is missing: measure it first.")
-        return f"<!-- table {name} -->\n\n{markdown(rows_of(reports[report]))}\n\n<!-- end of table -->"
+        return f"<!-- table {name} -->\n{markdown(rows_of(reports[report]))}\n<!-- end of table -->"
 
     return _BLOCK.sub(block, text)
 
@@ -107,6 +116,7 @@ EXECUTED = {  # notebook -> where its executed copy is
     "12_export": "runs/demo/export.ipynb",
     "13_benchmark": "runs/bench/benchmark.ipynb",
 }
+PICTURE = "runs/demo/combo.jpg"  # of the README
 _WIDTH, _LARGE = 720, 40_000  # pixels and bytes of a stored picture
 
 
@@ -127,7 +137,7 @@ def _small_picture(data: dict[str, Any]) -> dict[str, Any]:
 
 def _stored(output: dict[str, Any], root: Path) -> dict[str, Any]:
     """An output without the project's folder, and with small pictures."""
-    plain: dict[str, Any] = json.loads(json.dumps(output).replace(f"{root}/", ""))
+    plain = without_folder(output, root)
     return plain | {"data": _small_picture(plain["data"])} if "data" in plain else plain
 
 
@@ -159,6 +169,8 @@ def main() -> int:  # exit status: 0 written, 2 a report can't be published
     (root / "runs" / "bench").mkdir(parents=True, exist_ok=True)
     benchmark = root / "nbs" / "13_benchmark.ipynb", root / EXECUTED["13_benchmark"]
     papermill.execute_notebook(*benchmark, cwd=root, progress_bar=False)
+    if (root / PICTURE).is_file():
+        write_bytes(root / "nbs" / "images" / "combo.jpg", (root / PICTURE).read_bytes())
     for name, place in EXECUTED.items():
         if (root / place).is_file():
             store_outputs(root / place, root / "nbs" / f"{name}.ipynb", root)

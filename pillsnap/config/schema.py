@@ -216,9 +216,9 @@ class Train(Section):
     evaluate_ema: bool = True
     patience: CountOrZero = 0
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"
-    channels_last: bool = True
+    channels_last: bool | Literal["auto"] = "auto"
     tf32: bool = True
-    compile: Literal["none", "default", "reduce-overhead", "max-autotune"] = "none"
+    compile: Literal["auto", "none", "default", "reduce-overhead", "max-autotune"] = "none"
     cuda_graphs: bool = False
     resume: Literal["last"] | None = None
     evaluations: Count = 8

@@ -18,7 +18,7 @@ from ..answer.classes import ClassMap
 from ..atomic import replacing, write_json
 from ..config.schema import Settings
 from .readers.layouts import check_root
-from .readers.records import DataError
+from .reading.records import DataError
 from .scan.scan import ScanReport, check_usable, scan
 from .splits.class_map import make_class_map, read_class_map
 from .splits.group_split import check_groups
@@ -53,7 +53,7 @@ def scan_folder(
 def read_dataset(
     settings: Settings,  # data.format and paths.cache_root
     root: Path,  # folder of a dataset, absolute
-) -> tuple[ScanReport, pl.LazyFrame]:  # counts of the scan, and one row per pill as in RECORD_SCHEMA
+) -> tuple[ScanReport, pl.LazyFrame]:  # counts of the scan, and one row per pill as in `record_schema`
     """Scan a dataset folder; raises `DataError` where nothing can be used."""
     scanned = scan(root, scan_folder(settings, root) / "manifest.parquet", settings.data.format)
     check_usable(scanned)
@@ -71,7 +71,7 @@ class Dataset:
 
 
 def make_manifest(
-    records: pl.LazyFrame,  # of the whole dataset, as in RECORD_SCHEMA
+    records: pl.LazyFrame,  # of the whole dataset, as in `record_schema`
     photos: pl.DataFrame,  # photos of the run: image, split, content_hash and perceptual_hash
     numbers: dict[str, int],  # class number by code; pills of other drugs get -1
 ) -> pl.DataFrame:  # one row per pill, sorted by image and box

@@ -22,7 +22,7 @@ from ..answer.identify import Identifier
 from ..atomic import write_json
 from ..config.schema import Settings
 from ..data.manifest import Dataset, load_dataset
-from ..data.readers.photo_files import decode_photo, read_photo
+from ..data.reading.photo_files import decode_photo, read_photo
 from ..metrics import class_coverage, classification_metrics, confusion_pairs, detection_metrics, match_boxes
 from ..runlog import decide
 from ..runs import read_run

@@ -52,7 +52,7 @@ def timed_photos(
 ) -> tuple[list[bytes], list[bytes], Path | None]:  # files with one pill, with several; a path of the first, if any
     """Read held-out photos; raises `NothingToEvaluate` when there are none with one pill."""
     from pillsnap.data.manifest import load_dataset
-    from pillsnap.data.readers.photo_files import read_photo
+    from pillsnap.data.reading.photo_files import read_photo
     from pillsnap.evaluation.evaluate import held_out
     from pillsnap.metrics import NothingToEvaluate
 

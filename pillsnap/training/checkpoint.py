@@ -279,6 +279,7 @@ _MAY_CHANGE = (
     "train.max_grad_accum",
     "train.tf32",
     "train.amp",
+    "train.channels_last",
     "identify",
     "goals",
     "latency",

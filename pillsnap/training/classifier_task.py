@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from ..config.plugins import pick
 from ..data.augment import augment_crops
-from ..data.loaders import Batch
+from ..data.batches import Batch
 from ..metrics import classification_metrics
 from ..models.classifier import normalisation
 from .tasks import Row, Task

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..data.augment import augment_photos
-from ..data.loaders import Batch
+from ..data.batches import Batch
 from ..metrics import detection_metrics
 from ..models.detector import RawDetections, detection_loss
 from ..runtime.postprocess import detections_from_output

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..data.loaders import Batch, Batches, decoding_process_died, make_loader, received
+from ..data.batches import Batch, Batches
+from ..data.loaders import decoding_process_died, make_loader, received
 from ..data.workers import choose_workers
 from ..runlog import RunLog, decide
 from .device.distributed import ALONE, ProcessGroup

@@ -16,7 +16,9 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 
 from ..config.schema import ClassifierTraining, DetectorTraining, Settings
-from ..data.loaders import Batch, Samples, decoding_process_died, in_order, make_loader, received
+from ..data.batches import Batch, in_order
+from ..data.loaders import decoding_process_died, make_loader, received
+from ..data.samples import Samples
 from ..runlog import decide
 from .device.distributed import ProcessGroup
 from .device.hardware import Hardware, make_optimizer
@@ -54,7 +56,7 @@ class Task(ABC):
     samples: Samples  # training samples
     validation: Samples  # samples that select the best weights
     settings: Settings  # seed, train, dataloader and identify are read
-    hardware: Hardware  # device and number format
+    hardware: Hardware  # device, and how this network computes on it
     ladder: MemoryLadder  # images of a step, and the micro-batches that it is computed in
 
     def __post_init__(self) -> None:
@@ -63,7 +65,7 @@ class Task(ABC):
         self.optimizer: torch.optim.Optimizer = make_optimizer(self.network, chosen.lr, train.weight_decay, self.name)
         self.average = ModelEmaV3(self.network, decay=train.ema_decay, use_warmup=True)
         self.scaler = self.hardware.scaler()
-        self.at_start = {"amp_at_start": self.hardware.amp_name(), "batch_at_start": self.ladder.batch}
+        self.at_start = {"way_at_start": list(self.hardware.way()), "batch_at_start": self.ladder.batch}
         self.progress = Progress(evaluation_batch=max(1, self.ladder.batch // self.ladder.micro_batches))
         self.best_written = -1.0  # best value whose weights are saved
         self.forward: Callable[..., Any] | None = None  # compiled network or CUDA graphs; None: plain

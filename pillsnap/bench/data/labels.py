@@ -23,8 +23,8 @@ from typing import Any
 import psutil
 from tqdm import tqdm
 
+from ..errors import BenchError
 from ..memory import PeakMemory
-from ..photos import BenchError
 from ...data.scan.scan import read_report
 from ...runlog import decide
 from ...sample.drugs import SampleDrug, sample_drugs

@@ -26,7 +26,8 @@ from pillsnap.bench.data.paths import (
     stream_store,
 )
 from .peers import PEERS, stream_image_folder, why_missing
-from ..photos import BenchError, write_photos
+from ..errors import BenchError
+from ..photos import write_photos
 from ...config.load import load_settings
 from ...data.cache.open import build_cache
 from ...data.scan.scan import scan
@@ -95,7 +96,7 @@ def bench_loaders(
             f"A cache below {work} has not taken all {len(workload.images):,} crops: the lines above say why."
         )
     memory = {"hotset": stream_memory(stream_store(stores["hotset"], workload), workload)}
-    limit = ResidentStore(workload, stores.pop("hotset"))
+    limit = ResidentStore(stores.pop("hotset"))
     memory["limit"] = stream_memory(stream_store(limit, workload), workload)
     stores["hotset"] = open_cache(workload, "hotset", work)
     peers, missing = _peer_contenders(part, slow, work)

@@ -16,14 +16,16 @@ import numpy as np
 import polars as pl
 import torch
 
+from ..errors import BenchError
 from ..memory import Memory, family_memory
-from ..photos import BenchError
 from ...config.load import load_settings
 from ...config.schema import Settings
 from ...data.augment import augment_crops
+from ...data.batches import Batches
 from ...data.cache.crop_store import Crops, CropStore
 from ...data.cache.open import build_cache, open_store
-from ...data.loaders import Batches, Samples, make_loader
+from ...data.loaders import make_loader
+from ...data.samples import Samples
 from ...training.device.hardware import choose_device
 
 # %% auto #0
@@ -197,7 +199,6 @@ class ResidentStore(CropStore):
 
     def __init__(
         self,
-        workload: LoaderWorkload,  # photos, boxes and size
         filled: CropStore,  # source of the crops
     ) -> None:
         """Read all crops; raises `BenchError` for a damaged one."""

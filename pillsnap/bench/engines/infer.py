@@ -233,18 +233,17 @@ def goals_of(
     engines: dict[str, dict[str, Any]],  # measurements by name
     chosen: str,  # engine that serves
     settings: Settings,  # goals.latency_ms_p95 is read
-    seconds: Sequence[float],  # of the requests of the chosen engine
+    milliseconds: Sequence[float],  # of the requests of the chosen engine
 ) -> list[dict[str, Any]]:  # from `goal`
     """Latency of a request, how much it is above decoding and bare inference, and the speedup over torch."""
-    best, eager, n = engines[chosen], engines.get("torch-eager"), len(seconds)
+    best, eager, n = engines[chosen], engines.get("torch-eager"), len(milliseconds)
     bare = (
         best["steps_ms"]["decode"]
         + best["classifier"]["p50_ms"]
         + (best["detector"]["p50_ms"] if best["detector"] else 0)
     )
-    quartiles = spread([1000 * second for second in seconds])
     goals = [
-        goal("latency_ms_p95", best["p95_ms"], at_most=settings.goals.latency_ms_p95, n=n, spread=quartiles),
+        goal("latency_ms_p95", best["p95_ms"], at_most=settings.goals.latency_ms_p95, n=n, spread=spread(milliseconds)),
         goal("identify_over_engine_and_decode", round(best["p50_ms"] / bare, 3), at_most=1.15, n=n),
     ]
     if eager:

@@ -18,7 +18,7 @@ import numpy as np
 
 from ...answer.factory import load_identifier
 from ...answer.identify import Identifier
-from ..photos import BenchError
+from ..errors import BenchError
 from .load import Load
 from ...runtime.images import decode_image
 

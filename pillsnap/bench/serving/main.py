@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ...atomic import write_json
-from ..photos import BenchError
+from ..errors import BenchError
 from ..report import run_benchmark
 from .peers import PEERS
 from .report import make_report, table

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...atomic import read_json_cache, write_json, write_text
-from ..photos import BenchError
+from ..errors import BenchError
 from .server_process import Program
 
 # %% auto #0

@@ -12,7 +12,8 @@ import cv2
 import numpy as np
 
 from ...atomic import write_bytes
-from ..photos import BenchError, enlarge
+from ..errors import BenchError
+from ..photos import enlarge
 from ...runtime.images import decode_image
 
 # %% auto #0

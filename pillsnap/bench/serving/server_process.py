@@ -20,7 +20,7 @@ import numpy as np
 import psutil
 
 import pillsnap
-from ..photos import BenchError
+from ..errors import BenchError
 
 # %% auto #0
 __all__ = ['Program', 'Server', 'free_port', 'last_line', 'start_server', 'process_tree', 'end_tree', 'memory_mb', 'running',

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..photos import BenchError
+from ..errors import BenchError
 from .limit import limit_of
 from .load import Load
 from .peers import peer_program, peer_python

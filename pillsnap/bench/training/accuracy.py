@@ -136,7 +136,7 @@ def measure_accuracy(
     peer = PEERS[workload.name]
     train_with_peer = train_with_timm if workload.name == "classifier" else train_with_ultralytics
     found: dict[str, dict[str, float]] = {"ours": {}, peer: {}}
-    hardware = choose_hardware(workload.settings, workload.settings.train.amp)
+    hardware = choose_hardware(workload.settings)
     for seed in range(seeds):
         task = our_task(workload.dataset, with_seed(workload, seed), workload.name, hardware)
         found[peer][str(seed)] = round(train_with_peer(workload, task), 4)

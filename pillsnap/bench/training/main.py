@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...atomic import write_json
 from ..data.main import DATA_PACKAGES
-from ..photos import BenchError
+from ..errors import BenchError
 from ..report import goal, goal_lines, ratio_goals, report_head, run_benchmark, spread
 from ...config.load import load_settings
 from ...config.schema import Settings
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from pillsnap.bench.training.speed import TrainingWorkload
 
 # %% auto #0
-__all__ = ['PRODUCTION', 'DIFFERENCES', 'GOALS', 'PACKAGES', 'parse', 'check', 'settings_of', 'workload_of', 'bench_accuracy',
-           'bench_gpu', 'make_report', 'table', 'bench_train', 'main']
+__all__ = ['DIFFERENCES', 'GOALS', 'PACKAGES', 'parse', 'check', 'settings_of', 'workload_of', 'bench_accuracy', 'make_report',
+           'table', 'bench_train', 'main']
 
 # %% ../../../nbs/bench/training/05_main.ipynb #d114c69e
 def parse(
@@ -76,11 +76,6 @@ def parse(
     parser.add_argument("--size", **pair, help="sides of images in pixels (default: the profile's)")
     parser.add_argument("--batch", **pair, help="images per step (default: the profile's)")
     parser.add_argument("--workers", type=int, help="loading processes (default: the profile's)")
-    parser.add_argument(
-        "--gpu",
-        action="store_true",
-        help="also the production networks with and without compiling, where there is a GPU",
-    )
     return parser.parse_args(argv)
 
 
@@ -134,9 +129,8 @@ def workload_of(
     from pillsnap.training.run import data_root
 
     settings = settings_of(options, root)
-    return TrainingWorkload(
-        prepare_data(settings, data_root(settings)), settings, work, options.warmup, options.steps, options.rounds
-    )
+    dataset = prepare_data(settings, data_root(settings))
+    return TrainingWorkload(settings, work, options.warmup, options.steps, options.rounds, dataset)
 
 # %% ../../../nbs/bench/training/05_main.ipynb #32b8aacf
 def bench_accuracy(
@@ -172,61 +166,11 @@ def bench_accuracy(
         )
         found[name] = {
             **measured,
-            "data": workload.dataset.report["root"],
+            "data": Path(workload.dataset.report["root"]).name,
             "photos": photos,
             "classes": len(workload.dataset.class_map),
             "epochs": epochs,
         }
-    return found
-
-# %% ../../../nbs/bench/training/05_main.ipynb #a3c32339
-PRODUCTION = (
-    "model.classifier.name=tf_efficientnetv2_s.in21k_ft_in1k",
-    "model.classifier.image_size=384",
-    "model.classifier.pretrained=false",
-    "model.detector.name=yolo11m.yaml",
-    "model.detector.image_size=640",
-    "train.amp=bf16",
-)
-
-
-def bench_gpu(
-    options: Namespace,  # from `parse`
-    workload: TrainingWorkload,  # dataset of the speed part
-    run: RunLog,  # gets the metrics of our steps
-    networks: Sequence[str] = PRODUCTION,  # settings of the networks
-    modes: Sequence[str] = ("none", "default"),  # of the compiler
-) -> dict[str, Any]:  # per network and compile mode: images per second of our loop and of the limit, memory
-    """Measure our loop with and without the compiler."""
-    import torch
-
-    from pillsnap.bench.training.speed import endless, limit_contender, our_contender, our_task, take_turns
-    from pillsnap.training.device.hardware import choose_hardware
-
-    chosen = {text.partition("=")[0]: text for text in [*options.overrides, *networks]}
-    production = Namespace(**{**vars(options), "size": None, "overrides": list(chosen.values())})
-    base, found = settings_of(production, workload.settings.paths.data_root), {}
-    for name in ("classifier", "detector"):
-        for mode in modes:
-            settings = endless(base, workload.rounds * (workload.warmup + workload.steps), compile=mode)
-            hardware = choose_hardware(settings, settings.train.amp)
-            if hardware.device.type == "cuda":
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats(hardware.device)
-            task = our_task(workload.dataset, settings, name, hardware)
-            rounds = take_turns({"ours": our_contender(task, run, [])}, workload)
-            memory = hardware.memory_mb()
-            rounds |= take_turns({"limit": limit_contender(task)}, workload)
-            found[f"{name}, compile {mode}"] = {
-                "network": getattr(settings.model, name).name,
-                "size": task.samples.store.size,
-                "batch": task.ladder.batch,
-                "amp": hardware.amp_name(),
-                "compiled": task.forward is not None,
-                "images_per_second": {contender: round(median(rates), 1) for contender, rates in rounds.items()},
-                "peak_memory_mb": round(memory, 1),
-            }
-            del task
     return found
 
 # %% ../../../nbs/bench/training/05_main.ipynb #d057b7c2
@@ -234,7 +178,7 @@ DIFFERENCES = (
     "ultralytics' trainer keeps photos decoded in memory, ours reads its cache; "
     "timm's loop decodes crops of the final size from PNG files",
     "timm's loop also runs with one loading process per thread, and the faster counts; "
-    "its last batch of a pass is dropped",
+    "it computes in the number format and memory format that are fastest for it; its last batch of a pass is dropped",
     "ultralytics' trainer takes no half precision, no channels_last and no loading processes on a processor; "
     "its ratio is taken in float32 there",
     "where speed is measured, ultralytics' trainer does not turn photos and adds neither blur nor noise; "
@@ -276,7 +220,6 @@ def make_report(
     workload: TrainingWorkload,  # of the speed part
     speed: dict[str, dict[str, Any]],  # from `measure_speed`, by network
     accuracy: dict[str, Any],  # from `bench_accuracy`
-    gpu: dict[str, Any] | None,  # from `bench_gpu`; None: there is none, or --gpu was not given
     seconds: float,  # duration of the run
 ) -> dict[str, Any]:  # plain values for JSON
     """All measurements, with workload, machine and versions."""
@@ -292,7 +235,6 @@ def make_report(
         "accuracy": accuracy,
         "data_time_share": {name: part["fractions"] for name, part in speed.items()},
         "images_per_second": {contender: round(median(rates), 1) for contender, rates in rounds.items()},
-        "gpu": gpu,
         "setup": {
             "networks": {
                 name: {
@@ -300,15 +242,13 @@ def make_report(
                     "size": networks[name].image_size,
                     "batch": part["batch"],
                     "samples": part["samples"],
-                    "amp": part["amp"],
+                    "ways": part["ways"],
                 }
                 for name, part in speed.items()
             },
-            "data": workload.dataset.report["root"],
+            "data": Path(workload.dataset.report["root"]).name,
             "workers": settings.dataloader.num_workers,
             "threads": torch.get_num_threads(),
-            "channels_last": settings.train.channels_last,
-            "compile": settings.train.compile,
             "rounds": options.rounds,
             "steps": options.steps,
             "warmup": options.warmup,
@@ -339,20 +279,6 @@ def _accuracy_rows(name: str, found: dict[str, Any] | None) -> list[tuple[str, s
     ]
 
 
-def _gpu_rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
-    if not report["gpu"]:
-        return [("GPU", "-", "there is none" if report["machine"]["gpu"] is None else "not requested (--gpu)")]
-    rows = []
-    for name, found in report["gpu"].items():
-        rates = found["images_per_second"]
-        remark = (
-            f"images/s, limit {rates['limit']:,.1f}; {found['peak_memory_mb']:,.0f} MB; "
-            f"{found['network']}, {found['size']} px, {found['amp']}"
-        )
-        rows.append((name, f"{rates['ours']:,.1f}", remark))
-    return rows
-
-
 def table(
     report: dict[str, Any],  # from `make_report`
 ) -> str:  # lines of text
@@ -371,10 +297,9 @@ def table(
         )
         for name, fraction in report["data_time_share"].items()
     ]
-    rows += _gpu_rows(report)
     networks = ", ".join(
         f"{network['name'].rpartition('/')[2]} {network['size']} px "
-        f"in batches of {network['batch']} ({network['amp']['ours']})"
+        f"in batches of {network['batch']} ({network['ways']['ours']})"
         for network in setup["networks"].values()
     )
     machine = report["machine"]
@@ -390,9 +315,7 @@ def table(
 def bench_train(
     options: Namespace,  # from `parse`
 ) -> dict[str, Any]:  # the report, also written to train.json
-    """Measure speed, accuracy and, with --gpu, the GPU; raises `BenchError` when that can't be done."""
-    import torch
-
+    """Measure speed and accuracy; raises `BenchError` when that can't be done."""
     from pillsnap.bench.training.speed import measure_speed
 
     check(options)
@@ -406,10 +329,9 @@ def bench_train(
             speed = {name: measure_speed(workload, name, run) for name in ("classifier", "detector")}
             print("\n=== accuracy ===", flush=True)
             accuracy = bench_accuracy(options, replace(workload, folder=work), work, run)
-            gpu = bench_gpu(options, workload, run) if options.gpu and torch.cuda.is_available() else None
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    report = make_report(options, workload, speed, accuracy, gpu, time.perf_counter() - start)
+    report = make_report(options, workload, speed, accuracy, time.perf_counter() - start)
     write_json(options.out / "train.json", report)
     return report
 

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
-import polars as pl
 
-from ..photos import BenchError
-from ...data.loaders import Samples
-from ...data.readers.photo_files import is_member, read_photo
+from ..errors import BenchError
+from ...data.reading.photo_files import is_member, read_photo
+from ...data.samples import Samples
+
+if TYPE_CHECKING:
+    import polars as pl
 
 # %% auto #0
 __all__ = ['write_crops', 'write_yolo']
@@ -49,6 +52,8 @@ def write_yolo(
 
     One photo is also the validation split, which must not be empty.
     """
+    import polars as pl
+
     photos = rows.group_by("image", "width", "height", maintain_order=True).agg(
         pl.concat_list("x1", "y1", "x2", "y2").alias("boxes")
     )

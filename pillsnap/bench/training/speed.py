@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
-import polars as pl
 import torch
 
 from .peer_files import write_crops, write_yolo
@@ -23,32 +23,42 @@ from .timm_loop import make_timm_loader, train_timm
 from .ultralytics_loop import UltralyticsTrainer, number_format, trainer_arguments
 from ...config.schema import Settings
 from ...data.cache.open import build_cache
-from ...data.manifest import Dataset
 from ...models.classifier import normalisation
 from ...runlog import RunLog
 from ...training.device.distributed import ProcessGroup
-from ...training.device.hardware import Hardware, choose_hardware, seed_everything
+from ...training.device.hardware import Hardware, Way, choose_hardware, seed_everything
+from ...training.device.ways import memory_formats, number_formats
 from ...training.loop import StepLog
 from ...training.setup import build_tasks
 from ...training.step import Measured, compile_network, step_on, synthetic_batch, train_step
 from ...training.tasks import Task
 
+if TYPE_CHECKING:
+    from pillsnap.data.manifest import Dataset
+
 # %% auto #0
-__all__ = ['Contender', 'RATIOS', 'TrainingWorkload', 'loading_processes', 'print_line', 'synchronise', 'timed', 'endless',
-           'our_task', 'our_contender', 'limit_contender', 'data_fractions', 'timm_contenders', 'ultralytics_contender',
-           'take_turns', 'measure_speed', 'best_of', 'quotients']
+__all__ = ['Contender', 'RATIOS', 'Workload', 'TrainingWorkload', 'loading_processes', 'print_line', 'synchronise', 'timed',
+           'endless', 'our_task', 'our_contender', 'data_fractions', 'take_turns', 'limit_contender', 'in_way', 'trial',
+           'uncompiled_ways', 'limit_contenders', 'timm_contenders', 'ultralytics_contender', 'measure_speed',
+           'best_of', 'quotients']
 
 # %% ../../../nbs/bench/training/03_speed.ipynb #f1723075
 @dataclass(frozen=True)
-class TrainingWorkload:
-    """Dataset, settings and number of steps that all contenders share."""
+class Workload:
+    """Settings and number of steps that all contenders share."""
 
-    dataset: Dataset  # photos, split and class map
     settings: Settings  # networks, sizes, batches, workers
     folder: Path  # for files of the other trainers
     warmup: int  # untimed steps at the start of each round
     steps: int  # timed steps in each round
     rounds: int  # number of rounds
+
+
+@dataclass(frozen=True)
+class TrainingWorkload(Workload):
+    """A workload on a dataset."""
+
+    dataset: Dataset  # photos, split and class map
 
 
 def loading_processes(
@@ -143,6 +153,37 @@ def our_contender(
     return timed(step, task.ladder.batch, task.hardware.device)
 
 
+def data_fractions(
+    steps: list[Measured],  # from `our_contender`
+) -> dict[str, float]:  # fractions of the time of all steps
+    """`waited`: for the next batch alone; `data_time`: with copying and augmentation, as in the log."""
+    metrics = [step.metrics() for step in steps]
+    whole = sum(step["data_time"] + step["compute_time"] for step in metrics)
+    return {
+        "waited": round(sum(step.waited for step in steps) / whole, 4),
+        "data_time": round(sum(step["data_time"] for step in metrics) / whole, 4),
+    }
+
+# %% ../../../nbs/bench/training/03_speed.ipynb #4c733dee
+def take_turns(
+    contenders: dict[str, Contender],  # by name
+    workload: Workload,  # steps and rounds
+    log: Callable[[str], None] = print_line,  # gets a line per round
+) -> dict[str, list[float]]:  # images per second, per contender and round
+    """Run all contenders in turns."""
+    names = list(contenders)
+    rates: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(workload.rounds):
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            rates[name].append(contenders[name](workload.warmup, workload.steps))
+        log(
+            f"round {number + 1} of {workload.rounds}: "
+            + ", ".join(f"{name} {rates[name][-1]:.1f}" for name in names)
+            + " images/s"
+        )
+    return rates
+
+# %% ../../../nbs/bench/training/03_speed.ipynb #93657fe9
 def limit_contender(
     task: Task,  # its weights change
 ) -> Contender:
@@ -157,29 +198,68 @@ def limit_contender(
     return timed(lambda: step_on(task, batch), task.ladder.batch, device)
 
 
-def data_fractions(
-    steps: list[Measured],  # from `our_contender`
-) -> dict[str, float]:  # fractions of the time of all steps
-    """`waited`: for the next batch alone; `data_time`: with copying and augmentation, as in the log."""
-    metrics = [step.metrics() for step in steps]
-    whole = sum(step["data_time"] + step["compute_time"] for step in metrics)
-    return {
-        "waited": round(sum(step.waited for step in steps) / whole, 4),
-        "data_time": round(sum(step["data_time"] for step in metrics) / whole, 4),
-    }
+def in_way(
+    settings: Settings,  # of a run
+    way: Way,  # to compute
+) -> Settings:
+    """The same settings with a way that is not measured."""
+    named = {"amp": way.amp, "channels_last": way.memory_format == "channels_last", "compile": way.compile_mode}
+    return settings.model_copy(update={"train": settings.train.model_copy(update=named)})
+
+
+def trial(
+    contenders: dict[Way, Contender],  # by the way in which they compute
+    workload: Workload,  # its number of rounds is replaced
+    what: str,  # is tried, for the line that is printed
+) -> list[Way]:  # fastest first
+    """Find the fastest ways in a few short rounds."""
+    names = {str(way): contender for way, contender in contenders.items()}
+    short = replace(workload, warmup=1, steps=min(3, workload.steps), rounds=min(3, workload.rounds))
+    rates = {name: median(found) for name, found in take_turns(names, short, lambda text: None).items()}
+    print_line(f"{what}: " + ", ".join(f"{name} {rate:.1f}" for name, rate in rates.items()) + " images/s")
+    return sorted(contenders, key=lambda way: -rates[str(way)])
+
+
+def uncompiled_ways(
+    device: torch.device,  # of the computation
+) -> list[Way]:
+    """All number formats in all memory formats."""
+    return [Way(*names) for names in product(number_formats("auto", device).names, memory_formats("auto").names)]
+
+
+def limit_contenders(
+    workload: TrainingWorkload,  # dataset and steps
+    settings: Settings,  # of an endless run
+    name: str,  # classifier or detector
+    hardware: Hardware,  # this machine
+) -> dict[Way, Contender]:  # the two fastest ways
+    """The limit in the ways in which this machine is fastest."""
+
+    def in_ways(ways: Sequence[Way]) -> dict[Way, Contender]:
+        return {way: limit_contender(our_task(workload.dataset, in_way(settings, way), name, hardware)) for way in ways}
+
+    found = in_ways(uncompiled_ways(hardware.device))
+    fastest = trial(found, workload, f"limit of the {name}")
+    found = {way: found[way] for way in fastest[:2]}
+    if hardware.device.type == "cuda":
+        found |= in_ways([fastest[0]._replace(compile_mode=mode) for mode in ("default", "reduce-overhead")])
+        fastest = trial(found, workload, f"limit of the compiled {name}")
+    return {way: found[way] for way in fastest[:2]}
 
 # %% ../../../nbs/bench/training/03_speed.ipynb #12613fff
 def timm_contenders(
-    workload: TrainingWorkload,  # dataset, settings and steps
+    workload: Workload,  # settings and steps
     task: Task,  # ours, not trained yet
     counts: tuple[int, ...],  # numbers of loading processes
-) -> dict[str, Contender]:  # by name
-    """timm's loop, from the same weights, on the same crops."""
+) -> tuple[dict[str, Contender], Way]:  # by name; the way in which they compute
+    """timm's loop, from the same weights, on the same crops, in the way that is fastest for it."""
     classes = write_crops(task.samples, workload.folder / "crops")
-    contenders: dict[str, Contender] = {}
-    updates = 2 * workload.rounds * (workload.warmup + workload.steps)
-    for workers in counts:
-        network = copy.deepcopy(task.network)
+    # enough for the trial, too
+    updates = 2 * (workload.rounds + 3) * (workload.warmup + workload.steps + 4)
+
+    def contender(workers: int, way: Way) -> Contender:
+        hardware = task.hardware.in_way(way)
+        network = cast(Any, copy.deepcopy(task.network)).to(memory_format=hardware.memory_format)
         loader = make_timm_loader(
             workload.folder / "crops",
             classes,
@@ -187,22 +267,23 @@ def timm_contenders(
             task.samples.store.size,
             task.ladder.batch,
             workers,
-            task.hardware,
+            hardware,
         )
-        stream = train_timm(network, loader, workload.settings, task.hardware, updates)
-        contenders[f"classifier_timm_{workers}_workers"] = timed(
-            partial(next, stream), task.ladder.batch, task.hardware.device
-        )
-    return contenders
+        stream = train_timm(network, loader, workload.settings, hardware, updates)
+        return timed(partial(next, stream), task.ladder.batch, hardware.device)
+
+    ways = {way: contender(counts[0], way) for way in uncompiled_ways(task.hardware.device)}
+    fastest = trial(ways, workload, "timm's loop")[0]
+    return {f"classifier_timm_{workers}_workers": contender(workers, fastest) for workers in counts}, fastest
 
 
 def ultralytics_contender(
-    workload: TrainingWorkload,  # dataset, settings and steps
+    data: Path,  # data.yaml of the photos
+    workload: Workload,  # settings and steps
     task: Task,  # ours, not trained yet
     stack: ExitStack,  # ends its process
 ) -> Contender:
     """ultralytics' trainer, from the same weights, on the same photos."""
-    data = write_yolo(workload.dataset.manifest.filter(pl.col("split") == "train"), workload.folder / "photos")
     arguments = trainer_arguments(
         data,
         workload.folder / "trainer",
@@ -223,57 +304,42 @@ def ultralytics_contender(
     steps(1, 1)  # waits until it has started
     return steps
 
-# %% ../../../nbs/bench/training/03_speed.ipynb #b0dff1ad
-def take_turns(
-    contenders: dict[str, Contender],  # by name
-    workload: TrainingWorkload,  # steps and rounds
-    log: Callable[[str], None] = print_line,  # gets a line per round
-) -> dict[str, list[float]]:  # images per second, per contender and round
-    """Run all contenders in turns."""
-    names = list(contenders)
-    rates: dict[str, list[float]] = {name: [] for name in contenders}
-    for number in range(workload.rounds):
-        for name in names[number % len(names) :] + names[: number % len(names)]:
-            rates[name].append(contenders[name](workload.warmup, workload.steps))
-        log(
-            f"round {number + 1} of {workload.rounds}: "
-            + ", ".join(f"{name} {rates[name][-1]:.1f}" for name in names)
-            + " images/s"
-        )
-    return rates
-
-
+# %% ../../../nbs/bench/training/03_speed.ipynb #f0cc3fc3
 def measure_speed(
     workload: TrainingWorkload,  # dataset, settings and steps
     name: str,  # classifier or detector
     run: RunLog,  # gets the metrics of our steps
-) -> dict[str, Any]:  # rounds: images per second by contender; fractions of our loop's time; amp: number formats
+) -> dict[str, Any]:  # rounds: images per second by contender; fractions of our loop's time; ways: how each computes
     """Run all contenders for one network."""
     settings = endless(workload.settings, workload.rounds * (workload.warmup + workload.steps))
-    hardware = choose_hardware(settings, settings.train.amp)
+    hardware = choose_hardware(settings)
     measured: list[Measured] = []
     task = our_task(workload.dataset, settings, name, hardware)
-    resident = our_task(workload.dataset, settings, name, hardware)
-    theirs = hardware.amp_name() if name == "classifier" or number_format(hardware) else "off"
+    half = number_format(task.hardware)
+    theirs = Way(task.hardware.amp_name() if half else "off")
+    limits = limit_contenders(workload, settings, name, hardware)
     with ExitStack() as stack:
-        contenders: dict[str, Contender] = {
-            f"{name}_ours": our_contender(task, run, measured),
-            f"{name}_limit": limit_contender(resident),
-        }
+        contenders: dict[str, Contender] = {f"{name}_ours": our_contender(task, run, measured)}
+        contenders |= {f"{name}_limit, {way}": contender for way, contender in limits.items()}
         if name == "classifier":
-            counts = dict.fromkeys((loading_processes(settings), torch.get_num_threads()))
-            contenders |= timm_contenders(workload, resident, tuple(counts))
+            counts = tuple(dict.fromkeys((loading_processes(settings), torch.get_num_threads())))
+            timm, theirs = timm_contenders(workload, task, counts)
+            contenders |= timm
         else:
-            contenders["detector_ultralytics"] = ultralytics_contender(workload, resident, stack)
-            if theirs != hardware.amp_name():
+            data = write_yolo(workload.dataset.manifest.filter(split="train"), workload.folder / "photos")
+            contenders["detector_ultralytics"] = ultralytics_contender(data, workload, task, stack)
+            if not half and task.hardware.amp is not None:
+                float32 = settings.model_copy(update={"train": settings.train.model_copy(update={"amp": "off"})})
                 contenders["detector_ours_float32"] = our_contender(
-                    our_task(workload.dataset, settings, name, hardware.with_amp("off")), run, []
+                    our_task(workload.dataset, float32, name, hardware), run, []
                 )
         rounds = take_turns(contenders, workload)
+    limit = max(limits, key=lambda way: median(rounds[f"{name}_limit, {way}"]))
+    rounds[f"{name}_limit"] = rounds.pop(f"{name}_limit, {limit}")
     return {
         "rounds": rounds,
         "fractions": data_fractions(measured),
-        "amp": {"ours": hardware.amp_name(), "theirs": theirs},
+        "ways": {"ours": str(task.hardware.way()), "limit": str(limit), "theirs": str(theirs)},
         "memory_mb": task.hardware.memory_mb(),
         "samples": len(task.samples),
         "batch": task.ladder.batch,

@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 import torch
 
-from ..photos import BenchError
+from ..errors import BenchError
 from ...config.schema import Settings
 from ...data.augment import quarter_turns, random_light
 from ...training.device.hardware import Hardware
@@ -270,7 +270,11 @@ class UltralyticsTrainer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._input.close()
+        try:
+            self._input.write("\n")  # the end of the pipe would not do: processes forked since then hold it, too
+            self._input.close()
+        except BrokenPipeError:
+            pass  # it has ended already
         try:
             self.process.wait(timeout=30)
         except subprocess.TimeoutExpired:

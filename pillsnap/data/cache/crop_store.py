@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ...answer.crops import crop_pill
-from ..readers.photo_files import decode_photo
+from ..reading.photo_files import decode_photo
 from ...runtime.boxes import Box
 from ...runtime.images import ImageError
 from ...runtime.letterbox import letterbox

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ...config.plugins import LOADED, load_plugins
 from ..readers.layouts import READERS
-from ..readers.records import ScanError, Shard, listing_once
+from ..reading.records import ScanError, Shard, listing_once
 from .scan_cache import ScanCache, shard_fingerprint
 from ...progress import progress_stream
 

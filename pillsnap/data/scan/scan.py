@@ -18,9 +18,9 @@ import polars as pl
 
 from ...atomic import write_json
 from ..readers.aihub_layout import is_archive
-from ..readers.archives import ZipError, list_archive
 from ..readers.layouts import READERS, check_root, choose_layout
-from ..readers.records import RECORD_SCHEMA, DataError, ScanError, Shard, walk
+from ..reading.archives import ZipError, list_archive
+from ..reading.records import DataError, ScanError, Shard, record_schema, walk
 from .parallel_scan import scan_shards
 from .scan_cache import QUARANTINE_SCHEMA, ScanCache, merge_tables, sweep, writing_below
 
@@ -162,7 +162,7 @@ def scan(
     results = scan_shards(READERS[name].list_shards(folder), cache, workers, progress)
     shards = [metadata for metadata, _ in results]
     manifest, quarantine = out, _beside(out, "quarantine.parquet")
-    merge_tables([cache.path(shard["key"], "parquet") for shard in shards], RECORD_SCHEMA, manifest)
+    merge_tables([cache.path(shard["key"], "parquet") for shard in shards], record_schema(), manifest)
     merge_tables(
         [cache.path(shard["key"], "quarantine.parquet") for shard in shards if shard["quarantined"]],
         QUARANTINE_SCHEMA,

@@ -22,8 +22,7 @@ from typing import Any
 import polars as pl
 
 from ...atomic import replacing, write_bytes, write_json
-from pillsnap.data.readers.records import (
-    RECORD_SCHEMA,
+from pillsnap.data.reading.records import (
     Quarantined,
     Reason,
     ScanError,
@@ -31,6 +30,7 @@ from pillsnap.data.readers.records import (
     Shard,
     entries_of,
     printable,
+    record_schema,
     records_table,
 )
 
@@ -72,7 +72,7 @@ def shard_fingerprint(
     digest = blake2b(digest_size=16)
     head = [
         CACHE_VERSION,
-        {name: str(kind) for name, kind in RECORD_SCHEMA.items()},
+        {name: str(kind) for name, kind in record_schema().items()},
         shard.key,
         shard.source,
         shard.facts,
@@ -131,7 +131,6 @@ def _checksum(data: bytes) -> str:
 def sweep(
     folder: Path,  # may be missing
     stem: str = "",  # prefix of the files to remove, "" = any
-    age: float = 3600.0,  # seconds; younger files may belong to a running scan
 ) -> None:
     """Remove temporary files of killed scans."""
     with writing_below(folder):
@@ -140,7 +139,7 @@ def sweep(
                 _LEFTOVER.fullmatch(path.name)
                 and path.name.startswith(f".{stem}")
                 and path.is_file()
-                and path.stat().st_mtime < time.time() - age
+                and path.stat().st_mtime < time.time() - 3600  # a younger one may belong to a running scan
             ):
                 path.unlink(missing_ok=True)
 

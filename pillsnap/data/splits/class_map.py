@@ -12,7 +12,7 @@ from pathlib import Path
 import polars as pl
 
 from ...answer.classes import ClassMap, Drug
-from ..readers.records import DataError
+from ..reading.records import DataError
 from ...runlog import Decision, decide
 
 # %% auto #0
@@ -38,7 +38,7 @@ def _most_common(records: pl.LazyFrame, column: str) -> dict[str, str]:
 
 
 def describe_drugs(
-    records: pl.LazyFrame,  # of any class, as in RECORD_SCHEMA
+    records: pl.LazyFrame,  # of any class, as in `record_schema`
     codes: Iterable[str],  # class keys of the run
 ) -> list[Drug]:  # sorted by code
     """Name, codes and attributes of some drugs, from their labels."""
@@ -56,7 +56,7 @@ def describe_drugs(
 
 # %% ../../../nbs/data/splits/02_class_map.ipynb #d90d1257
 def make_class_map(
-    records: pl.LazyFrame,  # of any class, as in RECORD_SCHEMA
+    records: pl.LazyFrame,  # of any class, as in `record_schema`
     trained: Iterable[str],  # class keys of the run that have training photos
     earlier: ClassMap | None = None,  # whose numbers are kept; None = numbered anew, sorted by code
 ) -> tuple[ClassMap, list[Decision]]:  # the class map of the run, and what was decided about earlier classes

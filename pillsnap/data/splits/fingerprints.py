@@ -21,7 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ...atomic import replacing
-from ..readers.photo_files import photo_stamp, read_photo
+from ..reading.photo_files import photo_stamp, read_photo
 from ...progress import progress_stream
 from ...runlog import decide
 from ...runtime.images import DamagedImage, ImageError, TooManyPixels, decode_image

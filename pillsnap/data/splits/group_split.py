@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 
 import polars as pl
 
-from ..readers.records import DataError
+from ..reading.records import DataError
 from .sampling import sampling_key
 
 # %% auto #0

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from ..readers.records import DataError
+from ..reading.records import DataError
 from .fingerprints import INSPECTED_SCHEMA, NEAR_BITS, fingerprint_photos, hash_words
 from .group_split import check_groups
 from .near_duplicates import confirmed
@@ -85,7 +85,7 @@ def _same_content(held_out: pl.DataFrame, others: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def _near(held_out: pl.DataFrame, others: pl.DataFrame, workers: int) -> pl.DataFrame:
+def _near(held_out: pl.DataFrame, others: pl.DataFrame) -> pl.DataFrame:
     """Pairs whose pixels are almost the same."""
     held_out, others = (side.filter(pl.col("perceptual_hash").str.len_chars() == 64) for side in (held_out, others))
     if not len(held_out) or not len(others):
@@ -96,19 +96,18 @@ def _near(held_out: pl.DataFrame, others: pl.DataFrame, workers: int) -> pl.Data
         pairs["other"].to_numpy()
     ]
     pairs = pl.concat([first, second, pairs.select("distance")], how="horizontal").with_columns(kind=pl.lit("picture"))
-    return confirmed(pairs, workers).select(list(LEAK_SCHEMA)).cast(pl.Schema(LEAK_SCHEMA))
+    return confirmed(pairs).select(list(LEAK_SCHEMA)).cast(pl.Schema(LEAK_SCHEMA))
 
 
 def find_leaks(
     photos: pl.DataFrame,  # image, bytes, split, content_hash and perceptual_hash are read; "" or null = not known
-    workers: int = 0,  # threads; 0 = as many as there are cores
 ) -> pl.DataFrame:  # as in LEAK_SCHEMA, the surest first
     """Photos that are in an earlier split too, except those that are left out."""
     photos = photos.select("image", "bytes", "split", "content_hash", "perceptual_hash").unique("image").sort("image")
     found = [pl.DataFrame(schema=LEAK_SCHEMA)]
     for number, split in enumerate(PARTS[1:], start=1):
         held_out, others = photos.filter(pl.col("split") == split), photos.filter(pl.col("split").is_in(PARTS[:number]))
-        found += [_same_content(held_out, others), _near(held_out, others, workers)]
+        found += [_same_content(held_out, others), _near(held_out, others)]
     return (
         pl.concat(found)
         .unique(["image", "other"], keep="first", maintain_order=True)
@@ -128,7 +127,6 @@ def fingerprinted(
     check: str,  # "full", "content" or "off"
     cache_file: Path,  # Parquet file that caches the fingerprints
     max_pixels: int,  # width x height allowed
-    workers: int = 0,  # threads; 0 = as many as there are cores
 ) -> tuple[pl.DataFrame, list[Decision]]:  # with the hashes that were read (perceptual_hash null = not read); decisions
     """Add the hashes that the level of `check` needs; photos that cannot be decoded are counted."""
     wanted = {"full": photos, "content": _suspects(photos), "off": photos.head(0)}[check]
@@ -143,7 +141,7 @@ def fingerprinted(
             )
         )
     seen = (
-        fingerprint_photos(wanted["image"].to_list(), cache_file, workers, check == "full", max_pixels)
+        fingerprint_photos(wanted["image"].to_list(), cache_file, decode=check == "full", max_pixels=max_pixels)
         if len(wanted)
         else pl.DataFrame(schema=INSPECTED_SCHEMA)
     )
@@ -172,9 +170,8 @@ def to_leave_out(
 def describe(
     leaks: pl.DataFrame,  # of find_leaks
     root: str = "",  # folder of the dataset, left out of the names
-    most: int = 3,  # pairs to name
 ) -> str:
-    """Counts by kind and the first pairs, for a message."""
+    """Counts by kind and the first three pairs, for a message."""
     counts = ", ".join(
         f"{count} with {'identical content' if kind == 'content' else 'an almost identical picture'}"
         for kind, count in leaks.unique("image").group_by("kind").len().sort("kind").iter_rows()
@@ -182,18 +179,17 @@ def describe(
     pairs = [
         f"{row['image'].removeprefix(root)} ({row['split']}) and {row['other'].removeprefix(root)} "
         f"({row['other_split']}, {row['distance']} of 256 bits differ)"
-        for row in leaks.head(most).iter_rows(named=True)
+        for row in leaks.head(3).iter_rows(named=True)
     ]
     return f"{counts}; such as {'; '.join(pairs)}"
 
 
 def check_no_leakage(
     manifest: pl.DataFrame,  # group, image, bytes, split, content_hash and perceptual_hash are read
-    workers: int = 0,  # threads; 0 = as many as there are cores
 ) -> None:
     """Raise `DataError` when a capture group, a file or an almost identical image is in two splits."""
     check_groups(manifest)
-    leaks = find_leaks(manifest, workers)
+    leaks = find_leaks(manifest)
     if len(leaks):
         raise DataError(
             f"{leaks['image'].n_unique()} held-out photos are in another split too, "

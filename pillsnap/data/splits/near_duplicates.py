@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import polars as pl
 
-from ..readers.photo_files import read_photo
+from ..reading.photo_files import read_photo
 from .fingerprints import decode_reduced
 from ...runtime.images import ImageError
 
@@ -147,11 +147,10 @@ def _of_same_detail(pairs: pl.DataFrame, pool: ThreadPoolExecutor) -> Iterable[b
 
 def confirmed(
     pairs: pl.DataFrame,  # with image and other, references of photos
-    workers: int = 0,  # threads; 0 = as many as there are cores
 ) -> pl.DataFrame:  # the pairs that are near-duplicates
     """Keep the candidates whose pixels are nearly the same."""
     if not len(pairs):
         return pairs
-    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         left = _of_same_scene(pairs, pool)
         return left.filter(pl.Series(list(_of_same_detail(left, pool)), dtype=pl.Boolean))

@@ -24,8 +24,8 @@ from ...runlog import decide
 from .memory_ladder import free_memory, is_out_of_memory
 
 # %% auto #0
-__all__ = ['HEADROOM', 'Trial', 'fits', 'timed_attempt', 'try_size', 'next_size', 'largest_that_fits', 'doubling_is_safe',
-           'grow_while_faster', 'smallest_fast', 'TuneError', 'choose_batch_size']
+__all__ = ['HEADROOM', 'Trial', 'fits', 'step_seconds', 'timed_attempt', 'try_size', 'next_size', 'largest_that_fits',
+           'doubling_is_safe', 'grow_while_faster', 'smallest_fast', 'TuneError', 'choose_batch_size']
 
 # %% ../../../nbs/training/device/03_autotune.ipynb #ef254b1a
 HEADROOM = 0.88  # fraction of the memory that a step may take at its peak
@@ -81,12 +81,15 @@ def _peak_memory(device: torch.device) -> Iterator[Callable[[], int]]:
         watcher.join()
 
 
-def _timed(step: Callable[[], None], device: torch.device) -> float:
-    """Seconds of one step, the GPU's outstanding work included."""
+def step_seconds(
+    step: Callable[[], None],  # makes one step
+    device: torch.device,  # where it computes
+) -> float:  # seconds
+    """Time of one step, the outstanding work of a GPU included."""
     start = time.perf_counter()
     step()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
     return time.perf_counter() - start
 
 # %% ../../../nbs/training/device/03_autotune.ipynb #fdee1e43
@@ -104,11 +107,11 @@ def timed_attempt(
     times: list[float] = []
     step = make_step(batch_size)
     for _ in range(_WARMUP.get(device.type, _WARMUP["cpu"]) if warmup is None else warmup):
-        _timed(step, device)
+        step_seconds(step, device)
     with _peak_memory(device) as peak:
         end = time.perf_counter() + seconds
         while len(times) < runs and (not times or time.perf_counter() < end):
-            times.append(_timed(step, device))
+            times.append(step_seconds(step, device))
         return Trial(statistics.median(times), peak(), sum(_memory(device)), before)
 
 # %% ../../../nbs/training/device/03_autotune.ipynb #a8d8a81c

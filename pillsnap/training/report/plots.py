@@ -20,7 +20,9 @@ from PIL import Image, ImageDraw, ImageFont
 from ...atomic import replacing, write_json
 from ...config.schema import Settings
 from ...data.augment import augment_crops, augment_photos
-from ...data.loaders import Batch, Samples, classifier_samples, detector_samples, in_order, make_loader, received
+from ...data.batches import Batch, in_order
+from ...data.loaders import make_loader, received
+from ...data.samples import Samples, classifier_samples, detector_samples
 from ...metrics import confusion_pairs
 from ...runs import RunRecord, column, read_run
 
