@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 import struct
 from collections.abc import Callable
 from functools import lru_cache
 
 import cv2
 import numpy as np
-from PIL import Image, ImageCms
+from PIL import ExifTags, Image, ImageCms
 
 # %% auto #0
-__all__ = ['LOGGER', 'to_srgb']
+__all__ = ['Converter', 'LOGGER', 'ADOBE_RGB', 'DISPLAY_P3', 'to_srgb', 'profile_of']
 
 # %% ../../nbs/runtime/08_colour.ipynb #91ababff
 _SRGB_XYZ = np.array(  # linear sRGB -> XYZ under D50, the profile's white (Bradford-adapted IEC 61966-2-1)
@@ -27,6 +28,7 @@ _TO_SRGB = np.rint(  # 16 bits of linear light -> sRGB, 8 bits
     255 * np.where(_LINEAR <= 0.0031308, 12.92 * _LINEAR, 1.055 * _LINEAR ** (1 / 2.4) - 0.055)
 ).astype(np.uint8)
 _ROWS = 16  # rows of a photo at once; they fit in the processor's cache
+Converter = Callable[[np.ndarray], np.ndarray]  # pixels of a profile -> sRGB, uint8; may change and return the pixels
 
 
 def _tags(
@@ -63,35 +65,37 @@ def _curve(
 
 def _matrix_converter(
     profile: bytes,  # of an RGB image
-) -> Callable[[np.ndarray], None] | None:  # changes RGB uint8 pixels in place; None = not such a profile
+) -> Converter | None:  # changes the pixels in place; None = not such a profile
     """Convert by curves and a matrix."""
     tags = _tags(profile)
     if profile[16:24] != b"RGB XYZ " or b"A2B0" in tags or b"rXYZ" not in tags:
         return None
     columns = [np.frombuffer(tags[name], ">i4", 3, 8) / 65536 for name in (b"rXYZ", b"gXYZ", b"bXYZ")]
-    curves = np.stack([_curve(tags[name]) for name in (b"rTRC", b"gTRC", b"bTRC")], axis=1)
-    table = np.rint(np.clip(curves, 0, 1) * 65535).astype(np.uint16)[None]
+    with np.errstate(all="ignore"):  # a damaged curve may divide by zero
+        curves = np.stack([_curve(tags[name]) for name in (b"rTRC", b"gTRC", b"bTRC")], axis=1)
+    table = np.rint(np.clip(np.nan_to_num(curves), 0, 1) * 65535).astype(np.uint16)[None]
     matrix = np.linalg.solve(_SRGB_XYZ, np.stack(columns, axis=1)).astype(np.float32)
 
-    def convert(pixels: np.ndarray) -> None:
+    def convert(pixels: np.ndarray) -> np.ndarray:
         for top in range(0, len(pixels), _ROWS):
             rows = pixels[top : top + _ROWS]
             rows[:] = cv2.LUT(cv2.transform(cv2.LUT(rows, table), matrix), _TO_SRGB)
+        return pixels
 
     return convert
 
 # %% ../../nbs/runtime/08_colour.ipynb #18b1eb52
 LOGGER = logging.getLogger("pillsnap")
 _MODES = {b"RGB ": "RGB", b"GRAY": "L", b"CMYK": "CMYK"}  # colour space of a profile -> Pillow's mode
-_LARGEST = 4 << 20  # bytes of a profile
+_LARGEST = 4 << 20  # bytes of a profile, of which eight are kept
 _SAME = 2  # steps of 256 by which sRGB profiles differ
 
 
 def _littlecms_converter(
     profile: bytes,  # of any image
     mode: str,  # of the image: RGB, L or CMYK
-) -> Callable[[np.ndarray], np.ndarray]:  # pixels of that mode -> RGB
-    """Convert by littlecms; raises `ImageCms.PyCMSError`."""
+) -> Converter:
+    """Convert by littlecms; raises `ImageCms.PyCMSError` or `OSError`."""
     transform = ImageCms.buildTransform(
         ImageCms.ImageCmsProfile(io.BytesIO(profile)),
         ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")),
@@ -110,26 +114,24 @@ def _littlecms_converter(
     return convert
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=8)
 def _converter(
     profile: bytes,  # of an image
     mode: str,  # of the image: RGB, L or CMYK
-) -> Callable[[np.ndarray], np.ndarray | None] | None:  # None = nothing to do
+) -> Converter | None:  # None = nothing to do
     """The converter of a profile."""
     try:
-        if len(profile) > _LARGEST or _MODES.get(profile[16:20]) != mode:
-            raise ValueError(f"it is for {profile[16:20]!r}, the photo is {mode}, or it is very large")
-        convert = (_matrix_converter(profile) if mode == "RGB" else None) or _littlecms_converter(profile, mode)
-        if mode == "RGB":
-            steps = np.linspace(0, 255, 9).astype(np.uint8)
-            colours = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(27, 27, 3)
-            changed = colours.copy()
-            result = convert(changed)
-            found = (changed if result is None else result).astype(int)
-            return None if np.abs(found - colours).max() <= _SAME else convert
-        return convert
-    except (ImageCms.PyCMSError, ValueError, KeyError, struct.error, np.linalg.LinAlgError, OSError) as error:
-        LOGGER.info("a colour profile is ignored: %s", error)
+        if _MODES.get(profile[16:20]) != mode:
+            raise ValueError(f"its colours are {profile[16:20]!r}, those of the photo {mode}")
+        if mode != "RGB":
+            return _littlecms_converter(profile, mode)
+        convert = _matrix_converter(profile) or _littlecms_converter(profile, mode)
+        steps = np.linspace(0, 255, 9).astype(np.uint8)
+        colours = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(27, 27, 3)
+        changed = convert(colours.copy()).astype(int)
+        return None if np.abs(changed - colours).max() <= _SAME else convert
+    except (ImageCms.PyCMSError, ValueError, KeyError, struct.error, OSError) as error:
+        LOGGER.warning("a colour profile cannot be used, its photos are read as sRGB: %s", error)
         return None
 
 
@@ -139,8 +141,58 @@ def to_srgb(
     mode: str,  # of the image: RGB, L (its three channels are equal) or CMYK
 ) -> np.ndarray:  # RGB, uint8, (height, width, 3); CMYK where its profile can't be used
     """Convert pixels from an embedded profile to sRGB; an unusable profile is ignored and logged."""
-    convert = _converter(bytes(profile), mode) if profile else None
+    if not profile:
+        return pixels
+    if len(profile) > _LARGEST:
+        LOGGER.warning("a colour profile of %d bytes is ignored", len(profile))
+        return pixels
+    convert = _converter(profile, mode)
     if convert is None:
         return pixels
-    result = convert(np.ascontiguousarray(pixels[..., 0]) if mode == "L" else pixels)
-    return pixels if result is None else result
+    return convert(np.ascontiguousarray(pixels[..., 0]) if mode == "L" else pixels)
+
+# %% ../../nbs/runtime/08_colour.ipynb #621cd89a
+def _profile(
+    columns: tuple[tuple[float, float, float], ...],  # XYZ of red, green and blue under D50
+    curve: bytes,  # tone curve of all three
+) -> bytes:
+    names = (b"rXYZ", b"gXYZ", b"bXYZ", b"rTRC", b"gTRC", b"bTRC")
+    contents = [struct.pack(">4sI3i", b"XYZ ", 0, *(round(65536 * value) for value in column)) for column in columns]
+    contents += [curve] * 3
+    table, start = b"", 132 + 12 * len(names)
+    for name, content in zip(names, contents, strict=True):
+        table += struct.pack(">4sII", name, start, len(content))
+        start += len(content)
+    return bytes(16) + b"RGB XYZ " + bytes(104) + struct.pack(">I", len(names)) + table + b"".join(contents)
+
+
+ADOBE_RGB = _profile(  # Adobe RGB (1998), 4.3.4: gamma 563 / 256
+    ((0.60974, 0.31111, 0.01947), (0.20528, 0.62567, 0.06087), (0.14919, 0.06322, 0.74457)),
+    struct.pack(">4sIIH", b"curv", 0, 1, 563),
+)
+DISPLAY_P3 = _profile(  # SMPTE EG 432-1 with the curve of sRGB
+    ((0.51512, 0.24120, -0.00105), (0.29198, 0.69225, 0.04189), (0.15710, 0.06657, 0.78407)),
+    struct.pack(
+        ">4sIHH5i", b"para", 0, 3, 0, *(round(65536 * x) for x in (2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045))
+    ),
+)
+_NCLX_P3 = re.compile(rb"colrnclx\0\x0c\0[\x01\x02\x06\x0d]")  # primaries 12 with an ordinary curve
+_HEAD = 1 << 16  # bytes of a file in which both stand
+
+
+def profile_of(
+    header: Image.Image,  # opened, nothing decoded yet
+    data: bytes,  # the whole file
+) -> bytes | None:  # an ICC profile; None = sRGB
+    """The colours that a file declares: its profile, Display P3 of a HEIC or AVIF, Adobe RGB of a camera's JPEG."""
+    profile: bytes | None = header.info.get("icc_profile")
+    if profile:
+        return bytes(profile)
+    if header.format in ("HEIF", "AVIF"):
+        return DISPLAY_P3 if _NCLX_P3.search(data, 0, _HEAD) else None
+    if header.format in ("JPEG", "MPO") and data.find(b"R03\0", 0, _HEAD) >= 0:
+        try:
+            return ADOBE_RGB if header.getexif().get_ifd(ExifTags.IFD.Interop).get(1) == "R03" else None
+        except (OSError, SyntaxError, ValueError, TypeError, KeyError, struct.error):
+            return None  # an unreadable EXIF block declares nothing
+    return None

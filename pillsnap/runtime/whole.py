@@ -5,13 +5,18 @@
 # %% ../../nbs/runtime/10_whole.ipynb #7bae0a88
 from __future__ import annotations
 
+import struct
+import zlib
+
 import numpy as np
 
 # %% auto #0
-__all__ = ['is_cut_off', 'has_grey_remainder']
+__all__ = ['is_cut_off', 'has_wrong_checksum', 'has_grey_remainder']
 
 # %% ../../nbs/runtime/10_whole.ipynb #8e9c55ae
 _ZEROS = 128  # bytes
+_PARTS = 10_000  # boxes or chunks that are looked at; a photo has some dozens
+_WEBP_PIXELS = (b"VP8 ", b"VP8L", b"ANMF")
 
 
 def _mdat_of(
@@ -19,31 +24,76 @@ def _mdat_of(
 ) -> tuple[int, int]:  # where the pixels begin and end by the boxes' lengths (ISO/IEC 14496-12, 4.2)
     """The largest `mdat` box, or the last box that leaves the file."""
     position, found = 0, (0, 0)
-    while position + 8 <= len(data):
-        length, kind, header = int.from_bytes(data[position : position + 4], "big"), data[position + 4 : position + 8], 8
+    for _ in range(_PARTS):
+        length, kind = int.from_bytes(data[position : position + 4], "big"), data[position + 4 : position + 8]
         if length == 1:
-            length, header = int.from_bytes(data[position + 8 : position + 16], "big"), 16
+            length = int.from_bytes(data[position + 8 : position + 16], "big")
         end = position + length if length else len(data)
-        if kind in (b"mdat", b"meta", b"moov") and (end > len(data) or kind == b"mdat" and length > found[1] - found[0]):
+        leaves = end > len(data) and kind in (b"mdat", b"meta", b"moov")
+        if leaves or (kind == b"mdat" and end - position > found[1] - found[0]):
             found = position, end
-        if length < header and length:
+        if end < position + 8 or end + 8 > len(data):
             break
         position = end
     return found
+
+
+def _webp_pixels_of(
+    data: bytes,  # a WebP
+) -> tuple[int, int]:  # where the pixels begin and end by the chunks' lengths (RFC 9649, 2.3)
+    """The last chunk of pixels, or the whole file where it declares more than there is."""
+    position, end, found = 12, 8 + int.from_bytes(data[4:8], "little"), (0, 0)
+    if end > len(data) + 1:  # the last byte may be padding
+        return 0, end
+    for _ in range(_PARTS):
+        if position + 8 > len(data):
+            break
+        end = position + 8 + int.from_bytes(data[position + 4 : position + 8], "little")
+        if data[position : position + 4] in _WEBP_PIXELS:
+            found = position, end
+        position = end + end % 2
+    return found
+
+
+def _is_filled_up(
+    data: bytes,  # a TIFF or BMP
+) -> bool:
+    """Whether the last sixteenth of a file is zeros, and the second one isn't."""
+    size = len(data) // 16
+    if size < _ZEROS or data[-_ZEROS:].strip(b"\0"):
+        return False
+    return not data[-size:].strip(b"\0") and bool(data[size : 2 * size].strip(b"\0"))
 
 
 def is_cut_off(
     data: bytes,  # the whole file
     kind: str,  # Pillow's name of the format
 ) -> bool:
-    """Whether a HEIC, AVIF or WebP file has less than it declares, or zeros instead."""
-    if kind in ("HEIF", "AVIF"):
-        begin, end = _mdat_of(data)
-    elif kind == "WEBP":
-        begin, end = 12, 8 + int.from_bytes(data[4:8], "little")
-    else:
+    """Whether a HEIC, AVIF or WebP has less than it declares, or one of these, a TIFF or a BMP zeros instead."""
+    if kind in ("TIFF", "BMP"):
+        return _is_filled_up(data)
+    if kind not in ("HEIF", "AVIF", "WEBP"):
         return False
-    return end > len(data) + 1 or (end - begin > 2 * _ZEROS and not data[end - _ZEROS : end].strip(b"\0"))
+    begin, end = _webp_pixels_of(data) if kind == "WEBP" else _mdat_of(data)
+    return end > len(data) or (end - begin > 2 * _ZEROS and not data[end - _ZEROS : end].strip(b"\0"))
+
+# %% ../../nbs/runtime/10_whole.ipynb #050c0b13
+def has_wrong_checksum(
+    data: bytes,  # a PNG
+) -> bool:
+    """Whether a chunk of pixels differs from its checksum (PNG specification, 5.3)."""
+    view, position = memoryview(data), 8
+    for _ in range(_PARTS):
+        if position + 12 > len(data):
+            break
+        length, kind = struct.unpack_from(">I4s", data, position)
+        end = position + 12 + length
+        if end > len(data) or kind == b"IEND":  # that something is missing, the decoder says
+            break
+        if kind == b"IDAT" and zlib.crc32(view[position + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], "big"):
+            return True
+        position = end
+    return False
 
 # %% ../../nbs/runtime/10_whole.ipynb #a1dd890c
 _STRIP = 16  # pixels, a block of JPEG
@@ -52,7 +102,7 @@ _STRIP = 16  # pixels, a block of JPEG
 def _is_missing(
     strip: np.ndarray,  # RGB, uint8
 ) -> bool:
-    return bool(strip.min() >= 127 and strip.max() <= 129)
+    return all(part.min() >= 127 and part.max() <= 129 for part in (strip[::5, ::5], strip))  # a few pixels first
 
 
 def has_grey_remainder(

@@ -6,15 +6,14 @@
 from __future__ import annotations
 
 import base64
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Annotated, Any
 
-import numpy as np
 from fastapi import APIRouter, Depends, Query, Request
 
 from ...answer.identify import PIPELINES, IdentifyError, PillCrops
-from ...runtime.images import ImageError, NotAnImage, TooManyPixels, decode_image
+from ...runtime.images import KINDS, ImageError, NotAnImage, Photo, TooManyPixels, open_photo
 from ...runtime.session import ModelError
 from .dependencies import Service, count_photo
 from ..errors import ApiError
@@ -86,14 +85,14 @@ def _decode_and_crop(
     loaded: LoadedModels,  # the models
     data: bytes,  # an image file
     parameters: PredictParameters,  # of the request
-) -> tuple[PillCrops, tuple[int, ...], np.ndarray | None, float]:
-    """Return the crops, the photo's shape, its pixels if they are annotated later, and milliseconds of decoding."""
+) -> tuple[PillCrops, tuple[int, int], Photo | None, float]:
+    """Return the crops, the photo's size, the photo if it is annotated later, and milliseconds of decoding."""
     with service.work_queue.decode_slots:
         begun = perf_counter()
-        image = decode_image(data, service.max_pixels)
+        photo = open_photo(data, service.max_pixels)
         decode_ms = (perf_counter() - begun) * 1000
-        crops = loaded.identifier.crop_pills(image, parameters.pipeline, parameters.confidence)
-        return crops, image.shape, image if parameters.annotate else None, decode_ms
+        crops = loaded.identifier.crop_pills(photo.pixels, parameters.pipeline, parameters.confidence, photo.size)
+        return crops, photo.size, photo if parameters.annotate else None, decode_ms
 
 
 def predict_photo(
@@ -104,18 +103,19 @@ def predict_photo(
 ) -> dict[str, Any]:  # as Prediction
     """Identify the pills of a photo; raises `ApiError`."""
     try:
-        crops, shape, image, decode_ms = _decode_and_crop(service, loaded, data, parameters)
+        crops, size, photo, decode_ms = _decode_and_crop(service, loaded, data, parameters)
         identification = loaded.identifier.classify_crops(crops, parameters.top_k)
     except tuple(kind for kind, _, _ in _ERRORS) as error:
         status, code = next((status, code) for kind, status, code in _ERRORS if isinstance(error, kind))
         raise ApiError(status, code, str(error)) from error
     annotated = None
-    if image is not None:
+    if photo is not None:
         from pillsnap.service.page.annotate import annotate_photo
 
-        jpeg = annotate_photo(image, identification.pills, service.font)
+        pills = [replace(pill, box=photo.reduced(pill.box)) for pill in identification.pills]
+        jpeg = annotate_photo(photo.pixels, pills, service.font)
         annotated = "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
-    response = prediction_response(identification, shape, decode_ms, loaded.model, annotated)
+    response = prediction_response(identification, size, decode_ms, loaded.model, annotated)
     if service.metrics is not None:
         service.metrics.count_prediction(response)
     return response
@@ -153,7 +153,7 @@ def form_schema(
     }
 
 
-FILE_SCHEMA = {"type": "string", "format": "binary", "description": "JPEG, PNG, WebP or BMP"}
+FILE_SCHEMA = {"type": "string", "format": "binary", "description": KINDS}
 
 
 @predict_router.post(
