@@ -113,7 +113,7 @@ def decode_pixels(
     factor: int,  # a JPEG's sides become that much smaller
 ) -> np.ndarray:  # sRGB, uint8, (height, width, 3), as stored
     """Decode and convert to sRGB; raises `ValueError` or what Pillow raises for a damaged image."""
-    if is_cut_off(data, header.format or ""):
+    if is_cut_off(data, header.format or "", header.size):
         raise ValueError("a part of it is missing")
     profile = profile_of(header, data)
     if header.format in ("JPEG", "MPO"):

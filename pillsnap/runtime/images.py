@@ -16,10 +16,10 @@ from typing import BinaryIO, NamedTuple
 import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
-from .decoders import decode_pixels
 
 from ..errors import PillsnapError
 from .boxes import Box
+from .decoders import decode_pixels
 from .jpeg import is_one_pass
 from .memory import keep_large_blocks
 
