@@ -297,7 +297,7 @@ def test_blank_photos_are_whole(case: str) -> None:
     kind, options = WHOLE[case]
     half_blank = np.full((900, 1200, 3), 255, np.uint8)
     half_blank[:480, :640] = np.asarray(textured())
-    for image in [Image.new("RGB", (1200, 900), colour) for colour in ("white", "grey", "black", "#5a7a3c")]:
+    for image in [Image.new("RGB", (1200, 900), name) for name in ("white", "grey", "black", "#5a7a3c")]:
         assert decode_image(saved(image, kind, **options)).shape == (900, 1200, 3)
     assert decode_image(saved(Image.fromarray(half_blank), kind, **options)).shape == (900, 1200, 3)
 

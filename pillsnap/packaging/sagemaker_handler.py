@@ -78,8 +78,8 @@ def model_fn(
     return identifier
 
 # %% ../../nbs/packaging/03_sagemaker_handler.ipynb #e7b68351
-CONTENT_TYPES = ("image/jpeg", "image/png", "application/x-image", "image/heic", "image/heif", "image/webp")
-CONTENT_TYPES += ("image/avif", "image/tiff", "image/gif", "image/bmp")
+_IMAGES = ("heic", "heif", "webp", "avif", "tiff", "gif", "bmp")
+CONTENT_TYPES = ("image/jpeg", "image/png", "application/x-image", *(f"image/{kind}" for kind in _IMAGES))
 
 
 def input_fn(

@@ -50,17 +50,18 @@ def _curve(
         if count < 2:
             return x ** (struct.unpack_from(">H", tag, 12)[0] / 256) if count else x
         points = np.frombuffer(tag, ">u2", count, 12) / 65535
-        return np.interp(x, np.linspace(0, 1, count), points)
+        return np.asarray(np.interp(x, np.linspace(0, 1, count), points))
     if not tag.startswith(b"para"):
         raise ValueError("a tone curve of an unknown type")
     kind = struct.unpack_from(">H", tag, 8)[0]
     count = (1, 3, 4, 5, 7)[min(kind, 4)]
     g, a, b, c, d, e, f = (*np.frombuffer(tag, ">i4", count, 12) / 65536, *(0.0,) * 6)[:7]
     if kind == 0:
-        return x**g
-    if kind in (1, 2):  # below -b/a the curve is flat
-        return np.maximum(a * x + b, 0) ** g + (c if kind == 2 else 0)
-    return np.where(x >= d, np.maximum(a * x + b, 0) ** g + e, c * x + f)
+        return np.asarray(x**g)
+    power = np.maximum(a * x + b, 0) ** g  # below -b/a the curve is flat
+    if kind in (1, 2):
+        return np.asarray(power + (c if kind == 2 else 0))
+    return np.asarray(np.where(x >= d, power + e, c * x + f))
 
 
 def _matrix_converter(

@@ -15,7 +15,7 @@ __all__ = ['is_cut_off', 'has_wrong_checksum', 'has_grey_remainder']
 
 # %% ../../nbs/runtime/10_whole.ipynb #8e9c55ae
 _ZEROS = 128  # bytes
-_BLANK = 64  # pixels a byte: a WebP that is smaller shows one colour, of which zeros may be the code
+_BLANK = 256  # pixels of one colour, for which a WebP may have a byte of zeros; a photo has more bytes
 _PARTS = 10_000  # boxes or chunks that are looked at; a photo has some dozens
 _WEBP_PIXELS = (b"VP8 ", b"VP8L", b"ANMF")
 
@@ -77,8 +77,8 @@ def is_cut_off(
     if kind not in ("HEIF", "AVIF", "WEBP"):
         return False
     begin, end = _webp_pixels_of(data) if kind == "WEBP" else _mdat_of(data)
-    least = size[0] * size[1] // _BLANK if kind == "WEBP" else 2 * _ZEROS
-    return end > len(data) or (end - begin > max(least, 2 * _ZEROS) and not data[end - _ZEROS : end].strip(b"\0"))
+    zeros = max(_ZEROS, size[0] * size[1] // _BLANK) if kind == "WEBP" else _ZEROS
+    return end > len(data) or (end - begin > 2 * zeros and not data[end - zeros : end].strip(b"\0"))
 
 # %% ../../nbs/runtime/10_whole.ipynb #050c0b13
 def has_wrong_checksum(
