@@ -149,7 +149,12 @@ OPTIONS = {  # of each command, in addition to the settings
         _option("--into", type=Path, metavar="DIR", help="folder of the releases; MODEL_PATH is current/models in it"),
     ],
     "predict": [
-        _option("photos", nargs="+", metavar="PHOTO", help="JPEG, PNG, WebP or BMP, or a folder with such files"),
+        _option(
+            "photos",
+            nargs="+",
+            metavar="PHOTO",
+            help="JPEG, HEIC, PNG, WebP, AVIF, TIFF, GIF or BMP, or a folder with such files",
+        ),
         _option(
             "--model",
             type=Path,

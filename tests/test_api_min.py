@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -10,9 +11,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import pillow_heif
 import pytest
 from fastapi.testclient import TestClient
 from httpx import Response
+from PIL import Image
 from tiny_models import ANOTHER, CONFIG, DRUGS, KEY, RIGHT, huge_png, photo_jpeg, save_classifier
 
 from pillsnap.answer.identify import Identifier
@@ -310,6 +313,46 @@ def test_unexpected_error_is_one_sentence(
     assert "secret" not in response.text and "a secret of the server" in caplog.text
     monkeypatch.undo()
     assert client.get("/health").status_code == 200 and post_photo(client, jpeg).status_code == 200
+
+
+@pytest.mark.parametrize("pipeline", ["single", "combo"])
+def test_boxes_are_in_pixels_of_the_photo_that_was_sent(
+    models: Path, client: TestClient, jpeg: bytes, pipeline: str
+) -> None:
+    whole = post_photo(client, jpeg, f"?pipeline={pipeline}").json()
+    width, height = Image.open(io.BytesIO(jpeg)).size
+    with client_for(
+        models, (RIGHT,), "serve.requests_per_minute=0", f"data.max_pixels={width * height // 2}"
+    ) as opened:
+        reduced = post_photo(opened, jpeg, f"?pipeline={pipeline}&annotate=true").json()
+    assert reduced["photo"] == whole["photo"] == {"width": width, "height": height}
+    assert [pill["code"] for pill in reduced["pills"]] == [pill["code"] for pill in whole["pills"]]
+    for pill, same in zip(reduced["pills"], whole["pills"], strict=True):
+        assert all(abs(pill["box"][side] - same["box"][side]) < 0.05 * width for side in pill["box"])
+
+
+def test_half_a_photo_is_never_answered(client: TestClient, jpeg: bytes) -> None:
+    for data in (jpeg[: len(jpeg) // 2], jpeg[: len(jpeg) // 2] + b"\xff\xd9", jpeg[:-400] + bytes(400)):
+        check_error(post_photo(client, data), 422, "damaged")
+
+
+def test_a_photo_without_colour_gets_a_note_and_is_not_sure(client: TestClient, jpeg: bytes) -> None:
+    assert post_photo(client, jpeg).json()["pills"][0]["sure"]
+    for mode in ("L", "RGB"):
+        grey = io.BytesIO()
+        Image.open(io.BytesIO(jpeg)).convert("L").convert(mode).save(grey, "JPEG")
+        answer = post_photo(client, grey.getvalue(), "?pipeline=combo").json()
+        assert sum("no colour" in note for note in answer["notes"]) == 1
+        assert answer["pills"] and not any(pill["sure"] for pill in answer["pills"])
+
+
+@pytest.mark.parametrize("kind", ["HEIF", "AVIF", "TIFF", "GIF"])
+def test_a_photo_of_any_format_is_predicted(client: TestClient, jpeg: bytes, kind: str) -> None:
+    pillow_heif.register_heif_opener()
+    file = io.BytesIO()
+    Image.open(io.BytesIO(jpeg)).save(file, kind)
+    answer = post_photo(client, file.getvalue())
+    assert answer.status_code == 200 and answer.json()["pills"][0]["code"] == "K-000030"
 
 
 def test_at_most_half_of_the_threads_hold_the_pixels_of_a_photo(

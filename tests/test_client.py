@@ -14,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
+import pillow_heif
 import pytest
 from PIL import Image
 from serving import free_port, running
@@ -146,6 +147,27 @@ def test_a_photo_that_fails_does_not_stop_the_others(
         assert (
             sum(line.startswith(f"{path}: ") and word in line for line in err.replace("\r", "\n").splitlines()) == 1
         ), err
+
+
+def test_a_folder_of_a_phone_is_read_by_content_and_what_is_skipped_is_named(
+    models: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    pillow_heif.register_heif_opener()
+    folder, photo = tmp_path / "phone", Image.open(io.BytesIO(photo_jpeg()))
+    folder.mkdir()
+    for name, kind in {"a.jpg": "HEIF", "b.HEIC": "HEIF", "c.jfif": "JPEG", "d.avif": "AVIF", "e.dat": "PNG"}.items():
+        photo.save(folder / name, kind)
+    good = ["a.jpg", "b.HEIC", "c.jfif", "d.avif", "e.dat"]
+    status, out, err = run(capfd, folder, "--model", models, "--json")
+    assert status == 0 and [Path(json.loads(line)["file"]).name for line in out.splitlines()] == good
+    (folder / "f.png").write_bytes(b"")
+    (folder / "g.jpg").write_bytes((folder / "c.jfif").read_bytes()[:2000] + b"\xff\xd9")
+    (folder / "list.txt").write_text("no photo")
+    status, out, err = run(capfd, folder, "--model", models, "--json")
+    assert status == 1 and [Path(json.loads(line)["file"]).name for line in out.splitlines()] == good
+    lines = err.replace("\r", "\n").splitlines()[-4:]
+    assert "2" in lines[0] and lines[1].startswith(f"{folder / 'f.png'}: ") and "damaged" in lines[2]
+    assert lines[2].startswith(f"{folder / 'g.jpg'}: ") and "list.txt" in lines[3]
 
 
 def test_wrong_arguments_get_one_sentence(

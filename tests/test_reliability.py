@@ -21,6 +21,7 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+import pillow_heif
 import pytest
 from PIL import Image
 from serving import ADMIN, Running, running, wait_until_ready
@@ -85,7 +86,8 @@ def png_with_size(width: int, height: int) -> bytes:
 def hostile_files() -> list[tuple[str, bytes]]:
     """Five hundred bad files, the same in every run."""
     dice, jpeg = random.Random(7), photo_jpeg()
-    whole = {kind: image_file(kind) for kind in ("JPEG", "PNG", "WEBP", "BMP")}
+    pillow_heif.register_heif_opener()
+    whole = {kind: image_file(kind) for kind in ("JPEG", "PNG", "WEBP", "BMP", "HEIF", "AVIF", "TIFF", "GIF")}
     found = [
         (f"{kind} cut at {fraction:.0%}", data[: int(len(data) * fraction)])
         for kind, data in whole.items()
@@ -102,10 +104,10 @@ def hostile_files() -> list[tuple[str, bytes]]:
         ("elf", b"\x7fELF" + bytes(100)),
         ("gzip", zlib.compress(bytes(10_000))),
         ("zeros", bytes(10_000)),
-        ("GIF", image_file("GIF")),
-        ("TIFF", image_file("TIFF")),
+        ("PPM", image_file("PPM")),
+        ("JPEG 2000", image_file("JPEG2000")),
         ("ICO", image_file("ICO")),
-        ("animated GIF", animated("GIF")),
+        ("HEIC of nothing", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(500)),
         ("100 million pixels", huge_png()),
         ("pickle", b"\x80\x04\x95" + bytes(50)),
         ("path", b"../../../../etc/passwd"),
@@ -169,12 +171,31 @@ def test_five_hundred_hostile_uploads(server: Running) -> None:
         ("progressive", image_file("JPEG", progressive=True)),
         ("animated WebP", animated("WEBP")),
         ("animated PNG", animated("PNG")),
+        ("TIFF", image_file("TIFF")),
+        ("GIF", image_file("GIF", mode="P")),
+        ("animated GIF", animated("GIF")),
+        ("AVIF", image_file("AVIF")),
     ],
 )
 def test_unusual_images_are_predicted_or_refused_in_words(server: Running, name: str, data: bytes) -> None:
     answer = send(server, data)
     assert answer.status_code in (200, 415, 422), name
     assert answer.status_code == 200 or len(answer.json()["detail"].split()) > 3
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "AVIF", "TIFF", "GIF", "HEIF", "BMP"])
+def test_half_a_photo_is_refused(server: Running, kind: str) -> None:
+    pillow_heif.register_heif_opener()
+    whole = image_file(kind)
+    half = whole[: len(whole) // 2]
+    pixels = np.asarray(Image.open(io.BytesIO(photo_jpeg()))).copy()
+    pixels[250:] = 128
+    again = io.BytesIO()
+    Image.fromarray(pixels).save(again, kind)
+    for data in (half, half + bytes(len(half)), half + b"\xff\xd9", again.getvalue()):
+        answer = send(server, data)
+        assert answer.status_code == 422 and answer.json()["code"] == "damaged_image"
+    alive(server)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from ..data.reading.photo_files import decode_photo, read_photo
 from ..metrics import class_coverage, classification_metrics, confusion_pairs, detection_metrics, match_boxes
 from ..runlog import decide
 from ..runs import read_run
+from ..runtime.boxes import Box
 from ..runtime.images import ImageError, decode_image
 from ..training.checkpoint import Trained, load_trained
 from ..training.device.hardware import choose_device, device_name
@@ -109,13 +110,14 @@ def held_out(
 def evaluate_single(
     identifier: Identifier,  # called with pipeline="single"
     photos: Sequence[TruePhoto],  # photos of one pill each
+    max_pixels: int = 50_000_000,  # width x height allowed, as `data.max_pixels`
 ) -> tuple[
     dict[str, float], np.ndarray
 ]:  # top1, top5, macro_f1, images, without_box; (photos, 2) true and predicted class
     """Classify each photo; top-1 counts the first candidate."""
     class_map = identifier.rules.class_map
     rows, labels, without_box = [], [], 0
-    for photo, image in decoded(photos, "evaluate single"):
+    for photo, image in decoded(photos, "evaluate single", max_pixels):
         pill = identifier.identify(image, "single").pills[0]
         without_box += pill.box_confidence is None
         row = np.zeros(len(class_map))
@@ -132,17 +134,19 @@ def evaluate_single(
 def decoded(
     photos: Sequence[TruePhoto],  # photos to decode
     what: str,  # name for the progress display
-) -> Iterator[tuple[TruePhoto, np.ndarray]]:  # photo and its pixels, RGB uint8
+    max_pixels: int,  # width x height allowed
+) -> Iterator[tuple[TruePhoto, np.ndarray]]:  # photo, its boxes in its pixels, and the pixels, RGB uint8
     """Decode the photos one by one; damaged ones are left out and counted."""
     damaged = 0
     for photo in tqdm(photos, desc=what, unit="photo", file=progress_stream(), disable=None):
         try:
-            image = decode_photo(photo.image)
+            decoded_photo = decode_photo(photo.image, max_pixels)
         except ImageError as error:
             damaged += 1
             logger.warning("left out a damaged photo: %s", error)
             continue
-        yield photo, image
+        boxes = np.array([decoded_photo.reduced(Box(*box)) for box in photo.boxes.tolist()], np.float32).reshape(-1, 4)
+        yield replace(photo, boxes=boxes), decoded_photo.pixels
     if damaged:
         decide(what, f"{damaged} of {len(photos)} photos left out", "they are damaged", fallback=True)
 
@@ -150,11 +154,12 @@ def decoded(
 def evaluate_combo(
     identifier: Identifier,  # called with pipeline="combo"
     photos: Sequence[TruePhoto],  # photos with any number of pills
+    max_pixels: int = 50_000_000,  # width x height allowed, as `data.max_pixels`
 ) -> dict[str, float]:  # map50, map50_95, precision, recall, end_to_end_top1: 0 to 1; images, pills: counts
     """Detection and end-to-end metrics."""
     codes = identifier.rules.class_map.codes
     truth, detections, found, matched, correct, pills = [], [], 0, 0, 0, 0
-    for photo, image in decoded(photos, "evaluate combo"):
+    for photo, image in decoded(photos, "evaluate combo", max_pixels):
         truth.append(photo.boxes)
         detections.append(identifier.find(image, confidence=0.001))
         predicted = identifier.identify(image, "combo").pills
@@ -176,13 +181,13 @@ def measure_latency(
     identifier: Identifier,  # usually of the exported files
     photos: Sequence[bytes],  # encoded files, used in turn
     pipeline: str,  # single or combo
-    settings: Settings,  # latency is read
+    settings: Settings,  # latency and data.max_pixels are read
 ) -> dict[str, float]:  # p50, p95 in milliseconds; runs
     """Time whole predictions without HTTP: decode, detect, crop, classify."""
     seconds = []
     for run in range(settings.latency.warmup_runs + settings.latency.runs):
         start = time.perf_counter()
-        identifier.identify(decode_image(photos[run % len(photos)]), pipeline)
+        identifier.identify(decode_image(photos[run % len(photos)], settings.data.max_pixels), pipeline)
         if run >= settings.latency.warmup_runs:
             seconds.append(time.perf_counter() - start)
     p50, p95 = np.percentile(np.array(seconds) * 1000, [50, 95])
@@ -234,14 +239,14 @@ def evaluate_run(
     combinations = [photo for photo in photos if photo.kind == "combination"]
     report: dict[str, Any] = {"split": split}
     if singles:
-        report["single"], pairs = evaluate_single(identifier, singles)
+        report["single"], pairs = evaluate_single(identifier, singles, settings.data.max_pixels)
         report["confusions"] = confusion_pairs(pairs, dataset.class_map.codes)
         report["coverage"] = class_coverage(pairs, len(dataset.class_map))
         report["latency"] = torch_latency(identifier, singles, settings, device)
     if combinations:
-        report["combo"] = evaluate_combo(identifier, combinations)
+        report["combo"] = evaluate_combo(identifier, combinations, settings.data.max_pixels)
     if not READERS[dataset.report["format"]].separate_kinds:
-        report["all_photos"] = evaluate_combo(identifier, photos)
+        report["all_photos"] = evaluate_combo(identifier, photos, settings.data.max_pixels)
     report["steps"] = read_run(folder).made
     report["goals"] = {
         "top1": settings.goals.top1,

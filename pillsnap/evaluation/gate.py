@@ -79,24 +79,25 @@ def largest_difference(
 def reproducibility(
     run: Path,  # run folder
     engine: str,  # name in ENGINES
-    settings: Settings,  # gate and serve.threads are read
+    settings: Settings,  # gate, serve.threads and data.max_pixels are read
 ) -> float:  # largest difference of any metric
     """Evaluate the same held-out photos twice; raises `GateError` when there are none."""
     photos = held_out(load_dataset(run))[1]
     chosen = photos[:: -(-len(photos) // settings.gate.reproducibility_images) or 1]
     first, second = (
-        _metrics(load_identifier(run / "export", settings.serve.threads, engine), chosen) for _ in range(2)
+        _metrics(load_identifier(run / "export", settings.serve.threads, engine), chosen, settings.data.max_pixels)
+        for _ in range(2)
     )
     return largest_difference(first, second)
 
 
-def _metrics(identifier: Identifier, photos: Sequence[TruePhoto]) -> dict[str, float]:
+def _metrics(identifier: Identifier, photos: Sequence[TruePhoto], max_pixels: int) -> dict[str, float]:
     singles = [photo for photo in photos if photo.kind == "single" and photo.classes[0] >= 0]
     several = [photo for photo in photos if photo.kind == "combination"]
     if not singles and not several:
         raise GateError("there is no held-out photo: take a run whose dataset has some.")
-    single = evaluate_single(identifier, singles)[0] if singles else {}
-    combo = evaluate_combo(identifier, several) if several else {}
+    single = evaluate_single(identifier, singles, max_pixels)[0] if singles else {}
+    combo = evaluate_combo(identifier, several, max_pixels) if several else {}
     return {f"single {name}": value for name, value in single.items()} | {
         f"combo {name}": value for name, value in combo.items()
     }

@@ -5,7 +5,6 @@
 # %% ../../nbs/service/01_schemas.ipynb #7c6ec209
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -73,7 +72,7 @@ class PillResponse(CandidateResponse):
         description="that there is a pill, 0 to 1; null = nothing was detected, the whole photo was used",
         examples=[0.94],
     )
-    sure: bool = Field(description="the confidence reached the level set for this model")
+    sure: bool = Field(description="the confidence reached the level set for this model, in a photo with colours")
     candidates: list[CandidateResponse] = Field(
         description="best first, as many as top_k asks for; the answer is the first of them"
     )
@@ -162,7 +161,7 @@ def _pill_response(pill: Pill) -> dict[str, Any]:
 
 def prediction_response(
     identification: Identification,  # of the identifier
-    shape: Sequence[int],  # of the photo's pixels: height, width, 3
+    size: tuple[int, int],  # width and height of the photo, pixels
     decode_ms: float,  # that decoding it took
     model: dict[str, Any],  # from `model_response`
     annotated: str | None,  # photo with boxes and names, a data: URL
@@ -176,7 +175,7 @@ def prediction_response(
     hint = {"pipeline": "combo", "reason": identification.hint} if identification.hint else None
     return {
         "pipeline": identification.pipeline,
-        "photo": {"width": shape[1], "height": shape[0]},
+        "photo": {"width": size[0], "height": size[1]},
         "pills": [_pill_response(pill) for pill in identification.pills],
         "timings_ms": timings,
         "notes": identification.notes,

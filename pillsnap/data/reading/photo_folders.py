@@ -19,8 +19,9 @@ from pillsnap.data.reading.records import (
     ScanResult,
     walk,
 )
+from ...runtime.images import SUFFIXES
 
-PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+PHOTO_SUFFIXES = SUFFIXES  # what such a file is, its content says
 OFFICIAL_SPLITS: dict[str, OfficialSplit] = {  # by the names that folders and files have, in lower case
     "train": "train",
     "training": "train",

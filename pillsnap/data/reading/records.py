@@ -17,11 +17,11 @@ from enum import StrEnum
 from operator import attrgetter, itemgetter
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from PIL import Image, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 
 from .photo_files import is_member, read_photo
 from ...errors import PillsnapError
-from ...runtime.images import FORMATS, ImageError, exif_orientation
+from ...runtime.images import KINDS, ImageError, exif_orientation, open_header
 
 if TYPE_CHECKING:
     import polars as pl
@@ -107,16 +107,16 @@ def header_size(
     try:
         with (
             io.BytesIO(read_photo(reference)) if is_member(reference) else open(reference, "rb") as file,
-            Image.open(file, formats=FORMATS) as image,
+            open_header(file) as image,
         ):
             return image.size[::-1] if exif_orientation(image, file) in (5, 6, 7, 8) else image.size
     except ImageError as error:
         raise LabelError(Reason.ARCHIVE_DAMAGED, str(error)) from error
     except UnidentifiedImageError as error:
         raise LabelError(
-            Reason.IMAGE_DAMAGED, "the file does not begin like a JPEG, PNG, WebP or BMP picture"
+            Reason.IMAGE_DAMAGED, f"the file is no whole picture in a format that can be read: {KINDS}"
         ) from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, RuntimeError, EOFError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise LabelError(Reason.FILE_UNREADABLE, f"the file cannot be read: {error.strerror}") from error
         raise LabelError(Reason.IMAGE_DAMAGED, f"the header of the image cannot be read: {error}") from error

@@ -25,13 +25,13 @@ from tqdm import tqdm
 from ...answer.identify import IdentifyError, percent
 from ...atomic import write_text
 from ...errors import PillsnapError
-from ...runtime.images import ImageError, decode_image
+from ...runtime.images import KINDS, SUFFIXES, ImageError, is_photo, open_photo
 from ..inference.model_manager import LoadedModels
 from ..schemas import prediction_response
 
 # %% auto #0
-__all__ = ['LOGGER', 'TIMEOUT', 'SUFFIXES', 'ClientError', 'ServerUnusable', 'read_photo', 'server_url', 'seconds_to_wait',
-           'predict_remote', 'predict_local', 'find_photos', 'as_table', 'predict_photos']
+__all__ = ['LOGGER', 'TIMEOUT', 'ClientError', 'ServerUnusable', 'read_photo', 'server_url', 'seconds_to_wait', 'predict_remote',
+           'predict_local', 'find_photos', 'as_table', 'predict_photos']
 
 # %% ../../../nbs/service/client/00_client.ipynb #9186e4ad
 LOGGER = logging.getLogger("pillsnap")
@@ -147,7 +147,7 @@ def _parse_response(
 def predict_remote(
     url: str,  # of the server, such as http://localhost:8000
     key: str,  # one of its API keys; "" = none
-    photo: Path | bytes,  # a JPEG, PNG, WebP or BMP file, or its content
+    photo: Path | bytes,  # a picture in a format of `runtime.images`, or its content
     pipeline: str = "single",  # "single" = one pill, "combo" = several
     top_k: int = 5,  # candidates of each pill, 1 to 20
     patience: float = 120.0,  # seconds; requests to a busy server are repeated until then
@@ -173,42 +173,58 @@ def predict_remote(
 # %% ../../../nbs/service/client/00_client.ipynb #1f0741fc
 def predict_local(
     loaded: LoadedModels,  # the models, from `pillsnap.service.inference.model_manager.load`
-    photo: Path | bytes,  # a JPEG, PNG, WebP or BMP file, or its content
+    photo: Path | bytes,  # a picture in a format of `runtime.images`, or its content
     pipeline: str = "single",  # "single" = one pill, "combo" = several
     top_k: int = 5,  # candidates of each pill
     max_pixels: int = 50_000_000,  # of a photo
 ) -> dict[str, Any]:  # the JSON that a server returns
     """Identify the pills of a photo; raises `ClientError`, `ImageError` or `IdentifyError`."""
     data, begun = read_photo(photo), perf_counter()
-    image = decode_image(data, max_pixels)
+    opened = open_photo(data, max_pixels)
     decode_ms = (perf_counter() - begun) * 1000
-    identification = loaded.identifier.identify(image, pipeline, top_k=top_k)
-    return prediction_response(identification, image.shape, decode_ms, loaded.model, None)
+    identification = loaded.identifier.identify(opened.pixels, pipeline, None, top_k, opened.size)
+    return prediction_response(identification, opened.size, decode_ms, loaded.model, None)
 
 # %% ../../../nbs/service/client/00_client.ipynb #8d62cbbe
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+_CALLED_PHOTO = (*SUFFIXES, *".jxl .jp2 .dng .cr2 .cr3 .nef .arw .orf .rw2 .raf .pef".split())  # raw photos, too
+_NAMED = 10  # other files
+
+
+def _begins_like_a_photo(
+    path: Path,  # of a file
+) -> bool:  # True for one that can't be read: its prediction says why
+    try:
+        with path.open("rb") as file:
+            return is_photo(file.read(64))
+    except OSError:
+        return True
 
 
 def find_photos(
     paths: Iterable[Path],  # photos and folders
-) -> list[Path]:  # photos, those of a folder sorted
-    """List photos; raises `ClientError` for a folder without any.
+) -> tuple[list[Path], list[tuple[Path, str]], list[Path]]:  # photos; skipped, and why; files of folders that are none
+    """List photos, those of a folder sorted, by their content; raises `ClientError` for a folder without any.
 
-    A file that is named explicitly is taken whatever its suffix is.
+    A file that is named explicitly is taken as it is.
     """
     photos: list[Path] = []
+    skipped: list[tuple[Path, str]] = []
+    others: list[Path] = []
     for root in map(Path, paths):
-        found = [root]
-        if root.is_dir():
-            found = sorted(
-                path
-                for path in root.rglob("*")
-                if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
-            )
-        if not found:
-            raise ClientError(f"There is no photo in {root}: its files would have to end with {', '.join(SUFFIXES)}.")
-        photos += found
-    return photos
+        if not root.is_dir():
+            photos.append(root)
+            continue
+        before = len(photos) + len(skipped)
+        for path in sorted(path for path in root.rglob("*") if not path.name.startswith(".") and path.is_file()):
+            if _begins_like_a_photo(path):
+                photos.append(path)
+            elif path.suffix.lower() in _CALLED_PHOTO:
+                skipped.append((path, f"it is called {path.suffix} but is no {KINDS}, or it is empty"))
+            else:
+                others.append(path)
+        if len(photos) + len(skipped) == before:
+            raise ClientError(f"There is no photo in {root}: none of its files is a {KINDS}.")
+    return photos, skipped, others
 
 
 def _text(
@@ -264,14 +280,29 @@ def _line(
     return json.dumps({"file": _text(photo), **prediction}, ensure_ascii=False)
 
 
+def _print_left_out(
+    left_out: Sequence[tuple[Path, str]],  # photos without a prediction, and why
+    others: Sequence[Path],  # files of folders that are no photos
+) -> None:
+    """Name on the error stream what has no prediction."""
+    sys.stdout.flush()
+    if left_out:
+        print(f"Without a prediction: {len(left_out)}", file=sys.stderr)
+    for path, reason in left_out:
+        print(f"{_text(path)}: {reason}", file=sys.stderr)
+    if others:
+        names = ", ".join(_text(Path(path.name)) for path in others[:_NAMED]) + (", ..." if others[_NAMED:] else "")
+        print(f"Files that are no photos, left out: {len(others)} ({names})", file=sys.stderr)
+
+
 def predict_photos(
     paths: Iterable[Path],  # photos and folders
     predict: Callable[[Path], dict[str, Any]],  # predicts one photo, such as a `partial` of predict_remote
     as_json: bool = False,  # one line of JSON per photo instead of a table
     out: Path | None = None,  # output file; None = standard output
-) -> int:  # exit status: 0 good, 1 a photo failed, 2 the server can't be used
-    """Predict photos one after the other and print the results."""
-    photos = find_photos(paths)
+) -> int:  # exit status: 0 good, 1 a photo has no prediction, 2 the server can't be used
+    """Predict photos one after the other and print the results, and on the error stream what has none."""
+    photos, left_out, others = find_photos(paths)
     predictions: list[tuple[Path, dict[str, Any]]] = []
     try:
         for photo in tqdm(photos, unit="photo", file=sys.stderr, disable=len(photos) < 2):
@@ -281,7 +312,7 @@ def predict_photos(
                 tqdm.write(f"pillsnap: {error}", file=sys.stderr)
                 return 2
             except (ClientError, ImageError, IdentifyError) as error:
-                tqdm.write(f"{_text(photo)}: {error}", file=sys.stderr)
+                left_out.append((photo, str(error)))
                 continue
             if as_json and out is None:
                 tqdm.write(_line(*predictions[-1]), file=sys.stdout)
@@ -291,4 +322,5 @@ def predict_photos(
             write_text(out, lines if as_json else f"{as_table(predictions)}\n")
         elif predictions and not as_json:
             print(as_table(predictions))
-    return 0 if len(predictions) == len(photos) else 1
+        _print_left_out(left_out, others)
+    return 1 if left_out else 0

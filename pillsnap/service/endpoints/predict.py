@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Annotated, Any
 
-import numpy as np
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ...answer.identify import PIPELINES, IdentifyError, Pill, PillCrops
-from ...runtime.images import ImageError, NotAnImage, TooManyPixels, decode_image
+from ...runtime.images import KINDS, ImageError, NotAnImage, Photo, TooManyPixels, open_photo
 from ...runtime.session import ModelError
 from .dependencies import Service, count_photo
 from ..errors import ApiError
@@ -108,27 +108,30 @@ def _decode_and_crop(
     loaded: LoadedModels,  # the models
     data: bytes,  # an image file
     parameters: PredictParameters,  # of the request
-) -> tuple[PillCrops, tuple[int, ...], np.ndarray | None, float]:
-    """Return the crops, the photo's shape, its pixels if they are drawn later, and milliseconds of decoding."""
+) -> tuple[PillCrops, tuple[int, int], Photo | None, float]:
+    """Return the crops, the photo's size, the photo if it is drawn later, and milliseconds of decoding."""
     with service.work_queue.decode_slots:
         begun = perf_counter()
-        image = decode_image(data, service.max_pixels)
+        photo = open_photo(data, service.max_pixels)
         decode_ms = (perf_counter() - begun) * 1000
-        crops = loaded.identifier.crop_pills(image, parameters.pipeline, parameters.conf_threshold)
-        return crops, image.shape, image if parameters.annotate or parameters.picture else None, decode_ms
+        crops = loaded.identifier.crop_pills(photo.pixels, parameters.pipeline, parameters.conf_threshold, photo.size)
+        return crops, photo.size, photo if parameters.annotate or parameters.picture else None, decode_ms
 
 
 def _pictures(
-    image: np.ndarray,  # RGB, uint8, (height, width, 3)
-    pills: Sequence[Pill],  # to draw
+    photo: Photo,  # as decoded
+    pills: Sequence[Pill],  # to draw, in pixels of the photo as it was sent
     font: Path | None,  # as in Service
     parameters: PredictParameters,  # of the request
 ) -> dict[str, str]:  # the pictures that it asks for, JPEGs as data: addresses
     from pillsnap.service.page.annotate import annotate_photo, upright_photo
 
-    pictures = {"annotated": annotate_photo(image, pills, font)} if parameters.annotate else {}
+    pictures = {}
+    if parameters.annotate:
+        reduced = [replace(pill, box=photo.reduced(pill.box)) for pill in pills]
+        pictures["annotated"] = annotate_photo(photo.pixels, reduced, font)
     if parameters.picture:
-        pictures["picture"] = upright_photo(image)
+        pictures["picture"] = upright_photo(photo.pixels)
     return {name: "data:image/jpeg;base64," + base64.b64encode(jpeg).decode() for name, jpeg in pictures.items()}
 
 
@@ -140,14 +143,14 @@ def predict_photo(
 ) -> dict[str, Any]:  # as Prediction
     """Identify the pills of a photo; raises `ApiError`."""
     try:
-        crops, shape, image, decode_ms = _decode_and_crop(service, loaded, data, parameters)
+        crops, size, photo, decode_ms = _decode_and_crop(service, loaded, data, parameters)
         identification = loaded.identifier.classify_crops(crops, parameters.top_k)
     except tuple(kind for kind, _, _ in _ERRORS) as error:
         status, code = next((status, code) for kind, status, code in _ERRORS if isinstance(error, kind))
         raise ApiError(status, code, str(error)) from error
-    response = prediction_response(identification, shape, decode_ms, loaded.model, None)
-    if image is not None:
-        response |= _pictures(image, identification.pills, service.font, parameters)
+    response = prediction_response(identification, size, decode_ms, loaded.model, None)
+    if photo is not None:
+        response |= _pictures(photo, identification.pills, service.font, parameters)
     if service.metrics is not None:
         service.metrics.count_prediction(response)
     return response
@@ -190,7 +193,7 @@ def form_schema(
     }
 
 
-FILE_SCHEMA = {"type": "string", "format": "binary", "description": "JPEG, PNG, WebP or BMP"}
+FILE_SCHEMA = {"type": "string", "format": "binary", "description": KINDS}
 
 
 @predict_router.post(
