@@ -403,6 +403,7 @@ def test_label_studio_coco_of_windows(tmp_path, name):
     assert result.quarantined_by_reason() == {"image_missing": 3}
     assert "which leaves the folder of the dataset" in result.quarantined[0].detail
     assert said(result, "3 names", "begin with something that is not here")
+    assert said(result, "3 names in", "lead to no photo, such as '..", "5.jpg")
     assert result.summary()["skipped"] == {"photo_without_label": 2}
 
 

@@ -21,7 +21,7 @@ from pillsnap.data.readers.coco_files import (
     read_annotations,
 )
 from ..reading.class_names import doubtful_names
-from ..reading.named_photos import describe_ends, find_all
+from ..reading.named_photos import describe_names, find_all
 from pillsnap.data.reading.photo_folders import (
     PHOTO_SUFFIXES,
     capture_group,
@@ -90,7 +90,7 @@ def _photos(source: AnnotationFile, annotations: Annotations, base: Path, result
     """The photo of each entry of a JSON; None for those that the dataset does not have."""
     names = [str(entry.get("file_name") or "") for entry in annotations.images]
     paths, by_end = find_all(names, source.folders, base)
-    result.notes += describe_ends(source.path.name, [names[number] for number in by_end])
+    result.notes += describe_names(source.path.name, names, paths, by_end)
     return paths
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from .yolo_data import DataFile
 from .yolo_labels import label_folders
 from ..reading.class_names import read_text
-from ..reading.named_photos import describe_ends, find_all
+from ..reading.named_photos import describe_names, find_all
 from ..reading.photo_folders import PHOTO_SUFFIXES, files_below
 from ..reading.records import OfficialSplit, Quarantined, Reason, ScanError, ScanResult, entries_of
 
@@ -30,7 +30,7 @@ def _listed(source: Path, root: Path, result: ScanResult) -> list[Path]:
     """The photos that a list names; names that lead to no photo are quarantined."""
     names = [line.strip() for line in read_text(source).splitlines() if line.strip()]
     paths, by_end = find_all(names, list(dict.fromkeys((source.parent, root, root / "images"))))
-    result.notes += describe_ends(source.name, [names[number] for number in by_end])
+    result.notes += describe_names(source.name, names, paths, by_end)
     photos = []
     for name, path in zip(names, paths):
         if path is not None and is_photo(path):

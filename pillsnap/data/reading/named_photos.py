@@ -14,7 +14,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 # %% auto #0
-__all__ = ['without_prefix', 'find_named', 'find_all', 'describe_ends']
+__all__ = ['without_prefix', 'find_named', 'find_all', 'describe_names']
 
 # %% ../../../nbs/data/reading/06_named_photos.ipynb #28962a57
 _UPLOAD = re.compile(r"[0-9a-f]{8}-(.+)", re.DOTALL)
@@ -88,14 +88,20 @@ def find_all(
     return paths, by_end
 
 
-def describe_ends(
+def describe_names(
     source: str,  # file that names photos
-    names: Sequence[str],  # of those that were found by their ends
-) -> list[str]:  # one sentence, or none
-    """Say how many photos were found by the ends of their names."""
-    if not names:
-        return []
-    return [
-        f"{len(names)} names in {source} begin with something that is not here, such as {names[0]}: "
-        "the photos were found by the ends of their names"
-    ]
+    names: Sequence[str],  # of photos, as it has them
+    paths: Sequence[Path | None],  # from find_all
+    by_end: Sequence[int],  # from find_all
+) -> list[str]:  # sentences
+    """Say how many photos were found by the ends of their names, and how many names lead to none."""
+    notes = []
+    if by_end:
+        notes.append(
+            f"{len(by_end)} names in {source} begin with something that is not here, such as {names[by_end[0]]}: "
+            "the photos were found by the ends of their names"
+        )
+    lost = [name for name, path in zip(names, paths) if path is None]
+    if lost:
+        notes.append(f"{len(lost)} names in {source} lead to no photo, such as {lost[0]!r}: their labels are not used")
+    return notes
