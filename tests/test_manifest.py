@@ -249,17 +249,21 @@ def test_coco_unicode_nfd_names_match_their_photos(tmp_path):
     assert len(read_all(tmp_path).records) == 1
 
 
-def test_altered_copies_of_one_photo_share_a_group_across_splits(tmp_path, settings_for):
+def test_copies_under_one_name_are_left_out_by_their_pictures(tmp_path, settings_for):
     root = exported(tmp_path)
-    for part, letters in (("train", "aaa"), ("valid", "bbb")):
+    picture = synthetic_image("pill")
+    for part, letters, altered in (
+        ("train", "aaa", picture),
+        ("valid", "bbb", cv2.add(picture, np.full_like(picture, 8))),
+    ):
         content = coco(root / part / "more.json", [(f"pill_jpg.rf.{letters}.jpg", [(1, BOX)])])
         path = root / part / "_annotations.coco.json"
         known = json.loads(path.read_text())
         known["images"].append(content["images"][0] | {"id": 99})
         known["annotations"].append(content["annotations"][0] | {"id": 99, "image_id": 99})
         path.write_text(json.dumps(known))
-        write_image(root / part / f"pill_jpg.rf.{letters}.jpg")
-    assert prepare_data(settings_for(), root).report["left_out"] == {"group_also_in_training": 1}
+        write_image(root / part / f"pill_jpg.rf.{letters}.jpg", altered)
+    assert prepare_data(settings_for(), root).report["left_out"] == {"twin_in_earlier_split": 1}
 
 
 # Class folders

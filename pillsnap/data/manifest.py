@@ -220,7 +220,8 @@ def prepare_data(
             f"{folder} has no training photo that can be used, only held-out ones: add the training part too."
         )
     selected, trained = select_photos(splits, settings, folder, earlier.codes if earlier else ())
-    class_map, decisions = make_class_map(records, trained, earlier)
+    fewest = 1 if settings.train.only == "detector" else 2
+    class_map, decisions = make_class_map(records, trained, earlier, fewest)
     splits.decisions += decisions
     manifest = make_manifest(
         records, photos_of_run(selected, splits), {code: class_map.index_of(code) for code in trained}

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     import polars as pl
 
 # %% auto #0
-__all__ = ['PhotoKind', 'OfficialSplit', 'Reason', 'Quarantined', 'printable', 'LabelError', 'check_box', 'header_size',
-           'PillRecord', 'DataError', 'ScanError', 'ScanResult', 'listing_once', 'entries_of', 'walk', 'Shard',
-           'record_schema', 'records_table']
+__all__ = ['PhotoKind', 'OfficialSplit', 'Reason', 'Quarantined', 'printable', 'LabelError', 'check_box', 'upright_size',
+           'header_size', 'photo_header', 'PillRecord', 'DataError', 'ScanError', 'ScanResult', 'listing_once',
+           'entries_of', 'walk', 'Shard', 'record_schema', 'records_table']
 
 # %% ../../../nbs/data/reading/01_records.ipynb #0e3aa4a3
 class Reason(StrEnum):
@@ -49,7 +49,9 @@ class Reason(StrEnum):
     IMAGE_MISSING = "image_missing"  # a label without photo
     IMAGE_DAMAGED = "image_damaged"  # the header of the image cannot be read
     IMAGE_DUPLICATE = "image_duplicate"  # a second photo of the same name
+    ORIENTATION_UNKNOWN = "orientation_unknown"  # nothing tells whether the boxes are of the photo before it is turned
     ARCHIVE_DAMAGED = "archive_damaged"  # an archive, or something in it, cannot be unpacked
+    ARCHIVE_IN_PARTS = "archive_in_parts"  # one piece of an archive whose pieces were not joined
     NAME_UNREADABLE = "name_unreadable"  # the path is not valid UTF-8, so it cannot be stored in a table
 
 
@@ -100,16 +102,31 @@ def check_box(
     return inside
 
 
+def upright_size(
+    stored: tuple[int, int],  # width, height in pixels, as stored
+    orientation: int,  # EXIF orientation, 1 to 8
+) -> tuple[int, int]:  # width, height in pixels, as displayed
+    """Image size after the turn that the EXIF orientation asks for."""
+    return stored[::-1] if orientation in (5, 6, 7, 8) else stored
+
+
 def header_size(
     reference: str,  # path of a photo, or a member of an archive
 ) -> tuple[int, int]:  # width, height in pixels, as displayed
     """Image size from the header, without decoding; raises `LabelError` for an unreadable header."""
+    return upright_size(*photo_header(reference))
+
+
+def photo_header(
+    reference: str,  # path of a photo, or a member of an archive
+) -> tuple[tuple[int, int], int]:  # width, height in pixels, as stored; EXIF orientation, 1 to 8
+    """Image size and orientation from the header, without decoding; raises `LabelError` for an unreadable header."""
     try:
         with (
             io.BytesIO(read_photo(reference)) if is_member(reference) else open(reference, "rb") as file,
             open_header(file) as image,
         ):
-            return image.size[::-1] if exif_orientation(image, file) in (5, 6, 7, 8) else image.size
+            return image.size, exif_orientation(image, file)
     except ImageError as error:
         raise LabelError(Reason.ARCHIVE_DAMAGED, str(error)) from error
     except UnidentifiedImageError as error:

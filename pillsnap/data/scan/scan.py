@@ -210,8 +210,10 @@ def check_usable(
 ) -> None:
     """Raise `DataError` where no photo can be used, with the counts by reason."""
     if not report.photos:
+        notes = "".join(f"{note.removesuffix('.')}. " for note in report.notes[:3])
         raise DataError(
             f"No photo below {report.root} can be used: {report.files['found']} files found as {report.layout}; "
             f"in quarantine: {_counted(report.quarantined)}; skipped: {_counted(report.skipped)}. "
+            f"{notes}"
             f"Check that photos and labels are both there; {report.quarantine} names each file that was put aside."
         )
