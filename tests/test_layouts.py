@@ -215,6 +215,7 @@ def test_coco_the_box_around_a_turned_pill(tmp_path, entry, expected):
         ({"bbox": [1, 1, 8, 3], "segmentation": [[40, 30, 60, 30, 60, 50, 40, 50]]}, "label_duplicate"),
         ({"bbox": [30, 15, 20, 30], "attributes": {"rotation": "steep"}}, "label_unreadable"),
         ({"bbox": [0, 0, 70, 10], "attributes": {"rotation": 90}}, "box_outside"),
+        ({"bbox": [0.25, 0.25, 0.5, 0.5]}, "box_missing"),  # fractions of the image
     ],
 )
 def test_coco_boxes_that_can_be_understood_in_several_ways_are_put_aside(tmp_path, entry, reason):
@@ -511,7 +512,13 @@ def test_a_drug_that_loses_all_of_its_photos_is_named(tmp_path, layout):
         images, boxes = [{"file_name": f"images/{n}.jpg"} for n in range(3)], [{"category_id": n} for n in range(3)]
         coco(tmp_path / "result.json", images, boxes, [*enumerate(names), (3, "yellow")])
     result = read_all(tmp_path)
-    assert said(result, "1 drugs have labels, but no photo that can be used: blue") and len(result.records) == 2
+    assert result.missed - {pill.code for pill in result.records} == {"blue"} and len(result.records) == 2
+
+
+def test_a_drug_whose_labels_have_no_photos_is_named(tmp_path):
+    root = yolo(tmp_path, "train: images\nnames: [red, blue]\n", {"images/1": f"0 {BOX}"})
+    text(root / "labels/2.txt", f"1 {BOX}")
+    assert read_all(root).missed >= {"blue"}
 
 
 def test_labels_in_a_form_that_is_not_read(tmp_path):
@@ -611,6 +618,19 @@ def test_parts_of_an_archive_are_named_with_the_command_that_joins_them(tmp_path
     assert archive.read_bytes() == data
     result = read_all(root)
     assert len(result.records) == 8 and not result.quarantined and result.summary()["skipped"] == {"other_file": 3}
+
+
+def test_the_last_part_of_a_split_archive_is_named_with_the_command_too(tmp_path):
+    root = packed(tmp_path)
+    archive = root / "train/images/TS_1_단일.zip"
+    data = bytearray(archive.read_bytes())
+    end = data.rindex(b"PK\x05\x06")
+    data[end + 4], data[end + 6] = 1, 1  # number of this part, and of the one with the table of contents
+    archive.write_bytes(data)
+    archive.with_name("TS_1_단일.z01").write_bytes(b"PK")
+    result = read_all(root)
+    assert result.quarantined_by_reason() == {"archive_damaged": 1, "archive_in_parts": 1, "image_missing": 8}
+    assert said(result, "lies there in", "zip -s 0 'TS_1_단일.zip' --out 'TS_1_단일_whole.zip'")
 
 
 def test_parts_beside_nothing_else_are_found(tmp_path):

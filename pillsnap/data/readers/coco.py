@@ -27,7 +27,6 @@ from pillsnap.data.reading.photo_folders import (
     capture_group,
     check_name,
     files_below,
-    lost_drugs,
     pill_records,
     quarantining,
     shared_sources,
@@ -174,14 +173,12 @@ def read_coco(
     seen: dict[Path, str] = {}
     names: dict[str, dict[int, str]] = {}
     changes: Counter[str] = Counter()
-    labelled: set[str] = set()
     for source in sources:
         annotations = read_annotations(source.path)
         names[str(source.path.relative_to(base))] = annotations.names
-        labelled |= _labelled(annotations)
+        result.missed |= _labelled(annotations)
         _read_file(source, annotations, base, seen, result, changes)
-    result.notes += [*doubtful_names(names), *_describe(changes)]
-    result.notes += [*shared_sources(result.records), *lost_drugs(labelled, result.records)]
+    result.notes += [*doubtful_names(names), *_describe(changes), *shared_sources(result.records)]
     files = files_below(base)
     read = {source.path for source in sources}
     result.files_found = len(files)

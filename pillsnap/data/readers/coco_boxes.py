@@ -147,6 +147,12 @@ def parse_box(
     if not all(abs(value) < _LARGEST for value in box):
         detail = f"annotation {number} has a box that is no place in an image: {entry.get('bbox')}"
         raise LabelError(Reason.BOX_OUTSIDE, detail)
+    if 0 <= min(box) and max(box) <= 1:
+        raise LabelError(
+            Reason.BOX_MISSING,
+            f"annotation {number} has a box within one pixel, {entry.get('bbox')}: write pixels, "
+            "not fractions of the image",
+        )
     tolerance = 2.0 + (_TURNED_TOLERANCE * max(box[2] - box[0], box[3] - box[1]) if change == "turned" else 0.0)
     checked = check_box(box, width, height, tolerance)
     if change:

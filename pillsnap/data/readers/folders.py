@@ -19,7 +19,6 @@ from pillsnap.data.reading.photo_folders import (
     capture_group,
     check_name,
     files_below,
-    lost_drugs,
     pill_records,
     quarantining,
     shared_sources,
@@ -110,6 +109,7 @@ def _read_class(folder: Path, split: OfficialSplit, base: Path, result: ScanResu
     """Read the photos of one drug into `result`."""
     code = clean_name(folder.name)
     for path in files_below(folder):
+        result.missed.add(code)  # unless a record of it follows
         if path.suffix.lower() not in PHOTO_SUFFIXES or path.name.startswith("."):
             result.skipped["other_file"] += 1
             continue
@@ -160,9 +160,6 @@ def read_folders(
         "so the detector learns nothing and the classifier sees the background too"
     )
     result.notes += [*_doubts(folders), *shared_sources(result.records)]
-    result.notes += lost_drugs(
-        (clean_name(folder.name) for _, folder in folders if files_below(folder)), result.records
-    )
     result.summary()
     return result
 

@@ -117,6 +117,7 @@ def read_all(
         total.records.extend(result.records)
         total.quarantined.extend(result.quarantined)
         total.skipped.update(result.skipped)
+        total.missed |= result.missed
         total.files_found += result.files_found
         total.files_used += result.files_used
         total.notes.extend(note for note in result.notes if note not in total.notes)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from pillsnap.data.readers.yolo_data import (
@@ -24,7 +25,6 @@ from ..reading.named_photos import without_prefix
 from pillsnap.data.reading.photo_folders import (
     capture_group,
     check_name,
-    lost_drugs,
     pill_records,
     quarantining,
     shared_sources,
@@ -81,7 +81,7 @@ class _Reading:
         with quarantining(self.result, photo, files=1 + len(labels)):
             check_name(photo)
             text = _one_text(labels)
-            self.numbers.update(line.split()[0] for line in text.splitlines() if line.strip())
+            self.note_numbers(text)
             stored, orientation = photo_header(str(photo))
             size = upright_size(stored, orientation)
             pills = parse_boxes(text, self.data_file.names, *size)
@@ -91,16 +91,20 @@ class _Reading:
             if len(labels) > 1:
                 self.result.skipped["repeated_label"] += len(labels) - 1
 
+    def note_numbers(self, text: str) -> None:
+        """Remember the classes of a label."""
+        self.numbers.update(line.split()[0] for line in text.splitlines() if line.strip())
+
     def finish(self) -> None:
-        """Add notes; raises `ScanError` where names are numbered from 1 and labels from 0."""
+        """Add notes and the drugs of all labels; raises `ScanError` for names from 1 on and labels from 0 on."""
         names, path = self.data_file.names, self.data_file.path
         if min(names) == 1 and "0" in self.numbers and str(max(names)) not in self.numbers:
             raise ScanError(
                 f"{path} numbers the drugs from 1 to {max(names)}, but the labels use 0 and never {max(names)}, so "
                 "each box would count as the drug before its own: number the names from 0, as the labels do."
             )
-        labelled = (names[int(number)] for number in self.numbers if number.isdecimal() and int(number) in names)
-        self.result.notes += lost_drugs(labelled, self.result.records)
+        numbers = {int(number) for number in self.numbers if number.isdecimal()}
+        self.result.missed |= {name for number, name in names.items() if number in numbers}
         if self.turned:
             self.result.notes.append(
                 f"{self.turned} photos carry an EXIF orientation: their boxes count as those of the upright photos"
@@ -131,10 +135,13 @@ def _is_label(path: Path, root: Path) -> bool:
         return False
 
 
-def _read_rest(files: Iterable[Path], texts: set[Path], root: Path, result: ScanResult) -> None:
+def _read_rest(files: Iterable[Path], texts: set[Path], reading: _Reading) -> None:
     """Count the files that belong to no photo: a label without photo is quarantined, others are skipped."""
+    result = reading.result
     for path in sorted(files):
-        if path in texts and _is_label(path, root):
+        if path in texts and _is_label(path, reading.data_file.root):
+            with suppress(LabelError):
+                reading.note_numbers(_read_label(path))
             result.quarantined.append(Quarantined(str(path), Reason.IMAGE_MISSING, f"no photo is named {path.stem}"))
         else:
             result.skipped["other_file"] += 1
@@ -209,9 +216,11 @@ def read_yolo(
     folders = {photo.parent for photo in splits}
     photos = {path for path in files if path in splits or (is_photo(path) and path.parent in folders)}
     labels, contested = match_labels(_distinct(photos, splits, result), texts)
-    unlabelled = _read_photos(labels, contested, splits, _Reading(data_file, result))
+    reading = _Reading(data_file, result)
+    unlabelled = _read_photos(labels, contested, splits, reading)
     claimed = {label for own in labels.values() for label in own}
-    _read_rest(files - photos - claimed, set(texts), data_file.root, result)
+    _read_rest(files - photos - claimed, set(texts), reading)
+    reading.finish()
     result.notes += [*_uploaded(labels), *_doubts(unlabelled, splits, files), *shared_sources(result.records)]
     result.summary()
     return result
@@ -254,7 +263,6 @@ def _read_photos(
             unlabelled.append(photo)
         else:
             reading.read(photo, own, splits[photo])
-    reading.finish()
     return unlabelled
 
 

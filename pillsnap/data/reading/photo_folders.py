@@ -34,7 +34,7 @@ OFFICIAL_SPLITS: dict[str, OfficialSplit] = {  # by the names that folders and f
 
 # %% auto #0
 __all__ = ['PHOTO_SUFFIXES', 'OFFICIAL_SPLITS', 'files_below', 'check_name', 'capture_group', 'shared_sources', 'pill_records',
-           'quarantining', 'use_photo', 'lost_drugs']
+           'quarantining', 'use_photo']
 
 # %% ../../../nbs/data/reading/03_photo_folders.ipynb #1c7b3a30
 def files_below(
@@ -128,15 +128,3 @@ def use_photo(
         result.files_used += files
     else:
         result.skipped["photo_without_pills"] += files
-
-
-def lost_drugs(
-    labelled: Iterable[str],  # drugs that have labels
-    records: Iterable[PillRecord],  # of the dataset
-) -> list[str]:  # one sentence, or none
-    """Name the drugs that have labels, but no photo that can be used."""
-    lost = sorted(set(labelled) - {record.code for record in records})
-    if not lost:
-        return []
-    more = f" and {len(lost) - 20} more" if len(lost) > 20 else ""
-    return [f"{len(lost)} drugs have labels, but no photo that can be used: {', '.join(lost[:20])}{more}"]
