@@ -200,9 +200,10 @@ def _claim(source: AnnotationFile, entry: dict[str, Any], base: Path, seen: dict
 def _read_file(source: AnnotationFile, base: Path, seen: dict[Path, str], result: ScanResult) -> None:
     """Read one JSON with its photos into `result`; `seen` is the JSON of every photo listed so far."""
     annotations = read_annotations(source.path)
-    waiting = dict(annotations.boxes)
+    waiting, by_text = dict(annotations.boxes), {str(number): name for number, name in annotations.names.items()}
     for entry in annotations.images:
         boxes = waiting.pop(entry.get("id"), [])
+        result.missed |= {by_text[number] for box in boxes if (number := str(box.get("category_id"))) in by_text}
         with quarantining(result, source.path, files=0):
             path = _claim(source, entry, base, seen)
             with quarantining(result, path):

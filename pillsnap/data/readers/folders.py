@@ -102,6 +102,7 @@ def _read_class(folder: Path, split: OfficialSplit, base: Path, result: ScanResu
     """Read the photos of one drug into `result`."""
     code = unicodedata.normalize("NFC", folder.name).strip()
     for path in files_below(folder):
+        result.missed.add(code)  # unless a record of it follows
         if path.suffix.lower() not in PHOTO_SUFFIXES or path.name.startswith("."):
             result.skipped["other_file"] += 1
             continue

@@ -267,6 +267,15 @@ def _gather(folder: Path, seen: set[Path], result: ScanResult) -> tuple[dict[str
     return photos, labels
 
 
+def _classes_in(label: Path, names: dict[int, str]) -> set[str]:
+    """Class names in a label, of the lines that can be read."""
+    try:
+        lines = label.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return set()
+    return {name for number, name in names.items() if any(line.split()[:1] == [str(number)] for line in lines)}
+
+
 def _read_folder(
     folder: Path, split: OfficialSplit, names: dict[int, str], seen: set[Path], result: ScanResult
 ) -> None:
@@ -277,9 +286,13 @@ def _read_folder(
         if label is None:
             result.skipped["photo_without_label"] += 1
             continue
+        before = len(result.quarantined)
         with quarantining(result, path, files=2):
             use_photo(result, photo_records(path, label, names, split), files=2)
+        if len(result.quarantined) > before:
+            result.missed |= _classes_in(label, names)
     for key, label in sorted(labels.items()):
+        result.missed |= _classes_in(label, names)
         result.quarantined.append(Quarantined(str(label), Reason.IMAGE_MISSING, f"no photo is named {key}"))
 
 

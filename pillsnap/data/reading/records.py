@@ -178,6 +178,7 @@ class ScanResult:
     files_found: int = 0  # photos, labels and other files below the scanned folders
     files_used: int = 0  # photos with records, and their labels
     notes: list[str] = field(default_factory=list)  # sentences on folders that are not as declared
+    missed: set[str] = field(default_factory=set)  # class keys of photos that are not used, as far as they are known
 
     def quarantined_by_reason(self) -> dict[str, int]:
         """Entries in quarantine, counted by reason code."""
