@@ -28,7 +28,7 @@ from .bench.report import goal, goal_lines, report_head
 from .bench.serving.server_process import free_port
 from .config.load import find_root, load_settings
 from .config.schema import Settings
-from .data.manifest import load_dataset
+from .data.moved import dataset_of_run
 from .evaluation.evaluate import TruePhoto, held_out, measure_latency
 from .runlog import setup_logging
 from .runtime.images import decode_image
@@ -273,7 +273,7 @@ def main() -> int:  # exit status
     with timed("export", seconds):
         run_notebook(root, "12_export.ipynb", demo / "export.ipynb", run_dir=str(run))
     with timed("serve", seconds):
-        photos = held_out(load_dataset(run))[1]
+        photos = held_out(dataset_of_run(run))[1]
         singles, several = ([photo for photo in photos if photo.kind == kind] for kind in ("single", "combination"))
         _predict(run / "export", root, demo, singles[0], several, settings.serve.font)
     with timed("latency", seconds):

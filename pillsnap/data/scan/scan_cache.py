@@ -208,6 +208,7 @@ def _counts(result: ScanResult) -> dict[str, Any]:
         "photos": summary["photos"],
         "pills": summary["pills"],
         "codes": sorted({record.code for record in result.records}),
+        "missed": sorted(printable(code) for code in result.missed),
         "quarantined": summary["quarantined"],
         "skipped": summary["skipped"],
         "notes": [printable(note) for note in result.notes],

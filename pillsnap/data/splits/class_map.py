@@ -77,14 +77,14 @@ def make_class_map(
     trained: Iterable[str],  # class keys of the run that have training photos
     earlier: ClassMap | None = None,  # whose numbers are kept; None = numbered anew, sorted by code
     fewest: int = 2,  # drugs that a run needs: 2 for a classifier, 1 for a detector alone
+    advice: str = "add photos of more drugs",  # what to do where there are fewer
 ) -> tuple[ClassMap, list[Decision]]:  # the class map of the run, and what was decided about earlier classes
-    """Number the drugs of a run; raises `DataError` for too few with training photos."""
+    """Number the drugs of a run; raises `DataError` for fewer than `fewest` with training photos."""
     drugs = describe_drugs(records, trained)
     if len(drugs) < fewest:
         raise DataError(
             f"Only {len(drugs)} class is left to train on ({', '.join(drug.code for drug in drugs) or 'none'}), "
-            f"and a {'classifier needs two' if fewest > 1 else 'detector needs one'}: lower data.min_class_images, "
-            "raise data.classes or data.images, or add photos of more drugs"
+            f"and a {'classifier needs two' if fewest > 1 else 'detector needs one'}: {advice}"
             f"{'; train.only=detector needs no second one' if len(drugs) == 1 else ''}."
         )
     decisions = report_names(records, [drug.code for drug in drugs])

@@ -317,7 +317,7 @@ def predict_photos(
             if as_json and out is None:
                 tqdm.write(_line(*predictions[-1]), file=sys.stdout)
     finally:
-        if out is not None:
+        if out is not None and predictions:
             lines = "".join(f"{_line(*item)}\n" for item in predictions)
             write_text(out, lines if as_json else f"{as_table(predictions)}\n")
         elif predictions and not as_json:
