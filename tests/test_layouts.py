@@ -665,5 +665,5 @@ def test_one_drug_is_enough_for_a_detector_alone(tmp_path, settings_for):
     root = yolo(tmp_path, data, labels)
     dataset = prepare_data(settings_for("train.only=detector"), root)
     assert dataset.class_map.codes == ("pill",) and dataset.report["photos_by_split"]["train"] == 6
-    with pytest.raises(DataError, match="a classifier needs two.*train.only=detector needs no second one"):
+    with pytest.raises(DataError, match="Only 1 class is left to train on .*, and a classifier needs two"):
         prepare_data(settings_for(), root)

@@ -54,24 +54,22 @@ def describe_drugs(
         )
     return drugs
 
-# %% ../../../nbs/data/splits/02_class_map.ipynb #d90d1257
+# %% ../../../nbs/data/splits/02_class_map.ipynb #c567bc7d
 def report_names(
     records: pl.LazyFrame,  # of any class, as in `record_schema`
     codes: Iterable[str],  # class keys of the run
 ) -> list[Decision]:  # one, or none
     """Report the drugs that their labels call by several names."""
-    own = records.filter(
-        pl.col("code").is_in(pl.Series(sorted(codes), dtype=pl.String).implode()), pl.col("name") != ""
-    )
-    several = own.group_by("code").agg(pl.col("name").unique().sort()).filter(pl.col("name").list.len() > 1)
-    rows = several.sort("code").collect().rows()
+    known = pl.col("code").is_in(pl.Series(sorted(codes), dtype=pl.String).implode())
+    named = records.filter(known, pl.col("name") != "").group_by("code").agg(pl.col("name").unique().sort())
+    rows = named.filter(pl.col("name").list.len() > 1).sort("code").collect().rows()
     if not rows:
         return []
     listed = "; ".join(f"{code} is called {', '.join(names[:3])}" for code, names in rows[:3])
     why = f"{listed}{' ...' if len(rows) > 3 else ''}: the code counts, and the most frequent name is shown"
     return [decide("drugs with several names", str(len(rows)), why, fallback=True)]
 
-
+# %% ../../../nbs/data/splits/02_class_map.ipynb #d90d1257
 def make_class_map(
     records: pl.LazyFrame,  # of any class, as in `record_schema`
     trained: Iterable[str],  # class keys of the run that have training photos
@@ -84,14 +82,13 @@ def make_class_map(
     if len(drugs) < fewest:
         raise DataError(
             f"Only {len(drugs)} class is left to train on ({', '.join(drug.code for drug in drugs) or 'none'}), "
-            f"and a {'classifier needs two' if fewest > 1 else 'detector needs one'}: {advice}"
-            f"{'; train.only=detector needs no second one' if len(drugs) == 1 else ''}."
+            f"and a {'classifier needs two' if fewest > 1 else 'detector needs one'}: {advice}."
         )
-    decisions = report_names(records, [drug.code for drug in drugs])
+    several = report_names(records, [drug.code for drug in drugs])
     if earlier is None:
-        return ClassMap(drugs), decisions
+        return ClassMap(drugs), several
     extended = earlier.extended(drugs)
-    decisions += [
+    decisions = [
         decide(
             "class map",
             f"{len(extended)} drugs",
@@ -105,7 +102,7 @@ def make_class_map(
             f"{', '.join(gone[:8])}{' ...' if len(gone) > 8 else ''}"
         )
         decisions.append(decide("drugs that vanished", str(len(gone)), why, fallback=True))
-    return extended, decisions
+    return extended, decisions + several
 
 
 def read_class_map(
