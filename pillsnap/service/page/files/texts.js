@@ -74,7 +74,8 @@ export const TEXT = {
     problems: { // what the server says in English, by its code
       key_missing: "API 키가 필요합니다.", key_wrong: "API 키가 맞지 않습니다.", no_key_set: "이 서버에는 아직 API 키가 설정되지 않았습니다.",
       too_large: "사진 파일이 너무 큽니다. 더 작은 사진을 보내 주세요.", too_many_pixels: "사진의 픽셀이 너무 많습니다. 더 작은 사진을 보내 주세요.",
-      not_an_image: "읽을 수 있는 사진이 아닙니다. JPEG, HEIC, PNG, WebP, AVIF, TIFF, GIF, BMP를 보내 주세요.", damaged_image: "사진이 손상되었거나 잘렸습니다.",
+      not_an_image: "읽을 수 있는 사진이 아닙니다. JPEG, HEIC, PNG, WebP, AVIF, TIFF, GIF, BMP를 보내 주세요.",
+      damaged_image: "사진이 손상되었거나 잘렸습니다.",
       too_many_requests: "요청이 너무 많습니다. 잠시 뒤에 다시 물어 주세요.", no_model: "서버에 아직 모델이 없습니다.",
       pipeline_unavailable: "이 서버의 모델로는 할 수 없는 방식입니다.", unknown_pipeline: "서버가 모르는 방식입니다.",
       not_active: "이 서버에서 쓰지 않는 방식입니다.", invalid_parameter: "서버가 이해하지 못하는 요청입니다.",
