@@ -11,6 +11,7 @@ import os
 import shutil
 from hashlib import sha256
 from io import FileIO
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from tempfile import gettempdir
 
@@ -25,12 +26,13 @@ PREFIX = "pillsnap-metrics-"
 
 
 def shared_folder() -> Path | None:  # None = one process, which needs no folder
-    """The folder of this service's counters: that of the environment, or one for all processes of one parent."""
+    """The folder of this service's counters: that of the environment, or one for all workers of one uvicorn."""
     if os.environ.get(VARIABLE):
         return Path(os.environ[VARIABLE])
-    if multiprocessing.parent_process() is None:
+    process = multiprocessing.current_process()
+    if not isinstance(process, SpawnProcess):
         return None
-    digest = sha256(multiprocessing.current_process().authkey).hexdigest()
+    digest = sha256(process.authkey).hexdigest()
     return Path(gettempdir()) / f"{PREFIX}{digest[:20]}"
 
 # %% ../../../nbs/service/endpoints/06_shared_metrics.ipynb #46cb818d
