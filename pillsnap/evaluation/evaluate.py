@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from ..runlog import decide
 from ..runs import read_run
 from ..runtime.boxes import Box
 from ..runtime.images import ImageError, decode_image
+from ..runtime.session import Network
 from ..training.checkpoint import CheckpointError, Trained, load_trained
 from ..training.device.hardware import choose_device, device_name
 
@@ -44,23 +45,31 @@ from ..data.readers.layouts import READERS
 from ..progress import progress_stream
 
 # %% auto #0
-__all__ = ['logger', 'torch_forward', 'identifier_of', 'no_classifier', 'TruePhoto', 'true_photos', 'held_out', 'evaluate_single',
-           'decoded', 'evaluate_combo', 'evaluate_boxes', 'measure_latency', 'torch_latency', 'evaluate_run']
+__all__ = ['logger', 'torch_forward', 'as_arrays', 'identifier_of', 'no_classifier', 'TruePhoto', 'true_photos', 'held_out',
+           'evaluate_single', 'decoded', 'evaluate_combo', 'evaluate_boxes', 'measure_latency', 'torch_latency',
+           'evaluate_run']
 
 # %% ../../nbs/evaluation/00_evaluate.ipynb #629e1606
 def torch_forward(
     network: nn.Module,  # classifier, or detector as `RawDetections`
     device: torch.device,  # where it runs
-) -> Callable[[np.ndarray], np.ndarray]:  # float32 batch -> float32 outputs
-    """Wrap a network as the plain function that `Identifier` calls."""
+) -> Network:
+    """Wrap a network as the function that `Identifier` calls."""
     network = network.to(device).eval()
 
-    def forward(batch: np.ndarray) -> np.ndarray:
+    def outputs(batch: np.ndarray) -> tuple[np.ndarray, ...]:
         with torch.inference_mode():
-            output: torch.Tensor = network(torch.from_numpy(np.ascontiguousarray(batch)).to(device))
-            return output.float().cpu().numpy()
+            return as_arrays(network(torch.from_numpy(np.ascontiguousarray(batch)).to(device)))
 
-    return forward
+    return Network(outputs)
+
+
+def as_arrays(
+    computed: torch.Tensor | tuple[torch.Tensor, ...],  # of a network with one output or several
+) -> tuple[np.ndarray, ...]:  # float32
+    """Convert the outputs of a network."""
+    tensors = computed if isinstance(computed, tuple) else (computed,)
+    return tuple(tensor.float().cpu().numpy() for tensor in tensors)
 
 
 def identifier_of(

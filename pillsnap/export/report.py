@@ -5,6 +5,7 @@
 # %% ../../nbs/export/06_report.ipynb #bf3496eb
 from __future__ import annotations
 
+import hashlib
 import platform
 import shutil
 import time
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from ..answer.rules import Rules
 from ..atomic import sha256, write_json
@@ -25,7 +27,7 @@ from ..config.schema import Settings
 from ..data.manifest import Dataset
 from ..data.moved import dataset_of_run
 from ..evaluation.evaluate import torch_forward
-from .compare import Samples, compare_classifier, compare_detector, failures, predict
+from .compare import Samples, compare_classifier, compare_detector, compare_embeddings, failures, predict
 from .formats import FORMATS, Opened, check_formats
 from .onnx import ExportError, Source
 from .samples import calibration_batches, crop_samples, frame_samples
@@ -35,7 +37,7 @@ from ..runtime.letterbox import normalise
 from ..training.checkpoint import CheckpointError, Trained, best_file, load_checkpoint, load_trained
 
 # %% auto #0
-__all__ = ['sources_of', 'Comparison', 'export_format', 'export_run', 'export_formats']
+__all__ = ['sources_of', 'weights_hash', 'Comparison', 'export_format', 'export_run', 'export_formats']
 
 # %% ../../nbs/export/06_report.ipynb #4ddd067c
 def sources_of(
@@ -67,6 +69,7 @@ def sources_of(
                 "model": trained.names[task],
                 "model_config": (trained.training["model_config"] or {}).get(task),
                 "param_count": sum(weight.numel() for weight in network.parameters()),
+                "weights_sha256": weights_hash(network),
                 **common,
             },
             settings.export.opset,
@@ -74,6 +77,17 @@ def sources_of(
         )
         for task, network in trained.networks().items()
     }
+
+
+def weights_hash(
+    network: nn.Module,  # on the CPU
+) -> str:  # 64 hexadecimal digits
+    """Compute the SHA-256 of a network's tensors: what its embeddings depend on, in whatever format it is written."""
+    combined = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        combined.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        combined.update(tensor.detach().contiguous().cpu().numpy().tobytes())
+    return combined.hexdigest()
 
 # %% ../../nbs/export/06_report.ipynb #d83f7f78
 class Comparison:
@@ -87,7 +101,7 @@ class Comparison:
         settings: Settings,  # export is read
     ) -> None:
         self.source, self.samples, self.rules, self.settings = source, samples, rules, settings
-        self.expected = predict(torch_forward(source.network, torch.device("cpu")), samples)
+        self.expected, *self.embeddings = predict(torch_forward(source.network, torch.device("cpu")), samples)
 
     def metrics(
         self,
@@ -100,7 +114,10 @@ class Comparison:
             raise ExportError(
                 f"the file is of another class map ({classes}) than the network ({self.rules.class_map.hash})"
             )
-        given = predict(forward, self.samples)
+        given, *embeddings = predict(forward, self.samples)
+        if self.embeddings:
+            found = compare_embeddings(self.embeddings[0], embeddings[0] if embeddings else None)
+            return compare_classifier(self.expected, given, self.samples) | found
         if self.source.task == "classifier":
             return compare_classifier(self.expected, given, self.samples)
         return compare_detector(self.expected, given, self.samples, self.rules.box_confidence, self.rules.nms_iou)
@@ -245,7 +262,8 @@ def export_formats(
     sample = {"classifier": crop_samples, "detector": frame_samples}
     samples = {task: sample[task](dataset, trained.rules, settings, wide) for task in trained.networks()}
     found: dict[str, dict[str, Any]] = {name: {} for name in names}
-    for task, source in sources_of(trained, dataset, settings).items():
+    sources = sources_of(trained, dataset, settings)
+    for task, source in sources.items():
         comparison = Comparison(source, samples[task], trained.rules, settings)
         for name in names:
             found[name][task] = export_format(name, comparison, folder)
@@ -261,6 +279,7 @@ def export_formats(
         "passed": not reasons,
         "failures": reasons,
         "networks": list(samples),
+        "weights_sha256": {task: source.metadata["weights_sha256"] for task, source in sources.items()},
         "formats": found,
         "opset": settings.export.opset,
         "compare": "quantised_images" if wide else settings.export.compare,

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import timm
 import torch
 import yaml
 from torch import nn
@@ -27,6 +26,7 @@ from ..config.layers import Layer
 from ..config.load import settings_as_yaml
 from ..config.schema import Settings, SettingsError
 from ..errors import PillsnapError
+from ..models.classifier import PillNetwork
 from ..models.detector import RawDetections, detector_network
 from ..provenance import git_revision
 from ..runlog import RunLog, decide
@@ -153,13 +153,15 @@ class Trained:
         self.classifier: nn.Module | None = None
         self.detector: nn.Module | None = None
         if "detector" in content:
-            network = detector_network(self.names["detector"]).eval()
-            network.load_state_dict(content["detector"])
-            self.detector = RawDetections(network).eval()
+            detector = detector_network(self.names["detector"]).eval()
+            detector.load_state_dict(content["detector"])
+            self.detector = RawDetections(detector).eval()
         if "classifier" in content or self.detector is None:
-            classifier = timm.create_model(self.names["classifier"], num_classes=len(self.rules.class_map)).eval()
-            classifier.load_state_dict(content["classifier"])
-            self.classifier = classifier
+            state = content["classifier"]
+            size = len(state["embedding.weight"])
+            network = PillNetwork(self.names["classifier"], len(self.rules.class_map), size).eval()
+            network.load_state_dict(state)
+            self.classifier = network
 
     def networks(self) -> dict[str, nn.Module]:
         """The networks that the run has, by name."""
@@ -213,10 +215,15 @@ def model_config(
     settings: Settings,  # model is read
     classes: int,  # drugs of the class map
 ) -> dict[str, dict[str, Any]]:  # of classifier and detector
-    """What it takes to build the networks again and to feed them: name, input size in pixels, number of classes."""
+    """What it takes to build the networks again and to feed them: name, input size in pixels, sizes of the outputs."""
     classifier, detector = settings.model.classifier, settings.model.detector
     return {
-        "classifier": {"name": classifier.name, "input_size": classifier.image_size, "num_classes": classes},
+        "classifier": {
+            "name": classifier.name,
+            "input_size": classifier.image_size,
+            "num_classes": classes,
+            "embedding_size": classifier.embedding_size,
+        },
         "detector": {"name": detector.name, "input_size": detector.image_size, "num_classes": 1},
     }
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ..models.embedding_losses import EMBEDDING_LOSSES
 
 import pillsnap
 from ..answer.rules import Rules
@@ -94,6 +95,7 @@ def check_choices(
     pick(SCHEDULES, settings.train.schedule, "train.schedule")
     pick(LOSSES, chosen.loss, "train.classifier.loss")
     pick(CLASS_WEIGHTS, chosen.class_weights, "train.classifier.class_weights")
+    pick(EMBEDDING_LOSSES, chosen.embedding_loss, "train.classifier.embedding_loss")
 
 
 def train(
