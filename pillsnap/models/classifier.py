@@ -135,5 +135,6 @@ def normalisation(
     network: nn.Module,  # from `build_classifier`, or its timm network
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:  # mean and standard deviation of R, G, B; pixels from 0 to 1
     """Mean and standard deviation that the network's weights expect."""
-    config = resolve_model_data_config(getattr(network, "body", network))  # type: ignore[no-untyped-call]  # timm has no annotations here
+    body = getattr(network, "body", network)
+    config = resolve_model_data_config(body)  # type: ignore[no-untyped-call]  # timm has no annotations here
     return tuple(config["mean"]), tuple(config["std"])

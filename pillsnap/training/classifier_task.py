@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from ..models.embedding_losses import EMBEDDING_LOSSES
 from torch import nn
 from torch.nn import functional
 
@@ -19,6 +18,7 @@ from ..data.augment import augment_crops
 from ..data.batches import Batch
 from ..metrics import classification_metrics
 from ..models.classifier import PillNetwork, normalisation
+from ..models.embedding_losses import EMBEDDING_LOSSES
 from .tasks import Row, Task
 
 # %% auto #0

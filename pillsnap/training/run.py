@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ..models.embedding_losses import EMBEDDING_LOSSES
 
 import pillsnap
 from ..answer.rules import Rules
@@ -29,6 +28,7 @@ from ..data.manifest import load_dataset, prepare_data, save_dataset
 from ..data.moved import dataset_of_run, follow_data
 from ..data.parts import check_parts
 from ..data.readers.layouts import check_layout
+from ..models.embedding_losses import EMBEDDING_LOSSES
 from ..provenance import git_revision
 from ..runlog import LOGGER, RunLog, decide, open_run
 from ..sample.write import write_sample
