@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from pillsnap.service.inference.model_manager import LoadedModels
 
 # %% auto #0
-__all__ = ['models', 'ship', 'archive', 'watch', 'demo', 'predict']
+__all__ = ['root_or_here', 'settings_or_defaults', 'models', 'ship', 'archive', 'watch', 'demo', 'predict']
 
 # %% ../nbs/23_model_commands.ipynb #5d0a71c6
-def _root_or_here() -> Path:
+def root_or_here() -> Path:
     """The project's folder, or the current one outside of a project."""
     try:
         return find_root()
@@ -30,9 +30,11 @@ def _root_or_here() -> Path:
         return Path.cwd()
 
 
-def _settings_or_defaults(arguments: Namespace) -> Settings:
+def settings_or_defaults(
+    arguments: Namespace,  # parsed command line
+) -> Settings:
     """Settings for a machine that only identifies pills: it has a model, but config.yaml may be missing."""
-    if arguments.cfg or arguments.overrides or (_root_or_here() / "config.yaml").is_file():
+    if arguments.cfg or arguments.overrides or (root_or_here() / "config.yaml").is_file():
         return settings_from(arguments)
     return Settings()
 
@@ -41,11 +43,11 @@ def models(arguments: Namespace) -> int:
     """List, show, push, pull, promote and roll back versions in the model store, or describe a model file."""
     words = [word for word in arguments.words if "=" not in word]
     arguments.overrides += [word for word in arguments.words if "=" in word]
-    settings = _settings_or_defaults(arguments)
+    settings = settings_or_defaults(arguments)
     from pillsnap.registry.release import run_models_command
 
     given = (arguments.run, arguments.out, arguments.note, arguments.resumable)
-    print(run_models_command(arguments.what, words, settings, _root_or_here(), *given))
+    print(run_models_command(arguments.what, words, settings, root_or_here(), *given))
     return 0
 
 
@@ -94,13 +96,13 @@ def archive(arguments: Namespace) -> int:
 
 def _release_files(arguments: Namespace) -> tuple[Path, Path | None]:
     """The folder with the models, and the settings file if there is one."""
-    settings = _settings_or_defaults(arguments)
-    models = arguments.model or load_environment(_root_or_here(), settings.serve).model_path
+    settings = settings_or_defaults(arguments)
+    models = arguments.model or load_environment(root_or_here(), settings.serve).model_path
     if models is None:
         raise SettingsError(
             "there is no model folder to pack: name one with --model, with serve.model_path or with MODEL_PATH in .env"
         )
-    config = arguments.cfg or _root_or_here() / "config.yaml"
+    config = arguments.cfg or root_or_here() / "config.yaml"
     return Path(models), config if config.is_file() else None
 
 
@@ -142,8 +144,8 @@ def predict(arguments: Namespace) -> int:
 
     from pillsnap.service.client.client import TIMEOUT, predict_local, predict_photos, predict_remote
 
-    settings = _settings_or_defaults(arguments)
-    environment = load_environment(_root_or_here(), settings.serve)
+    settings = settings_or_defaults(arguments)
+    environment = load_environment(root_or_here(), settings.serve)
     request = {"pipeline": arguments.pipeline, "top_k": arguments.top_k}
     if not arguments.url:
         loaded = _open_models(arguments.model or environment.model_path, settings)
@@ -167,7 +169,7 @@ def _open_models(folder: Path | None, settings: Settings) -> LoadedModels:
             "there is no model folder: name one with --model, with serve.model_path or with MODEL_PATH in .env, "
             "or a server with --url"
         )
-    from pillsnap.answer.factory import load_identifier
+    from pillsnap.answer.gallery.recognise import open_identifier
     from pillsnap.service.inference.model_manager import load
 
-    return load(Path(folder), partial(load_identifier, threads=settings.serve.threads, engine=settings.serve.engine))
+    return load(Path(folder), partial(open_identifier, threads=settings.serve.threads, engine=settings.serve.engine))

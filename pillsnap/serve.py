@@ -21,7 +21,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from . import __version__
-from .answer.factory import load_identifier
+from .answer.gallery.recognise import open_identifier
 from .answer.identify import PIPELINES, Identifier
 from .config.environment import Environment, load_environment
 from .config.load import find_root, load_settings
@@ -45,7 +45,7 @@ __all__ = ['app', 'create_app']
 
 # %% ../nbs/20_serve.ipynb #4bae5a3c
 def _open(folder: Path, threads: int, engine: str, advanced: bool) -> Identifier:
-    identifier = load_identifier(folder, threads, engine, detect=advanced)
+    identifier = open_identifier(folder, threads, engine, detect=advanced)
     if advanced:
         from pillsnap.service.inference.dynamic_batching import DynamicBatcher, choose_batching
 

@@ -36,10 +36,12 @@ LAYERS = [
     ["demo"],
     ["commands"],
     ["model_commands"],
+    ["gallery_commands"],
     ["cli"],
 ]
 # Subpackages of a package in the same order; "" stands for the modules of the package itself.
 SUBPACKAGES = {
+    "answer": ["", "gallery"],
     "data": ["reading", "readers", "scan", "splits", "cache", ""],
     "training": ["device", "report", ""],
     "service": ["", "guard", "inference", "page", "endpoints", "client"],

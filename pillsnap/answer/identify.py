@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from time import perf_counter
 from typing import Any
 
@@ -19,11 +19,11 @@ from .rules import ModelMismatch, Rules
 from ..errors import PillsnapError
 from ..runtime.boxes import Box
 from ..runtime.letterbox import letterbox, normalise
-from ..runtime.session import ModelError
+from ..runtime.session import ModelError, all_outputs
 
 # %% auto #0
-__all__ = ['PIPELINES', 'IdentifyError', 'Candidate', 'Pill', 'Identification', 'percent', 'is_grey', 'softmax', 'PillCrops',
-           'Identifier']
+__all__ = ['PIPELINES', 'IdentifyError', 'Candidate', 'Match', 'Pill', 'Identification', 'percent', 'is_grey', 'softmax',
+           'PillCrops', 'Identifier']
 
 # %% ../../nbs/answer/03_identify.ipynb #06c0ff0c
 class IdentifyError(PillsnapError):
@@ -43,6 +43,16 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class Match:
+    """A reference of the gallery that looks like a pill."""
+
+    drugs: tuple[Drug, ...]  # one, or several that look the same from this side
+    similarity: float  # cosine of the embeddings, -1 to 1
+    side: str  # of the reference: "front", "back", "" = not known
+    picture: bytes  # of the reference, a small JPEG
+
+
+@dataclass(frozen=True)
 class Pill:
     """One pill of a photo and its candidates."""
 
@@ -52,6 +62,8 @@ class Pill:
     # Its confidence reached the rules' sure_confidence, in a photo with colours, and the detector, where there is
     # one, has found it.
     sure: bool
+    embedding: np.ndarray | None = field(default=None, compare=False, repr=False)  # (size,); None = not computed
+    matches: tuple[Match, ...] = ()  # of the gallery, most similar first; none where there is no gallery
 
     @property
     def drug(self) -> Drug:
@@ -164,6 +176,7 @@ class Identifier:
         self.classify = classify
         self.detect = detect
         self.rules = rules
+        self.with_embeddings = False  # compute them beside the logits, in the same pass
 
     def identify(
         self,
@@ -220,10 +233,10 @@ class Identifier:
     ) -> Identification:
         """Classify the cropped pills of a photo."""
         started = perf_counter()
-        probabilities = self._probabilities(crops.crops)
+        probabilities, embeddings = self._outputs(crops.crops)
         pills = [
-            self._pill(box, score, row, top_k, crops.grey)
-            for box, score, row in zip(crops.boxes, crops.scores, probabilities, strict=True)
+            replace(self._pill(box, score, row, top_k, crops.grey), embedding=embedding)
+            for box, score, row, embedding in zip(crops.boxes, crops.scores, probabilities, embeddings, strict=True)
         ]
         seconds = crops.seconds | {"classify": perf_counter() - started}
         milliseconds = {
@@ -278,23 +291,38 @@ class Identifier:
             crops[index] = crop_pill(image, Box(*map(float, box)), self.rules.margin, size)
         return crops
 
-    def _probabilities(
+    def embed(
         self,
         crops: np.ndarray,  # RGB, uint8, (n, size, size, 3)
-    ) -> np.ndarray:  # probabilities, (n, classes)
-        classes = len(self.rules.class_map)
-        batches = [np.empty((0, classes), np.float32)]
-        for start in range(0, len(crops), _BATCH):
-            logits = np.asarray(
-                self.classify(normalise(crops[start : start + _BATCH], self.rules.mean, self.rules.std))
+    ) -> np.ndarray:  # float32, (n, embedding size), of length 1
+        """Compute the embeddings of crops; raises `ModelMismatch` for a classifier that has none."""
+        return np.concatenate([self._compute(batch, embeddings=True)[1] for batch in _batches(crops)])
+
+    def _outputs(
+        self,
+        crops: np.ndarray,  # RGB, uint8, (n, size, size, 3)
+    ) -> tuple[np.ndarray, Sequence[np.ndarray | None]]:  # probabilities, (n, classes); embeddings, if wanted
+        computed = [self._compute(batch, self.with_embeddings) for batch in _batches(crops)]
+        probabilities = [softmax(outputs[0]) for outputs in computed]
+        embeddings = [row for outputs in computed for row in outputs[1]] if self.with_embeddings else None
+        empty = np.empty((0, len(self.rules.class_map)), np.float32)
+        return np.concatenate([empty, *probabilities]), embeddings or [None] * len(crops)
+
+    def _compute(
+        self,
+        crops: np.ndarray,  # RGB, uint8, (n, size, size, 3)
+        embeddings: bool,  # give them too
+    ) -> tuple[np.ndarray, ...]:  # logits, and perhaps embeddings
+        pixels, classes = normalise(crops, self.rules.mean, self.rules.std), len(self.rules.class_map)
+        outputs = all_outputs(self.classify, pixels) if embeddings else (np.asarray(self.classify(pixels)),)
+        if outputs[0].shape[1:] != (classes,):
+            raise ModelMismatch(
+                f"The classifier answers for {outputs[0].shape[1:]} classes, the class map has {classes}: "
+                "use the model and the rules of the same run."
             )
-            if logits.shape[1:] != (classes,):
-                raise ModelMismatch(
-                    f"The classifier answers for {logits.shape[1:]} classes, the class map has {classes}: "
-                    "use the model and the rules of the same run."
-                )
-            batches.append(softmax(logits))
-        return np.concatenate(batches)
+        if embeddings and len(outputs) < 2:
+            raise ModelMismatch("The classifier gives no embeddings: train and export it with this version.")
+        return outputs
 
     def _pill(
         self,
@@ -314,6 +342,12 @@ class Identifier:
         return Pill(
             Box(*(round(float(value), 2) for value in box)), None if score is None else float(score), candidates, sure
         )
+
+
+def _batches(
+    crops: np.ndarray,  # (n, size, size, 3)
+) -> list[np.ndarray]:
+    return [crops[start : start + _BATCH] for start in range(0, len(crops), _BATCH)]
 
 
 def _select(

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..answer.gallery.gallery_file import GALLERY_FILE, settle_gallery
 from ..answer.rules import Rules
 from ..atomic import sha256, write_json
 from ..config.schema import Settings
@@ -313,6 +314,9 @@ def _release(report: dict[str, Any], work: Path, target: Path) -> dict[str, Any]
     if target.exists():
         target.rename(before)
     work.rename(target)
+    if (before / GALLERY_FILE).is_file():
+        shutil.copyfile(before / GALLERY_FILE, target / GALLERY_FILE)
+        settle_gallery(target, report["weights_sha256"].get("classifier", ""))
     shutil.rmtree(before, ignore_errors=True)
     if rejected:
         aside.rename(work)

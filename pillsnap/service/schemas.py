@@ -5,6 +5,7 @@
 # %% ../../nbs/service/01_schemas.ipynb #7c6ec209
 from __future__ import annotations
 
+import base64
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -13,8 +14,8 @@ from ..answer.classes import Drug
 from ..answer.identify import Identification, Identifier, Pill
 
 # %% auto #0
-__all__ = ['NOTICE', 'DrugResponse', 'drug_response', 'BoxResponse', 'CandidateResponse', 'PillResponse', 'PhotoResponse',
-           'HintResponse', 'ModelResponse', 'Prediction', 'model_response', 'prediction_response']
+__all__ = ['NOTICE', 'DrugResponse', 'drug_response', 'BoxResponse', 'CandidateResponse', 'MatchResponse', 'PillResponse',
+           'PhotoResponse', 'HintResponse', 'ModelResponse', 'Prediction', 'model_response', 'prediction_response']
 
 # %% ../../nbs/service/01_schemas.ipynb #7f5180f5
 NOTICE = (
@@ -64,6 +65,15 @@ class CandidateResponse(DrugResponse):
     confidence: float = Field(ge=0, le=1, examples=[0.97])
 
 
+class MatchResponse(BaseModel):
+    """A reference of the gallery that looks like a pill."""
+
+    drugs: list[DrugResponse] = Field(description="one, or several that look the same from this side")
+    similarity: float = Field(description="cosine of the embeddings, -1 to 1", examples=[0.87])
+    side: str | None = Field(description="of the reference: front, back, null = not known", examples=["front"])
+    picture: str = Field(description="the reference, a small JPEG as a data: address")
+
+
 class PillResponse(CandidateResponse):
     """One pill: its box, its drug and the other candidates."""
 
@@ -75,6 +85,9 @@ class PillResponse(CandidateResponse):
     sure: bool = Field(description="the confidence reached the level set for this model, in a photo with colours")
     candidates: list[CandidateResponse] = Field(
         description="best first, as many as top_k asks for; the answer is the first of them"
+    )
+    matches: list[MatchResponse] = Field(
+        default=[], description="only with a gallery: the appearances in it that look most like the pill, best first"
     )
 
 
@@ -151,12 +164,22 @@ def model_response(
 
 def _pill_response(pill: Pill) -> dict[str, Any]:
     candidates = [drug_response(candidate.drug) | {"confidence": candidate.confidence} for candidate in pill.candidates]
-    return candidates[0] | {
+    matches = [
+        {
+            "drugs": [drug_response(drug) for drug in match.drugs],
+            "similarity": match.similarity,
+            "side": match.side or None,
+            "picture": f"data:image/jpeg;base64,{base64.b64encode(match.picture).decode()}",
+        }
+        for match in pill.matches
+    ]
+    answer = {
         "box": pill.box._asdict(),
         "box_confidence": pill.box_confidence,
         "sure": pill.sure,
         "candidates": candidates,
     }
+    return candidates[0] | answer | ({"matches": matches} if matches else {})
 
 
 def prediction_response(
