@@ -27,6 +27,7 @@ LAYERS = [
     ["data", "sample"],
     ["models"],
     ["training"],
+    ["quality"],
     ["evaluation"],
     ["export"],
     ["registry", "packaging"],
@@ -40,8 +41,10 @@ LAYERS = [
 ]
 # Subpackages of a package in the same order; "" stands for the modules of the package itself.
 SUBPACKAGES = {
+    "answer": ["", "quality"],
     "data": ["reading", "readers", "scan", "splits", "cache", ""],
     "training": ["device", "report", ""],
+    "quality": ["ranking", "pairs", ""],
     "service": ["", "guard", "inference", "page", "endpoints", "client"],
     "bench": ["", "data", "training", "engines", "gpu", "serving"],
 }
