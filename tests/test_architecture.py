@@ -46,7 +46,7 @@ SUBPACKAGES = {
     "training": ["device", "report", ""],
     "quality": ["ranking", "pairs", ""],
     "service": ["", "guard", "inference", "page", "endpoints", "client"],
-    "bench": ["", "data", "training", "engines", "gpu", "serving"],
+    "bench": ["", "data", "training", "engines", "gpu", "serving", "quality"],
 }
 LAYER = {package: number for number, layer in enumerate(LAYERS) for package in layer}
 

@@ -135,8 +135,8 @@ def photos(tmp_path: Path) -> tuple[pd.DataFrame, Path]:
 
 
 def settings(folder: Path, **more: object) -> TrainingConfig:
-    values = {"max_epochs": 12, "learning_rate": 1e-3, "device": "cpu", "checkpoint_dir": str(folder / "checkpoints")}
-    return TrainingConfig(**{**values, **more})
+    values = {"max_epochs": 12, "learning_rate": 1e-3, "early_stopping_patience": 0, "device": "cpu"}
+    return TrainingConfig(**{**values, "checkpoint_dir": str(folder / "checkpoints"), **more})
 
 
 def test_from_a_table_to_scores_of_photos_that_were_not_trained_on(photos: tuple[pd.DataFrame, Path]):
@@ -216,8 +216,10 @@ def test_a_lack_of_memory_is_a_runtime_error(photos: tuple[pd.DataFrame, Path], 
     with pytest.raises(RuntimeError, match="out of memory with batches of 32 pairs: lower batch_size") as caught:
         Trainer(model, settings(folder)).fit(loader)
     assert isinstance(caught.value, PillsnapError)
-    with pytest.raises(RuntimeError, match="out of memory with batches of 8 pairs"):
+    with pytest.raises(RuntimeError, match="out of memory with batches of 1 pair: lower batch_size"):
         PerformanceBenchmarks(model).run_full_benchmark(8, 32)
+    with pytest.raises(RuntimeError, match="out of memory with batches of 8 pairs"):
+        PerformanceBenchmarks(model).measure_memory_usage(8, 32)
 
 
 # Other bad input: one sentence each
