@@ -44,7 +44,7 @@ SUBPACKAGES = {
     "answer": ["", "quality"],
     "data": ["reading", "readers", "scan", "splits", "cache", ""],
     "training": ["device", "report", ""],
-    "quality": ["ranking", "pairs", ""],
+    "quality": ["ranking", "pairs", "degradations", ""],
     "service": ["", "guard", "inference", "page", "endpoints", "client"],
     "bench": ["", "data", "training", "engines", "gpu", "serving", "quality"],
 }
