@@ -14,7 +14,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .commands import bench, cache, evaluate, export, gate, refuse, runs, sample, scan, show_config, train
+from pillsnap.commands import (
+    bench,
+    cache,
+    evaluate,
+    export,
+    gate,
+    quality,
+    refuse,
+    runs,
+    sample,
+    scan,
+    show_config,
+    train,
+)
 from .config.load import load_plugins_of
 from .errors import PillsnapError
 from .model_commands import archive, demo, models, predict, ship, watch
@@ -97,6 +110,15 @@ OPTIONS = {  # of each command, in addition to the settings
             metavar="DIR",
             help="gets benchmark_YYYYMMDD_HHMMSS.json (default: %(default)s)",
         ),
+    ],
+    "quality": [
+        _option(
+            "what",
+            choices=("train", "test", "grade"),
+            help="train on photos with boxes; test and grade need a model; grade prints CSV, the worst photos first",
+        ),
+        _option("--model", type=Path, metavar="FILE", help="trained model (default: quality.onnx in --out)"),
+        _option("--out", type=Path, metavar="DIR", help="gets the model (default: quality below paths.run_root)"),
     ],
     "models": [
         _option(
@@ -187,6 +209,7 @@ COMMANDS = {
         export,
         bench,
         gate,
+        quality,
         models,
         ship,
         archive,

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['settings_from', 'settings_of_run', 'print_json', 'words_of', 'refuse', 'show_config', 'sample', 'scan', 'cache',
-           'train', 'evaluate', 'runs', 'export', 'bench', 'gate']
+           'train', 'evaluate', 'runs', 'export', 'bench', 'gate', 'quality']
 
 # %% ../nbs/22_commands.ipynb #0b916f68
 def settings_from(
@@ -259,3 +259,34 @@ def gate(arguments: Namespace) -> int:
     for sentence in report["failures"]:
         print(f"Not to be deployed: {sentence}", file=sys.stderr)
     return 0 if report["passed"] else 1
+
+# %% ../nbs/22_commands.ipynb #9ccbc36c
+def quality(arguments: Namespace) -> int:
+    """Train the network that judges photos, test it on held-out ones, or grade a dataset with it, the worst first."""
+    settings = settings_from(arguments)
+    from pillsnap.quality.examples import PARTS, sources_of_folder
+    from pillsnap.training.run import data_root
+
+    folder = (arguments.out or settings.paths.run_root / "quality").resolve()
+    if arguments.what == "train":
+        from pillsnap.quality.train import train_doorkeeper
+
+        train_doorkeeper(sources_of_folder(settings, data_root(settings), "train"), folder)
+        print(folder / "quality.onnx")
+        return 0
+    from pillsnap.answer.quality.judge import load_judge
+
+    model = arguments.model or folder / "quality.onnx"
+    if not model.is_file():
+        raise SettingsError(f"there is no quality model {model}: train one, or name its file with --model")
+    judge = load_judge(model)
+    if arguments.what == "test":
+        from pillsnap.quality.evaluate import measure_doorkeeper
+
+        print_json(measure_doorkeeper(judge, sources_of_folder(settings, data_root(settings), *PARTS[1:])))
+        return 0
+    from pillsnap.quality.grade import grade_photos
+
+    grades = grade_photos(judge, sources_of_folder(settings, data_root(settings), *PARTS))
+    print(grades.with_columns(reasons=grades["reasons"].list.join(" ")).write_csv(), end="")
+    return 0

@@ -13,8 +13,8 @@ from pillsnap.answer.quality.judge import load_judge
 from pillsnap.answer.quality.reasons import REASONS
 from pillsnap.bench.quality.plain import plain_pill
 from pillsnap.quality import train
-from pillsnap.quality.learn import LearningOptions
 from pillsnap.quality.degradations.table import DEGRADATIONS, Draw
+from pillsnap.quality.learn import LearningOptions
 from pillsnap.runtime.session import ModelError
 
 
