@@ -250,6 +250,7 @@ def test_a_damaged_photo_is_replaced_by_one_of_its_tier_and_named(
     table, folder = photos
     (folder / "A4.png").write_bytes((folder / "A4.png").read_bytes()[:200])
     dataset = PairwiseDataset(table, str(folder), transforms.ToTensor())
+    dataset.draw(at_most=480)
     history = Trainer(PairwiseRankingModel(SMALL, device="cpu"), settings(folder, max_epochs=1)).fit(
         DataLoader(dataset, 64)
     )
@@ -347,7 +348,9 @@ def test_a_missing_or_damaged_checkpoint_is_a_sentence(tmp_path: Path, content: 
 
 def test_a_training_goes_on_without_wandb(photos: tuple[pd.DataFrame, Path], monkeypatch: pytest.MonkeyPatch):
     table, folder = photos
-    loader = DataLoader(PairwiseDataset(table[::3], str(folder), transforms.ToTensor()), 64)
+    dataset = PairwiseDataset(table, str(folder), transforms.ToTensor())
+    dataset.draw(at_most=24)
+    loader = DataLoader(dataset, 12)
     config = settings(folder, max_epochs=1, wandb_enabled=True, wandb_project="mirip-ranking")
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert Trainer(PairwiseRankingModel(SMALL, device="cpu"), config).fit(loader)["train_acc"]
@@ -366,7 +369,9 @@ def test_settings_that_cannot_be_used_are_refused(wrong: dict):
 
 def test_a_frozen_backbone_stays_frozen_through_a_training(photos: tuple[pd.DataFrame, Path]):
     table, folder = photos
-    loader = DataLoader(PairwiseDataset(table[::3], str(folder), transforms.ToTensor()), 50)
+    dataset = PairwiseDataset(table, str(folder), transforms.ToTensor())
+    dataset.draw(at_most=24)
+    loader = DataLoader(dataset, 12)
     for frozen in (True, False):
         model = PairwiseRankingModel("tf_efficientnet_lite0", freeze_backbone=frozen, device="cpu")
         before = {key: tensor.clone() for key, tensor in model.feature_extractor.state_dict().items()}

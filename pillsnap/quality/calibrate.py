@@ -74,7 +74,8 @@ def calibrate(
     network.set_scale(float(np.median(raw[ranks == 0])), float(np.median(worst)))
     outputs = predict(Served(network), validation, network, device)[:, 0]
     scores = outputs[:, 0]
-    missing = [name for name, occurs in zip(REASONS, validation.reasons.any(0)) if not occurs]
+    occurs = validation.reasons.sum(0) > 0
+    missing = [name for number, name in enumerate(REASONS) if not occurs[number]]
     if missing:
         decide("threshold of reasons", "one half", f"no photo held out shows {', '.join(missing)}", fallback=True)
     accept = float(np.quantile(scores[ranks <= 1], 1 - KEPT))

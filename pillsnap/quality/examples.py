@@ -115,7 +115,7 @@ def as_jpeg(
 ) -> Scene:
     """Save a photo as a JPEG and open it again."""
     data = cv2.imencode(".jpg", scene.photo[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
-    return replace(scene, photo=np.ascontiguousarray(cv2.imdecode(data, cv2.IMREAD_COLOR)[..., ::-1]))
+    return replace(scene, photo=np.asarray(cv2.imdecode(data, cv2.IMREAD_COLOR_RGB)))
 
 
 def variant(

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -37,7 +38,7 @@ def grade_photos(
         rows.append((source.image, verdict.score, verdict.tier, list(verdict.reasons)))
     if left_out:
         decide("graded photos", f"{left_out} left out", "they are damaged, or their box is", fallback=True)
-    schema = {"image": pl.String, "score": pl.Float64, "tier": pl.String, "reasons": pl.List(pl.String)}
+    schema: dict[str, Any] = {"image": pl.String, "score": pl.Float64, "tier": pl.String, "reasons": pl.List(pl.String)}
     return pl.DataFrame(rows, schema, orient="row").sort("score", "image")
 
 

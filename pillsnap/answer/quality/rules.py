@@ -49,7 +49,8 @@ class QualityRules:
     ) -> QualityRules:
         """Read rules; raises `ModelMismatch` for those of another version."""
         try:
-            rules = cls(**{name: tuple(part) if isinstance(part, list) else part for name, part in value.items()})
+            parts: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in value.items()}
+            rules = cls(**parts)
         except TypeError as error:
             raise ModelMismatch(
                 f"The rules of the quality model cannot be used ({error}): train it again with this version."
