@@ -15,6 +15,7 @@ from pillsnap.bench.quality.plain import plain_pill
 from pillsnap.quality import train
 from pillsnap.quality.degradations.table import DEGRADATIONS, Draw
 from pillsnap.quality.learn import LearningOptions
+from pillsnap.quality.network import DoorkeeperNetwork
 from pillsnap.runtime.session import ModelError
 
 
@@ -47,6 +48,7 @@ def trained(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     words = ["--data-root", str(dataset), "--out", str(out), "--profile", "cpu", f"paths.cache_root={out / 'cache'}"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "LearningOptions", lambda: LearningOptions(epochs=2, batch=16))
+        patch.setattr(train, "DoorkeeperNetwork", lambda backbone: DoorkeeperNetwork("random:test_efficientnet"))
         assert cli.main(["quality", "train", *words]) == 0
     return out, words
 
