@@ -5,7 +5,7 @@
 # %% ../../nbs/quality/04_learn.ipynb #133e1df2
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +25,7 @@ from ..training.schedule import TrainingError, learning_rate_factor
 
 # %% auto #0
 __all__ = ['POSITIVE_WEIGHT', 'ranking_loss', 'doorkeeper_loss', 'random_symmetry', 'LearningOptions', 'batches', 'predict',
-           'validation_metrics', 'learn']
+           'validation_metrics', 'Stage', 'kept_textures', 'head_stage', 'network_stage', 'train_epoch', 'learn']
 
 # %% ../../nbs/quality/04_learn.ipynb #1a118ffd
 POSITIVE_WEIGHT = 4.0  # of a reason that holds
@@ -74,9 +74,11 @@ def random_symmetry(
 class LearningOptions:
     """Settings of the training."""
 
-    epochs: int = 20
+    head_epochs: int = 40  # of the heads alone
+    epochs: int = 8  # of the whole network
     batch: int = 32  # examples, two variants each
-    learning_rate: float = 1e-3  # highest
+    head_rate: float = 1e-3  # highest learning rate of the heads alone
+    learning_rate: float = 3e-4  # highest learning rate of the whole network
     weight_decay: float = 0.01
     seed: int = 42
 
@@ -122,6 +124,105 @@ def validation_metrics(
         macro_f1=lambda: reasons_macro_f1(outputs[:, 0, 1:] > 0, examples.reasons),
     )
 
+# %% ../../nbs/quality/04_learn.ipynb #7f2a13ff
+@dataclass(frozen=True)
+class Stage:
+    """One of the two stages."""
+
+    name: str
+    epochs: int
+    rate: float  # highest learning rate
+    outputs: Callable[[np.ndarray], torch.Tensor]  # numbers of examples -> raw (n, variants, 1 + reasons)
+    validate: Callable[[], np.ndarray]  # raw (examples, variants, 1 + reasons) of the validation
+
+
+@torch.no_grad()
+def kept_textures(
+    network: DoorkeeperNetwork,
+    examples: Examples,
+    device: torch.device,
+) -> torch.Tensor:  # (examples, variants, textures)
+    """Textures of all views, in evaluation mode."""
+    network.eval()
+    order = np.arange(len(examples))
+    found = [network.textures(views.to(device)) for views, _, _ in batches(examples, network, 64, order)]
+    return torch.cat(found).reshape(len(examples), examples.views.shape[1], -1)
+
+
+def head_stage(
+    network: DoorkeeperNetwork,
+    training: Examples,
+    validation: Examples,
+    options: LearningOptions,
+    device: torch.device,
+) -> Stage:
+    """The heads alone, on kept textures."""
+    textures, held_out = (kept_textures(network, part, device) for part in (training, validation))
+
+    def judge(chosen: torch.Tensor) -> torch.Tensor:
+        return network.judge_textures(chosen.flatten(0, 1)).reshape(*chosen.shape[:2], -1)
+
+    @torch.no_grad()
+    def validate() -> np.ndarray:
+        network.eval()
+        outputs: np.ndarray = judge(held_out).cpu().numpy()
+        return outputs
+
+    return Stage(
+        "heads", options.head_epochs, options.head_rate, lambda order: judge(textures[order.tolist()]), validate
+    )
+
+
+def network_stage(
+    network: DoorkeeperNetwork,
+    training: Examples,
+    validation: Examples,
+    options: LearningOptions,
+    device: torch.device,
+) -> Stage:
+    """The whole network, on views that are turned and mirrored."""
+    generator = torch.Generator().manual_seed(options.seed)
+
+    def outputs(order: np.ndarray) -> torch.Tensor:
+        views, _, _ = next(batches(training, network, len(order), order))
+        raw: torch.Tensor = network(random_symmetry(views, generator).to(device))
+        return raw.reshape(len(order), -1, raw.shape[1])
+
+    def validate() -> np.ndarray:
+        return predict(network, validation, network, device)
+
+    return Stage("network", options.epochs, options.learning_rate, outputs, validate)
+
+# %% ../../nbs/quality/04_learn.ipynb #2efa7e5a
+def train_epoch(
+    network: DoorkeeperNetwork,
+    stage: Stage,
+    training: Examples,
+    options: LearningOptions,
+    epoch: int,  # from 0
+    optimizer: torch.optim.Optimizer,
+) -> float:  # mean loss
+    """Train on all examples once; raises `TrainingError` for a loss that is no number."""
+    network.train()
+    order = np.random.default_rng([options.seed, epoch]).permutation(len(training))
+    losses = []
+    for start in range(0, len(order), options.batch):
+        chosen = order[start : start + options.batch]
+        outputs = stage.outputs(chosen)
+        ranks, reasons = torch.from_numpy(training.ranks[chosen]), torch.from_numpy(training.reasons[chosen])
+        loss = doorkeeper_loss(outputs, ranks.to(outputs.device), reasons.to(outputs.device))
+        if not torch.isfinite(loss):
+            raise TrainingError(f"The loss is {loss.item()} in epoch {epoch + 1}: lower the learning rate.")
+        optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(loss)
+        nn.utils.clip_grad_norm_(network.parameters(), 5.0)
+        seen = (epoch + start / len(order)) / stage.epochs
+        for group in optimizer.param_groups:
+            group["lr"] = stage.rate * learning_rate_factor("cosine", seen, 0.1)
+        optimizer.step()
+        losses.append(loss.item())
+    return float(np.mean(losses))
+
 
 def learn(
     network: DoorkeeperNetwork,  # on the device; its best weights are loaded at the end
@@ -129,38 +230,21 @@ def learn(
     validation: Examples,
     options: LearningOptions,
     device: torch.device,
-) -> list[dict[str, float]]:  # metrics of each epoch
-    """Train with a cosine schedule; raises `TrainingError` for a loss that is no number."""
+) -> list[dict[str, float]]:  # metrics of each epoch, of both stages
+    """Train the heads, then the whole network, each with a cosine schedule."""
     set_seed(options.seed)
-    generator = torch.Generator().manual_seed(options.seed)
-    optimizer = make_optimizer(network, options.learning_rate, options.weight_decay, "doorkeeper")
-    steps = options.epochs * -(-len(training) // options.batch)
-    made = 0
     history: list[dict[str, float]] = []
     best, best_state = -1.0, learned_state(network)
-    for epoch in range(1, options.epochs + 1):
-        network.train()
-        losses = []
-        order = torch.randperm(len(training), generator=generator).numpy()
-        for views, ranks, reasons in batches(training, network, options.batch, order):
-            outputs = network(random_symmetry(views, generator).to(device))
-            outputs = outputs.reshape(len(ranks), -1, outputs.shape[1])
-            loss = doorkeeper_loss(outputs, ranks.to(device), reasons.to(device))
-            if not torch.isfinite(loss):
-                raise TrainingError(f"The loss is {loss.item()} in epoch {epoch}: lower the learning rate.")
-            optimizer.zero_grad(set_to_none=True)
-            torch.autograd.backward(loss)
-            nn.utils.clip_grad_norm_(network.parameters(), 5.0)
-            for group in optimizer.param_groups:
-                group["lr"] = options.learning_rate * learning_rate_factor("cosine", made / steps, 0.1)
-            optimizer.step()
-            made += 1
-            losses.append(loss.item())
-        metrics = validation_metrics(predict(network, validation, network, device), validation)
-        history.append({"loss": float(np.mean(losses)), **metrics})
-        values = " ".join(f"{name} {value:.4f}" for name, value in history[-1].items())
-        LOGGER.info("doorkeeper epoch %d of %d %s", epoch, options.epochs, values)
-        if (value := sum(metrics.values())) > best:
-            best, best_state = value, learned_state(network)
-    network.load_state_dict(best_state, strict=False)
+    for make_stage in (head_stage, network_stage):
+        stage = make_stage(network, training, validation, options, device)
+        optimizer = make_optimizer(network, stage.rate, options.weight_decay, "doorkeeper")
+        for epoch in range(stage.epochs):
+            loss = train_epoch(network, stage, training, options, epoch, optimizer)
+            metrics = validation_metrics(stage.validate(), validation)
+            history.append({"loss": loss, **metrics})
+            values = " ".join(f"{name} {value:.4f}" for name, value in history[-1].items())
+            LOGGER.info("doorkeeper %s epoch %d of %d %s", stage.name, epoch + 1, stage.epochs, values)
+            if (value := sum(metrics.values())) > best:
+                best, best_state = value, learned_state(network)
+        network.load_state_dict(best_state, strict=False)
     return history

@@ -90,8 +90,22 @@ class DoorkeeperNetwork(nn.Module):
         views: torch.Tensor,  # float (n, 6, size, size), normalised: frame, then pill
     ) -> torch.Tensor:  # (n, 1 + reasons): raw score, logits of the reasons
         """Raw outputs for training."""
-        pooled = self.trunk(views.reshape(-1, 3, *views.shape[2:]))  # frame, pill, frame, pill, ...
-        embedding = self.projector(pooled.reshape(-1, self.projector.input_dim))
+        return self.judge_textures(self.textures(views))
+
+    def textures(
+        self,
+        views: torch.Tensor,  # float (n, 6, size, size), normalised: frame, then pill
+    ) -> torch.Tensor:  # (n, textures of both views)
+        """What the trunk sees."""
+        pooled: torch.Tensor = self.trunk(views.reshape(-1, 3, *views.shape[2:]))  # frame, pill, frame, pill, ...
+        return pooled.reshape(-1, self.projector.input_dim)
+
+    def judge_textures(
+        self,
+        textures: torch.Tensor,  # (n, textures of both views)
+    ) -> torch.Tensor:  # (n, 1 + reasons): raw score, logits of the reasons
+        """What the heads make of it."""
+        embedding = self.projector(textures)
         return torch.cat([self.score_head(embedding), self.reason_head(embedding)], 1)
 
     def set_scale(
