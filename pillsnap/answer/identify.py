@@ -5,6 +5,7 @@
 # %% ../../nbs/answer/03_identify.ipynb #04dcf6a2
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from time import perf_counter
@@ -21,7 +22,8 @@ from ..runtime.letterbox import letterbox, normalise
 from ..runtime.session import ModelError
 
 # %% auto #0
-__all__ = ['PIPELINES', 'IdentifyError', 'Candidate', 'Pill', 'Identification', 'softmax', 'PillCrops', 'Identifier']
+__all__ = ['PIPELINES', 'IdentifyError', 'Candidate', 'Pill', 'Identification', 'percent', 'is_grey', 'softmax', 'PillCrops',
+           'Identifier']
 
 # %% ../../nbs/answer/03_identify.ipynb #06c0ff0c
 class IdentifyError(PillsnapError):
@@ -47,7 +49,9 @@ class Pill:
     box: Box  # pixels of the photo
     box_confidence: float | None  # that there is a pill, 0 to 1; None = nothing was detected, the whole photo was used
     candidates: list[Candidate]  # best first; the prediction is the first
-    sure: bool  # its confidence reached the rules' sure_confidence
+    # Its confidence reached the rules' sure_confidence, in a photo with colours, and the detector, where there is
+    # one, has found it.
+    sure: bool
 
     @property
     def drug(self) -> Drug:
@@ -94,6 +98,29 @@ class Identification:
         """Convert to plain values."""
         return asdict(self) | {"pills": [pill.to_json() for pill in self.pills]}
 
+
+def percent(
+    confidence: float,  # 0 to 1
+) -> str:
+    """A confidence for people, at most 99 %: nobody is entirely sure. The page rounds alike."""
+    return f"{min(99, math.floor(100 * confidence + 0.5))}%"
+
+# %% ../../nbs/answer/03_identify.ipynb #d6aa3257
+_NO_COLOUR = 4  # steps of 256 between the channels of a pixel
+_GREY_NOTE = "The photo has no colour, so the colours of the pills can't be compared: take a photo in colour."
+
+
+def is_grey(
+    image: np.ndarray,  # RGB, uint8, (height, width, 3)
+) -> bool:
+    """Whether a photo has no colour: the channels of its pixels are equal."""
+    for side in (16, 256):  # most photos show a colour in the first few pixels
+        step = max(1, min(image.shape[:2]) // side)
+        red, green, blue = image[::step, ::step].astype(np.int16).transpose(2, 0, 1)
+        if max(np.abs(red - green).max(), np.abs(green - blue).max(), np.abs(red - blue).max()) > _NO_COLOUR:
+            return False
+    return True
+
 # %% ../../nbs/answer/03_identify.ipynb #00da99fd
 def softmax(
     logits: np.ndarray,  # outputs of the classifier, (n, classes)
@@ -121,6 +148,7 @@ class PillCrops:
     notes: list[str]  # sentences for users
     hint: str | None  # why the pipeline combo may suit this photo better
     seconds: dict[str, float]  # detect, crop
+    grey: bool = False  # whether the photo has no colour, so that no pill is sure
 
 
 class Identifier:
@@ -143,16 +171,18 @@ class Identifier:
         pipeline: str,  # "single" or "combo"
         confidence: float | None = None,  # a detection below it is left out, 0 to 1; None = the rules' box_confidence
         top_k: int = 5,  # candidates for each pill
+        size: tuple[int, int] | None = None,  # width and height of the photo; None = those of `image`
     ) -> Identification:  # pills, timings and notes
         """Identify the pills of a photo; raises `IdentifyError` for an unknown pipeline or a missing detector."""
-        return self.classify_crops(self.crop_pills(image, pipeline, confidence), top_k)
+        return self.classify_crops(self.crop_pills(image, pipeline, confidence, size), top_k)
 
     def crop_pills(
         self,
         image: np.ndarray,  # RGB, uint8, (height, width, 3)
         pipeline: str,  # "single" or "combo"
         confidence: float | None = None,  # a detection below it is left out, 0 to 1; None = the rules' box_confidence
-    ) -> PillCrops:
+        size: tuple[int, int] | None = None,  # width and height of the photo; None = those of `image`
+    ) -> PillCrops:  # boxes in pixels of that size
         """Detect and crop the pills of a photo; raises `IdentifyError` as `identify` does."""
         if pipeline not in PIPELINES:
             raise IdentifyError(
@@ -172,11 +202,16 @@ class Identifier:
         )
         boxes, scores, notes = _select(boxes, scores, pipeline, self.detect is not None)
         crops = self._crops(image, boxes, whole=pipeline == "single")
+        grey = is_grey(image)
+        notes = [*notes, _GREY_NOTE] if grey else notes
         seconds = {"detect": detected - started, "crop": perf_counter() - detected}
+        width, height = size or image.shape[1::-1]
         if pipeline == "single" and not len(boxes):
-            whole = Box(0.0, 0.0, float(image.shape[1]), float(image.shape[0]))
-            return PillCrops(pipeline, crops, [whole], [None], notes, hint, seconds)
-        return PillCrops(pipeline, crops, boxes, scores, notes, hint, seconds)
+            whole = Box(0.0, 0.0, float(width), float(height))
+            return PillCrops(pipeline, crops, [whole], [None], notes, hint, seconds, grey)
+        if (width, height) != image.shape[1::-1]:
+            boxes = boxes * np.tile([width / image.shape[1], height / image.shape[0]], 2)
+        return PillCrops(pipeline, crops, boxes, scores, notes, hint, seconds, grey)
 
     def classify_crops(
         self,
@@ -187,7 +222,7 @@ class Identifier:
         started = perf_counter()
         probabilities = self._probabilities(crops.crops)
         pills = [
-            self._pill(box, score, row, top_k)
+            self._pill(box, score, row, top_k, crops.grey)
             for box, score, row in zip(crops.boxes, crops.scores, probabilities, strict=True)
         ]
         seconds = crops.seconds | {"classify": perf_counter() - started}
@@ -267,12 +302,15 @@ class Identifier:
         score: float | None,  # of the detection, 0 to 1
         probabilities: np.ndarray,  # (classes,)
         top_k: int,  # candidates
+        grey: bool,  # whether the photo has no colour
     ) -> Pill:
         candidates = [
             Candidate(self.rules.class_map[int(index)], float(probabilities[index]))
             for index in np.argsort(-probabilities, kind="stable")[:top_k]
         ]
-        sure = candidates[0].confidence >= self.rules.sure_confidence
+        # A guess from the whole photo, in which the detector has found nothing, is never sure.
+        seen = score is not None or self.detect is None
+        sure = seen and not grey and candidates[0].confidence >= self.rules.sure_confidence
         return Pill(
             Box(*(round(float(value), 2) for value in box)), None if score is None else float(score), candidates, sure
         )

@@ -5,7 +5,6 @@
 # %% ../../nbs/service/01_schemas.ipynb #7c6ec209
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -31,7 +30,7 @@ class DrugResponse(BaseModel):
     edi_codes: list[str] = Field(description="codes of the health insurance, none to several", examples=[["649900030"]])
     maker: str | None = Field(description="null = the training data does not say", examples=["Example Pharma"])
     details: dict[str, str] = Field(
-        description="what the training data says of its looks: shape, colors, print_front, print_back",
+        description="what the training data says: shape, colors, form, print_front, print_back, name_en, company_en",
         examples=[{"shape": "round", "print_front": "P 30"}],
     )
 
@@ -73,7 +72,7 @@ class PillResponse(CandidateResponse):
         description="that there is a pill, 0 to 1; null = nothing was detected, the whole photo was used",
         examples=[0.94],
     )
-    sure: bool = Field(description="the confidence reached the level set for this model")
+    sure: bool = Field(description="the confidence reached the level set for this model, in a photo with colours")
     candidates: list[CandidateResponse] = Field(
         description="best first, as many as top_k asks for; the answer is the first of them"
     )
@@ -124,6 +123,9 @@ class Prediction(BaseModel):
     annotated: str | None = Field(
         description="with annotate=true: the photo with boxes and names, a JPEG as a data: address"
     )
+    picture: str = Field(
+        default="", description="only with picture=true: the photo as the boxes lie on it, a JPEG as a data: address"
+    )
     notice: str = Field(examples=[NOTICE])
     model: ModelResponse
 
@@ -159,7 +161,7 @@ def _pill_response(pill: Pill) -> dict[str, Any]:
 
 def prediction_response(
     identification: Identification,  # of the identifier
-    shape: Sequence[int],  # of the photo's pixels: height, width, 3
+    size: tuple[int, int],  # width and height of the photo, pixels
     decode_ms: float,  # that decoding it took
     model: dict[str, Any],  # from `model_response`
     annotated: str | None,  # photo with boxes and names, a data: URL
@@ -173,7 +175,7 @@ def prediction_response(
     hint = {"pipeline": "combo", "reason": identification.hint} if identification.hint else None
     return {
         "pipeline": identification.pipeline,
-        "photo": {"width": shape[1], "height": shape[0]},
+        "photo": {"width": size[0], "height": size[1]},
         "pills": [_pill_response(pill) for pill in identification.pills],
         "timings_ms": timings,
         "notes": identification.notes,

@@ -14,7 +14,7 @@ import numpy as np
 from ...answer.crops import crop_pill
 from ..reading.photo_files import decode_photo
 from ...runtime.boxes import Box
-from ...runtime.images import ImageError
+from ...runtime.images import ImageError, Photo
 from ...runtime.letterbox import letterbox
 
 # %% auto #0
@@ -28,15 +28,15 @@ class Crop:
 
 
 def crop_photo(
-    image: np.ndarray,  # RGB, uint8, (height, width, 3)
+    photo: Photo,  # decoded
     crop: Crop,  # the region to take
     size: int,  # side of the result, pixels
     margin: float,  # fraction of the longer side added around a box
 ) -> np.ndarray:  # RGB, uint8, (size, size, 3)
     """Crop or letterbox; raises `ValueError` for a box outside the image."""
     if crop.box is None:
-        return letterbox(image, size)[0]
-    return crop_pill(image, crop.box, margin, size)
+        return letterbox(photo.pixels, size)[0]
+    return crop_pill(photo.pixels, photo.reduced(crop.box), margin, size)
 
 # %% ../../../nbs/data/cache/00_crop_store.ipynb #8532bff3
 class Crops(Sequence[Crop]):
@@ -109,7 +109,7 @@ class CropStore:
         crops: Sequence[Crop],  # what to crop
         size: int,  # side of a crop, pixels
         margin: float,  # fraction of the longer side added around a box
-        max_pixels: int,  # pixels above which a photo is refused
+        max_pixels: int,  # pixels of a photo that are decoded at most
     ):
         self.crops, self.size, self.margin, self.max_pixels = Crops.of(crops), size, margin, max_pixels
         self.damaged: dict[int, str] = {}  # number of the crop -> reason
@@ -211,14 +211,14 @@ class _MissingCrops:
         """Decode a photo and crop it."""
         store, reference, numbers = self.store, self.store.crops.photo(photo), self.store.crops.of_photo(photo)
         try:
-            image = decode_photo(reference, store.max_pixels)
+            decoded = decode_photo(reference, store.max_pixels)
         except (ImageError, OSError) as error:
             store.damaged.update(dict.fromkeys(numbers.tolist(), str(error)))
             return
         kept = set(store.wanted(numbers).tolist())
         for number in sorted(kept | set(self.numbers[positions].tolist())):
             try:
-                pixels = crop_photo(image, store.crops[number], store.size, store.margin)
+                pixels = crop_photo(decoded, store.crops[number], store.size, store.margin)
             except ValueError as error:
                 store.damaged[number] = f"{reference}: {error}"
                 continue
