@@ -58,6 +58,7 @@ OPTIONS = {  # of each command, in addition to the settings
         ),
         _option("--workers", type=int, metavar="N", default=0, help="reading processes (default: one per core)"),
         _option("--dry-run", action="store_true", help="only list what would be read"),
+        _option("--grade", type=Path, metavar="FILE", help="judge the photos with this quality.onnx, into grades.csv"),
     ],
     "cache": [
         _option(

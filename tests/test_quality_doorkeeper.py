@@ -5,6 +5,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import polars as pl
 import pytest
 from PIL import Image
 
@@ -12,6 +13,8 @@ from pillsnap import cli
 from pillsnap.answer.quality.judge import load_judge
 from pillsnap.answer.quality.reasons import REASONS
 from pillsnap.bench.quality.plain import plain_pill
+from pillsnap.config.load import load_settings
+from pillsnap.data.manifest import prepare_data
 from pillsnap.quality import train
 from pillsnap.quality.degradations.table import DEGRADATIONS, Draw
 from pillsnap.quality.learn import LearningOptions
@@ -78,7 +81,7 @@ def test_a_verdict_has_sentences_in_both_languages(trained: tuple[Path, list[str
     scene = plain_pill(200)
     for name, row in DEGRADATIONS.items():
         changed = Draw(name, row.train[2], "C", 1).apply(scene)
-        verdict = judge.judge(changed.photo, changed.box).to_json()
+        verdict = judge.judge(changed.photo, *changed.boxes).to_json()
         assert 0 <= verdict["score"] <= 1 and verdict["tier"] in "SABC"
         for reason in verdict["reasons"]:
             assert set(reason) == {"reason", "probability", "ko", "en"} and reason["reason"] in REASONS
@@ -88,7 +91,7 @@ def test_a_verdict_has_sentences_in_both_languages(trained: tuple[Path, list[str
 def test_photos_of_any_size_are_judged(trained: tuple[Path, list[str]]):
     judge = load_judge(trained[0] / "quality.onnx")
     for shape in ((1, 1, 3), (2, 3000, 3), (3000, 2, 3), (96, 96, 3)):
-        assert 0 <= judge.judge(np.zeros(shape, np.uint8), None).score <= 1
+        assert 0 <= judge.judge(np.zeros(shape, np.uint8)).score <= 1
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no model"])
@@ -105,3 +108,41 @@ def test_the_command_without_a_model_names_what_to_do(
 ):
     assert cli.main(["quality", "grade", "--data-root", str(dataset), "--out", str(tmp_path)]) == 2
     assert "train one, or name its file with --model" in capsys.readouterr().err
+
+
+def test_a_scan_grades_photos_and_a_training_leaves_out_the_poor(
+    trained: tuple[Path, list[str]], dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    table, model = tmp_path / "manifest.parquet", trained[0] / "quality.onnx"
+    words = ["--data-root", str(dataset), "--out", str(table), "--workers", "1", "--grade", str(model)]
+    assert cli.main(["scan", *words]) == 0
+    assert "photos graded (" in capsys.readouterr().err
+    grades = pl.read_csv(tmp_path / "grades.csv")
+    assert grades.columns == ["image", "score", "tier", "reasons"] and grades["score"].is_sorted()
+    bound = float(grades["score"].median()) + 1e-6
+    poor = grades.filter(pl.col("score") < bound, pl.col("image").str.contains("/train/"))
+    settings = load_settings(
+        profile="cpu",
+        data_root=dataset,
+        overrides=[f"data.grades={tmp_path / 'grades.csv'}", f"data.min_score={bound}", "data.leakage_check=off"]
+        + [f"paths.cache_root={tmp_path / 'cache'}"],
+    )
+    data = prepare_data(settings, dataset)
+    assert data.report["left_out"]["poor_photo"] == len(poor) > 0
+    assert not set(poor["image"]) & set(data.manifest.filter(pl.col("split") == "train")["image"])
+    assert any(decision.what == "poor photos" and "data.min_score" in decision.reason for decision in data.decisions)
+
+
+def test_a_scan_without_the_model_it_grades_with_is_a_sentence(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    words = [
+        "--data-root",
+        str(dataset),
+        "--out",
+        str(tmp_path / "table.parquet"),
+        "--grade",
+        str(tmp_path / "none.onnx"),
+    ]
+    assert cli.main(["scan", *words]) == 2
+    assert "none.onnx" in capsys.readouterr().err

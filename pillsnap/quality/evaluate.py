@@ -13,26 +13,17 @@ import numpy as np
 from ..answer.quality.judge import Judge
 from ..answer.quality.reasons import REASONS
 from ..answer.quality.rules import TIERS
-from ..answer.quality.views import network_input, quality_views
+from ..answer.quality.views import network_input
 from ..metrics import NothingToEvaluate
-from .degradations.scene import Scene
 from .degradations.table import draw
-from .examples import Source, as_jpeg, scaled
+from .examples import Source, variant_views
 from .measure import measured, pairwise_accuracy, reasons_f1, reasons_macro_f1, score_change
 from ..runtime.images import ImageError
 
 # %% auto #0
-__all__ = ['VARIANTS', 'variants', 'judged', 'measure_doorkeeper']
+__all__ = ['judged', 'measure_doorkeeper']
 
 # %% ../../nbs/quality/08_evaluate.ipynb #1e845341
-VARIANTS = ("as it is", "halved", "doubled", "JPEG 90")
-
-
-def variants(scene: Scene) -> list[Scene]:  # in the order of `VARIANTS`
-    """The same photo in four ways."""
-    return [scene, scaled(scene, 0.5), scaled(scene, 2.0), as_jpeg(scene, 90)]
-
-
 def judged(
     judge: Judge,
     sources: Sequence[Source],  # photos that were not trained on
@@ -49,7 +40,7 @@ def judged(
             continue
         cases = [(scene, "S", None)] + ([(degraded, drawn.tier, drawn.reason)] if degraded is not scene else [])
         for each, tier, reason in cases:
-            views = np.stack([quality_views(one.photo, one.box, rules.size, rules.margin) for one in variants(each)])
+            views = variant_views(each, rules.size, rules.margin)
             yield TIERS.index(tier), reason, judge.network(network_input(views, rules.mean, rules.std))
 
 

@@ -31,8 +31,8 @@ from ..runtime.boxes import Box
 from ..runtime.images import ImageError
 
 # %% auto #0
-__all__ = ['PARTS', 'PHOTOS_AT_MOST', 'Source', 'sources_of', 'sources_of_folder', 'jittered', 'scaled', 'as_jpeg', 'variant',
-           'Examples', 'make_examples']
+__all__ = ['PARTS', 'PHOTOS_AT_MOST', 'VARIANTS', 'Source', 'sources_of', 'sources_of_folder', 'jittered', 'scaled', 'as_jpeg',
+           'variants', 'variant_views', 'Examples', 'make_examples']
 
 # %% ../../nbs/quality/00_examples.ipynb #193f0010
 @dataclass(frozen=True)
@@ -46,7 +46,9 @@ class Source:
 
     def open(self) -> Scene:
         """Decode the photo; raises `ImageError`."""
-        return reduced(Scene(decode_photo(self.image), self.boxes[0], self.boxes[1:]))
+        photo = decode_photo(self.image)
+        first, *others = map(photo.reduced, self.boxes)
+        return reduced(Scene(photo.pixels, first, tuple(others)))
 
 
 def sources_of(
@@ -118,13 +120,23 @@ def as_jpeg(
     return replace(scene, photo=np.asarray(cv2.imdecode(data, cv2.IMREAD_COLOR_RGB)))
 
 
-def variant(
+VARIANTS = ("as it is", "halved", "doubled", "JPEG 90")
+
+
+def variants(
     scene: Scene,
-    rng: np.random.Generator,
-) -> Scene:
-    """Halve a photo, double it, or save it again, or two of these."""
-    chosen = scaled(scene, (0.5, 2.0, 1.0)[int(rng.integers(3))])
-    return as_jpeg(chosen, int(rng.integers(70, 96)))
+) -> list[Scene]:  # in the order of `VARIANTS`
+    """The same photo in four ways, which must not change its verdict."""
+    return [scene, scaled(scene, 0.5), scaled(scene, 2.0), as_jpeg(scene, 90)]
+
+
+def variant_views(
+    scene: Scene,
+    size: int = VIEW_SIZE,  # side of a view, pixels
+    margin: float = VIEW_MARGIN,  # fraction of the box's longer side around the pill
+) -> np.ndarray:  # RGB, uint8, (variants, 2, size, size, 3)
+    """Views of a photo in four ways; raises `ValueError` for a box outside of it."""
+    return np.concatenate([quality_views(one.photo, one.boxes, size, margin) for one in variants(scene)])
 
 # %% ../../nbs/quality/00_examples.ipynb #4a12c61f
 @dataclass(frozen=True)
@@ -180,6 +192,4 @@ def _examples_of(
     found = [(scene, "S", None)] + ([(degraded, drawn.tier, drawn.reason)] if degraded is not scene else [])
     rng = np.random.default_rng([abs(seed), zlib.crc32(source.image.encode()), 1])
     for each, tier, reason in found:
-        own = [jittered(each, rng), jittered(variant(each, rng), rng)]
-        views = np.stack([quality_views(one.photo, one.box, size, margin) for one in own])
-        yield views, TIERS.index(tier), reason, source.group
+        yield variant_views(jittered(each, rng), size, margin), TIERS.index(tier), reason, source.group

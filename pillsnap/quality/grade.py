@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,13 +14,15 @@ import polars as pl
 from PIL import Image
 
 from ..answer.quality.judge import Judge
+from ..answer.quality.rules import TIERS
+from ..atomic import write_text
 from .examples import Source
 from ..runlog import decide
 from ..runtime.images import ImageError
 from ..runtime.letterbox import letterbox
 
 # %% auto #0
-__all__ = ['grade_photos', 'worst_photos']
+__all__ = ['grade_photos', 'as_csv', 'write_grades', 'tier_counts', 'worst_photos']
 
 # %% ../../nbs/quality/09_grade.ipynb #763b1375
 def grade_photos(
@@ -31,7 +34,7 @@ def grade_photos(
     for source in sources:
         try:
             scene = source.open()
-            verdict = judge.judge(scene.photo, scene.box)
+            verdict = judge.judge(scene.photo, *scene.boxes)
         except (ImageError, ValueError):  # damaged, or a box outside of the photo
             left_out += 1
             continue
@@ -40,6 +43,30 @@ def grade_photos(
         decide("graded photos", f"{left_out} left out", "they are damaged, or their box is", fallback=True)
     schema: dict[str, Any] = {"image": pl.String, "score": pl.Float64, "tier": pl.String, "reasons": pl.List(pl.String)}
     return pl.DataFrame(rows, schema, orient="row").sort("score", "image")
+
+
+def as_csv(
+    grades: pl.DataFrame,  # of `grade_photos`
+) -> str:  # image, score, tier, reasons (names with spaces between them)
+    """Format grades as a table."""
+    return grades.with_columns(reasons=grades["reasons"].list.join(" ")).write_csv()
+
+
+def write_grades(
+    grades: pl.DataFrame,  # of `grade_photos`
+    path: Path,  # CSV file
+) -> None:
+    """Write grades, whole or not at all."""
+    write_text(path, as_csv(grades))
+
+
+def tier_counts(
+    grades: pl.DataFrame,  # of `grade_photos`
+) -> str:  # "3 photos graded: S 2, C 1"
+    """How many photos have each tier."""
+    counts = dict(grades["tier"].value_counts().rows())
+    listed = ", ".join(f"{tier} {counts[tier]}" for tier in TIERS if tier in counts)
+    return f"{len(grades):,} photos graded ({listed or 'none'})"
 
 
 def worst_photos(

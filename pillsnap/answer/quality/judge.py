@@ -6,21 +6,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
 
+from ..identify import PillCrops
 from .reasons import REASONS
 from .rules import QualityRules
 from .views import network_input, quality_views
 from ..rules import ModelMismatch
 from ...runtime.boxes import Box
+from ...runtime.images import Photo
 from ...runtime.session import ModelError, open_model
 
 # %% auto #0
-__all__ = ['QUALITY_FILE', 'Verdict', 'make_verdict', 'Judge', 'load_judge', 'find_judge']
+__all__ = ['PILLS_AT_MOST', 'QUALITY_FILE', 'Verdict', 'make_verdict', 'Judge', 'load_judge', 'find_judge', 'judge_crops']
 
 # %% ../../../nbs/answer/quality/03_judge.ipynb #089f3e5b
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Verdict:
     tier: str  # S, A, B or C
     good_enough: bool  # the score reaches the rules' `accept`
     reasons: dict[str, float]  # name -> probability, 0 to 1, the most certain first
+    milliseconds: float = 0.0  # that judging took
 
     def to_json(self) -> dict[str, Any]:
         """Convert to plain values, with the sentences for users."""
@@ -54,7 +58,10 @@ def make_verdict(
     outputs: np.ndarray,  # score and probability of each reason, 0 to 1, (1 + reasons,)
     rules: QualityRules,
 ) -> Verdict:
-    """Read the outputs of one photo; raises `ModelError` for values that are no numbers."""
+    """Read the outputs of one photo; raises `ModelError` for values that are no numbers.
+
+    A photo that is not good enough has at least one reason, the likeliest.
+    """
     if not np.isfinite(outputs).all():
         raise ModelError("The quality model answered with values that are not numbers: export it again.")
     score = round(float(outputs[0]), 4)
@@ -63,12 +70,18 @@ def make_verdict(
         for name, probability, threshold in zip(rules.reasons, outputs[1:], rules.thresholds, strict=True)
         if probability >= threshold
     }
+    if not found and score < rules.accept:
+        likeliest = int(outputs[1:].argmax())
+        found = {rules.reasons[likeliest]: round(float(outputs[1 + likeliest]), 4)}
     if "no_pill" in found:
         found = {"no_pill": found["no_pill"]}
     ordered = dict(sorted(found.items(), key=lambda item: -item[1]))
     return Verdict(score, rules.tier(score), score >= rules.accept, ordered)
 
 # %% ../../../nbs/answer/quality/03_judge.ipynb #38579eba
+PILLS_AT_MOST = 16  # of a photo, the first ones
+
+
 class Judge:
     """Judge photos with a quality network and its rules."""
 
@@ -76,18 +89,19 @@ class Judge:
         self,
         network: Callable[[np.ndarray], np.ndarray],  # float32 (n, 6, size, size) -> (n, 1 + reasons), 0 to 1
         rules: QualityRules,
+        name: str = "unnamed",  # of the network
     ) -> None:
-        self.network, self.rules = network, rules
+        self.network, self.rules, self.name = network, rules, name
 
     def judge(
         self,
         photo: np.ndarray,  # RGB, uint8, (height, width, 3)
-        box: Box | None,  # the pill, pixels; None = none was found
-    ) -> Verdict:
+        *boxes: Box,  # pills, pixels; none: none was found
+    ) -> Verdict:  # of the pill with the lowest score
         """Judge one photo; raises `ValueError` for a box outside of it."""
-        views = quality_views(photo, box, self.rules.size, self.rules.margin)
-        outputs = np.asarray(self.network(network_input(views[None], self.rules.mean, self.rules.std)))
-        return make_verdict(outputs[0], self.rules)
+        views = quality_views(photo, boxes[:PILLS_AT_MOST], self.rules.size, self.rules.margin)
+        outputs = np.asarray(self.network(network_input(views, self.rules.mean, self.rules.std)))
+        return make_verdict(outputs[outputs[:, 0].argmin()], self.rules)
 
 
 def load_judge(
@@ -106,7 +120,7 @@ def load_judge(
             f"{path} does not fit its own rules, its input is {model.input_shape} and its output {model.output_shape}: "
             "export it again."
         )
-    return Judge(model, rules)
+    return Judge(model, rules, str(model.metadata.get("model", "unnamed")))
 
 # %% ../../../nbs/answer/quality/03_judge.ipynb #97a6b81d
 QUALITY_FILE = "quality.onnx"
@@ -118,3 +132,15 @@ def find_judge(
     """Open the quality model of a folder; raises `ModelError` or `ModelMismatch` for one that can't be used."""
     path = Path(folder) / QUALITY_FILE
     return load_judge(path) if path.is_file() else None
+
+
+def judge_crops(
+    judge: Judge,
+    photo: Photo,  # as decoded
+    crops: PillCrops,  # of that photo
+) -> Verdict:
+    """Judge a photo by the pills that were detected in it."""
+    begun = perf_counter()
+    found = [Box(*map(float, box)) for box, score in zip(crops.boxes, crops.scores) if score is not None]
+    verdict = judge.judge(photo.pixels, *map(photo.reduced, found))
+    return replace(verdict, milliseconds=round((perf_counter() - begun) * 1000, 3))

@@ -7,29 +7,61 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import cv2
 import numpy as np
 
-from ..crops import crop_pill
 from ...runtime.boxes import Box
-from ...runtime.letterbox import letterbox, normalise
+from ...runtime.letterbox import GREY, letterbox, normalise
 
 # %% auto #0
-__all__ = ['VIEW_SIZE', 'VIEW_MARGIN', 'quality_views', 'network_input']
+__all__ = ['VIEW_SIZE', 'VIEW_MARGIN', 'WORKING_SIZE', 'pill_view', 'quality_views', 'network_input']
 
 # %% ../../../nbs/answer/quality/01_views.ipynb #e1e1933b
-VIEW_SIZE = 96  # side of a view, pixels
+VIEW_SIZE = 64  # side of a view, pixels
 VIEW_MARGIN = 0.25  # fraction of the box's longer side around the pill
+WORKING_SIZE = 32  # side to which a pill with its margin is averaged first, pixels
+_FINE = 8 * WORKING_SIZE  # side of the grid that is averaged
+
+
+def pill_view(
+    photo: np.ndarray,  # RGB, uint8, (height, width, 3)
+    box: Box,  # the pill, pixels
+    size: int = VIEW_SIZE,  # side of the view, pixels
+    margin: float = VIEW_MARGIN,  # fraction of the box's longer side added around it
+) -> np.ndarray:  # RGB, uint8, (size, size, 3), grey outside of the photo
+    """Average the pill to a fixed size; raises `ValueError` for a box that is empty or outside of the photo."""
+    height, width = photo.shape[:2]
+    x1, y1, x2, y2 = max(box.x1, 0.0), max(box.y1, 0.0), min(box.x2, float(width)), min(box.y2, float(height))
+    if not (x2 > x1 and y2 > y1):
+        raise ValueError(f"The box {tuple(box)} is empty or lies outside of the photo of {width} x {height} pixels.")
+    side = max(x2 - x1, y2 - y1) * (1 + 2 * margin)
+    left, top = (x1 + x2 - side) / 2, (y1 + y2 - side) / 2
+    step = max(1, int(side // _FINE))  # photo pixels that are averaged to one beforehand
+    first_x, first_y = max(0, int(left)), max(0, int(top))
+    part = photo[first_y : int(np.ceil(top + side)), first_x : int(np.ceil(left + side))]
+    if step > 1:
+        wide, high = max(1, part.shape[1] // step), max(1, part.shape[0] // step)
+        part = cv2.resize(part[: high * step, : wide * step], (wide, high), interpolation=cv2.INTER_AREA)
+    scale = side / step / _FINE
+    shift = scale / 2 - 0.5
+    place = np.array([[scale, 0, (left - first_x) / step + shift], [0, scale, (top - first_y) / step + shift]])
+    way = cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP
+    grey = (GREY, GREY, GREY)
+    fine = cv2.warpAffine(part, place, (_FINE, _FINE), flags=way, borderMode=cv2.BORDER_CONSTANT, borderValue=grey)
+    small = cv2.resize(fine, (WORKING_SIZE, WORKING_SIZE), interpolation=cv2.INTER_AREA)
+    return cv2.resize(small, (size, size), interpolation=cv2.INTER_LINEAR)
 
 
 def quality_views(
     photo: np.ndarray,  # RGB, uint8, (height, width, 3)
-    box: Box | None,  # the pill, pixels; None = none was found, both views show the frame
+    boxes: Sequence[Box],  # pills, pixels; none: the view of the pill shows the frame
     size: int = VIEW_SIZE,  # side of a view, pixels
-    margin: float = VIEW_MARGIN,  # fraction of the box's longer side added around it
-) -> np.ndarray:  # RGB, uint8, (2, size, size, 3): the frame and the pill
-    """Make both views of a photo; raises `ValueError` for a box that is empty or outside of the photo."""
+    margin: float = VIEW_MARGIN,  # fraction of a box's longer side added around it
+) -> np.ndarray:  # RGB, uint8, (pills, 2, size, size, 3): the frame and the pill
+    """Make both views of each pill; raises `ValueError` for a box that is empty or outside of the photo."""
     frame = letterbox(photo, size)[0]
-    return np.stack([frame, frame if box is None else crop_pill(photo, box, margin, size)])
+    pills = [pill_view(photo, box, size, margin) for box in boxes] or [frame]
+    return np.stack([np.stack([frame, pill]) for pill in pills])
 
 
 def network_input(

@@ -73,7 +73,7 @@ def cases_of(
 
 def score_of(judge: Judge) -> Callable[[Scene], float]:
     """Our score as a measure."""
-    return lambda scene: judge.judge(scene.photo, scene.box).score
+    return lambda scene: judge.judge(scene.photo, *scene.boxes).score
 
 # %% ../../../nbs/bench/quality/02_failures.ipynb #5f1afc25
 def measure_failures(

@@ -30,6 +30,11 @@ class Scene:
     others: tuple[Box, ...] = ()  # pixels
 
     @property
+    def boxes(self) -> tuple[Box, ...]:
+        """The pill's box, or nothing."""
+        return () if self.box is None else (self.box,)
+
+    @property
     def pill(self) -> Box:
         """The pill's box; raises `ValueError` where there is none."""
         if self.box is None:

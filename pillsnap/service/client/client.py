@@ -23,6 +23,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from ...answer.identify import IdentifyError, percent
+from ...answer.quality.judge import judge_crops
 from ...atomic import write_text
 from ...errors import PillsnapError
 from ...runtime.images import KINDS, SUFFIXES, ImageError, is_photo, open_photo
@@ -182,8 +183,10 @@ def predict_local(
     data, begun = read_photo(photo), perf_counter()
     opened = open_photo(data, max_pixels)
     decode_ms = (perf_counter() - begun) * 1000
-    identification = loaded.identifier.identify(opened.pixels, pipeline, None, top_k, opened.size)
-    return prediction_response(identification, opened.size, decode_ms, loaded.model, None)
+    crops = loaded.identifier.crop_pills(opened.pixels, pipeline, None, opened.size)
+    verdict = None if loaded.judge is None else judge_crops(loaded.judge, opened, crops)
+    identification = loaded.identifier.classify_crops(crops, top_k)
+    return prediction_response(identification, opened.size, decode_ms, loaded.model, None, verdict)
 
 # %% ../../../nbs/service/client/00_client.ipynb #8d62cbbe
 _CALLED_PHOTO = (*SUFFIXES, *".jxl .jp2 .dng .cr2 .cr3 .nef .arw .orf .rw2 .raf .pef".split())  # raw photos, too
@@ -243,11 +246,16 @@ def _found(
 
 def as_table(
     predictions: Sequence[tuple[Path, dict[str, Any]]],  # photo and prediction
-) -> str:  # a row per pill, then the notes
+) -> str:  # photos that are not good enough, a row per pill, then the notes
     """Format predictions as a table."""
     rows: list[tuple[str | int, ...]] = []
     notes: list[str] = []
+    warnings: list[str] = []
     for photo, prediction in predictions:
+        quality = prediction.get("quality")
+        if quality and not quality["good_enough"]:
+            reasons = " ".join(reason["en"] for reason in quality["reasons"])
+            warnings.append(f"{_text(photo)}: not good enough (score {quality['score']:.2f}). {reasons}")
         hint = [prediction["hint"]["reason"]] if prediction.get("hint") else []
         notes += [f"{_text(photo)}: {note}" for note in [*prediction.get("notes", []), *hint]]
         pills = _found(prediction)
@@ -270,7 +278,7 @@ def as_table(
         disable_numparse=True,
         colalign=("left", "right", "left", "left", "right", "left"),
     )
-    return "\n".join([table, *notes])
+    return "\n".join([*warnings, table, *notes])
 
 
 def _line(

@@ -43,6 +43,7 @@ class Service:
     max_batch_bytes: int = 100_000_000  # of all files of a request
     font: Path | None = None  # of annotated photos; None = search for one
     metrics: Any = None  # ServiceMetrics; None = `/metrics` is not active
+    frame_limiter: RateLimiter | None = None  # frames of a camera per minute and key; None = no limit
 
     def loaded(self) -> LoadedModels:
         """The models; raises `ApiError` 503 while there are none."""
