@@ -181,7 +181,7 @@ def make_goals(
         goal("pairwise_neighbours", worst(found, "pairwise_neighbours"), at_least=0.90, n=judged),
         goal("reasons_macro_f1", worst(found, "reasons_macro_f1"), at_least=0.90, n=judged),
         *(goal(name, worst(found, "failures", name), at_least=least, n=judged) for name, least in FAILURES.items()),
-        goal("phone_auroc", phone and phone["phone_auroc"], at_least=0.65, n=phone["photos"] if phone else 0),
+        goal("phone_auroc", phone["phone_auroc"] if phone else None, at_least=0.65, n=phone["photos"] if phone else 0),
         goal("score_change", max(changes), at_most=0.02, n=judged),
         goal("plain_called_blurry", plain, at_most=0.02, n=200),
         goal("quality_ms", float(np.median(times)), at_most=30.0, n=len(times)),

@@ -39,7 +39,10 @@ def _brisque() -> Callable[[Scene], float]:
     """BRISQUE (Mittal et al. 2012), from the package of that name."""
     module: Any = importlib.import_module("brisque")
     measure = module.BRISQUE(url=False)
-    return lambda scene: -float(measure.score(peer_view(scene)))
+    fit = measure.asymmetric_generalized_gaussian_fit
+    # NumPy takes no arrays of one element for numbers any more.
+    measure.asymmetric_generalized_gaussian_fit = lambda values: tuple(float(np.squeeze(one)) for one in fit(values))
+    return lambda scene: -float(np.nan_to_num(measure.score(peer_view(scene)), nan=100.0))
 
 
 PEERS: dict[str, tuple[str, Callable[[], Callable[[Scene], float]]]] = {  # name -> package it needs, and how to open it

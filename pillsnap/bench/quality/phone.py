@@ -78,7 +78,8 @@ def imagenet_features() -> Callable[[Sequence[np.ndarray]], np.ndarray]:
             found: np.ndarray = extractor.extract(
                 torch.from_numpy(normalise(batch, extractor.mean, extractor.std))
             ).numpy()
-        return found / np.linalg.norm(found, axis=1, keepdims=True)
+        unit: np.ndarray = found / np.linalg.norm(found, axis=1, keepdims=True)
+        return unit
 
     return features
 
