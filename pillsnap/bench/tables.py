@@ -8,12 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from .report import is_met
-
 # %% auto #0
 __all__ = ['Report', 'Rows', 'TABLES', 'markdown', 'machine_text', 'value_of', 'demo_rows', 'demo_rows_korean',
            'demo_seconds_rows', 'loader_rows', 'label_rows', 'training_rows', 'accuracy_rows', 'engine_rows',
-           'server_rows', 'service_rows', 'quality_rows']
+           'server_rows', 'service_rows']
 
 # %% ../../nbs/bench/03_tables.ipynb #47c96541
 Report = Mapping[str, Any]
@@ -260,18 +258,6 @@ def service_rows(
     drift = f"{soak['memory_slope_mb_per_minute']:.2f} MB a minute, {soak['answers']:,} responses"
     return [*rows, [label, drift, ""]]
 
-# %% ../../nbs/bench/03_tables.ipynb #310218a0
-def quality_rows(
-    report: Report,  # of the benchmark of photo quality
-) -> Rows:
-    """The goals of photo quality."""
-    rows = [["photo quality", "measured", "goal", ""]]
-    for item in report["goals"]:
-        value = "" if item["value"] is None else f"{item['value']:.3g}"
-        bound = f"at least {item['at_least']:g}" if "at_least" in item else f"at most {item['at_most']:g}"
-        rows.append([item["name"].replace("_", " "), value, bound, "met" if is_met(item) else "not met"])
-    return rows
-
 # %% ../../nbs/bench/03_tables.ipynb #c116871d
 TABLES: dict[str, tuple[str, Callable[[Report], Rows]]] = {  # name -> report, function
     "demo": ("demo", demo_rows),
@@ -284,5 +270,4 @@ TABLES: dict[str, tuple[str, Callable[[Report], Rows]]] = {  # name -> report, f
     "engines": ("infer", engine_rows),
     "servers": ("serve", server_rows),
     "service": ("serve", service_rows),
-    "quality": ("quality", quality_rows),
 }
