@@ -297,6 +297,7 @@ class Serve(Section):
     """The web service; for a null the environment is read."""
 
     model_path: PosixPath | None = None
+    catalog: PosixPath = Path("data/catalog.json")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] | None = None
     cors_allow_origins: Annotated[tuple[str, ...], Strict(False)] | None = None
     font: PosixPath | None = None
