@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 # %% auto #0
-__all__ = ['ANY', 'EXACT', 'BEGINS', 'CONTAINS', 'ALIKE', 'MISTAKE', 'ALIKE_IN', 'MISTAKE_IN', 'MISTAKES', 'PART', 'UNSEEN',
+__all__ = ['ANY', 'EXACT', 'ALIKE', 'BEGINS', 'CONTAINS', 'MISTAKE', 'ALIKE_IN', 'MISTAKE_IN', 'MISTAKES', 'PART', 'UNSEEN',
            'UNRECORDED', 'NEVER', 'LONG', 'LONGER', 'EXTRA', 'plain', 'fold', 'turned', 'one_mistake', 'SignIndex',
            'distances', 'ImprintIndex']
 
@@ -77,6 +77,16 @@ class SignIndex:
         self._places = dict(zip(map(chr, signs.tolist()), np.split(order, first[1:]), strict=True)) if texts else {}
         self._none = np.zeros(0, np.int32)
 
+    def signs_of(
+        self,
+        numbers: np.ndarray,  # of texts, (n,)
+    ) -> np.ndarray:  # their signs, then zeros, (n, longest)
+        """The signs of some texts, a row for each."""
+        places = np.arange(self.lengths[numbers].max(initial=0))
+        inside = places < self.lengths[numbers][:, None]
+        rows = np.minimum(self.starts[numbers][:, None] + places, max(0, len(self._signs) - 1))
+        return np.where(inside, self._signs[rows], 0)
+
     def find(
         self,
         needle: str,  # letters, and ANY for any letter
@@ -98,28 +108,26 @@ class SignIndex:
 # %% ../../../nbs/answer/search/05_imprints.ipynb #39110cb9
 def distances(
     text: str,  # from `fold`
-    others: Sequence[str],  # from `fold`
+    signs: np.ndarray,  # of the others, from `signs_of`, (n, longest)
+    lengths: np.ndarray,  # of the others, (n,)
 ) -> np.ndarray:  # mistakes between them, (n,)
     """Count the mistakes between a text and others: wrong, missing, added and swapped letters."""
-    width = max(map(len, others), default=0)
-    signs = np.array([[ord(sign) for sign in other.ljust(width, "\0")] for other in others], np.uint32)
-    signs = signs.reshape(len(others), width)
-    rows = [np.tile(np.arange(width + 1, dtype=np.int16), (len(others), 1))]
+    columns = list(np.ascontiguousarray(signs.T))
+    rows = [[np.full(len(lengths), column, np.int16) for column in range(len(columns) + 1)]]
     for place, sign in enumerate(text):
-        row, above = np.full_like(rows[-1], place + 1), rows[-1]
-        for column in range(width):
-            other = above[:, column] + (signs[:, column] != ord(sign))
-            row[:, column + 1] = np.minimum(np.minimum(row[:, column], above[:, column + 1]) + 1, other)
+        above, row = rows[-1], [np.full(len(lengths), place + 1, np.int16)]
+        for column, other in enumerate(columns):
+            cost = np.minimum(np.minimum(row[column], above[column + 1]) + 1, above[column] + (other != ord(sign)))
             if place and column:
-                crossed = (signs[:, column] == ord(text[place - 1])) & (signs[:, column - 1] == ord(sign))
-                swapped = np.where(crossed, rows[-2][:, column - 1] + 1, row[:, column + 1])
-                row[:, column + 1] = np.minimum(row[:, column + 1], swapped)
+                crossed = (other == ord(text[place - 1])) & (columns[column - 1] == ord(sign))
+                cost = np.where(crossed, np.minimum(cost, rows[-2][column - 1] + 1), cost)
+            row.append(cost.astype(np.int16))
         rows.append(row)
-    lengths = np.fromiter(map(len, others), np.int64, len(others))
-    return rows[-1][np.arange(len(others)), lengths]
+    found: np.ndarray = np.stack(rows[-1], axis=1)[np.arange(len(lengths)), lengths]
+    return found
 
 # %% ../../../nbs/answer/search/05_imprints.ipynb #9cb25859
-EXACT, BEGINS, CONTAINS, ALIKE, MISTAKE, ALIKE_IN, MISTAKE_IN, MISTAKES, PART, UNSEEN, UNRECORDED = range(11)
+EXACT, ALIKE, BEGINS, CONTAINS, MISTAKE, ALIKE_IN, MISTAKE_IN, MISTAKES, PART, UNSEEN, UNRECORDED = range(11)
 NEVER = 99
 LONG = 3  # letters from which a mistake may be in a part of a text
 LONGER = 6  # letters from which there may be two mistakes
@@ -135,17 +143,17 @@ class ImprintIndex:
     ) -> None:
         self.texts = tuple(dict.fromkeys(text for text in texts if text))
         self.numbers = {text: number for number, text in enumerate(self.texts)}
-        self._folded = [fold(text) for text in self.texts]
-        self._plain_index, self._folded_index = SignIndex(self.texts), SignIndex(self._folded)
-        self._letters = np.fromiter(map(_letters, self._folded), np.uint64, len(self.texts))
+        folded = [fold(text) for text in self.texts]
+        self._plain_index, self._folded_index = SignIndex(self.texts), SignIndex(folded)
+        self._letters = np.fromiter(map(_letters, folded), np.uint64, len(self.texts))
 
     def costs(
         self,
         text: str,  # from `plain`, at least one letter
         words: Sequence[str] = (),  # the same as separate words
-    ) -> np.ndarray:  # level * EXTRA + letters too many, (n,)
+    ) -> np.ndarray:  # level * EXTRA + letters too many, int16, (n,)
         """Compare a typed text with every recorded one."""
-        levels, lengths = np.full(len(self.texts), NEVER, np.int32), self._plain_index.lengths
+        levels, lengths = np.full(len(self.texts), NEVER, np.int16), self._plain_index.lengths
         folded = fold(text)
         self._parts(levels, text, words)
         if len(folded) >= LONGER:
@@ -157,7 +165,8 @@ class ImprintIndex:
         for form in {folded, fold(turned(text))} - {""}:
             self._lower(levels, self._folded_index, form, ALIKE, ALIKE_IN)
         self._lower(levels, self._plain_index, text, EXACT, CONTAINS, BEGINS)
-        return levels * EXTRA + np.minimum(np.abs(lengths - len(text)), EXTRA - 1)
+        extra = np.minimum(np.abs(lengths - len(text)), EXTRA - 1).astype(np.int16)
+        return levels * np.int16(EXTRA) + extra
 
     def holders(
         self,
@@ -180,7 +189,7 @@ class ImprintIndex:
         owners, offsets = index.find(form)
         if inside is not None:
             at_start = inside if begins is None else begins
-            np.minimum.at(levels, owners, np.where(offsets == 0, at_start, inside).astype(np.int32))
+            np.minimum.at(levels, owners, np.where(offsets == 0, at_start, inside).astype(np.int16))
         owners = owners[index.lengths[owners] == len(form)]
         levels[owners] = np.minimum(levels[owners], whole)
 
@@ -195,11 +204,12 @@ class ImprintIndex:
                 levels[self.numbers[run]] = PART
 
     def _mistakes(self, levels: np.ndarray, folded: str) -> None:
-        close = np.abs(self._plain_index.lengths - len(folded)) <= 2
+        lengths = self._folded_index.lengths
+        close = np.abs(lengths - len(folded)) <= 2
         wanted = _letters(folded)
         close &= np.bitwise_count(self._letters & np.uint64(wanted)) >= wanted.bit_count() - 2
         numbers = np.flatnonzero(close)
-        near = distances(folded, [self._folded[number] for number in numbers]) <= 2
+        near = distances(folded, self._folded_index.signs_of(numbers), lengths[numbers]) <= 2
         levels[numbers[near]] = np.minimum(levels[numbers[near]], MISTAKES)
 
 

@@ -30,7 +30,8 @@ class WordField:
     ) -> None:
         self._bits = {word: np.uint32(1 << place) for place, word in enumerate(words)}
         self._near = {word: self._sum(near.get(word, ())) for word in self._bits}
-        self._masks = np.fromiter(map(self._sum, values), np.uint32, len(values))
+        masks = np.fromiter(map(self._sum, values), np.uint32, len(values))
+        self._masks, self._which = np.unique(masks, return_inverse=True)  # few are different
 
     def _sum(self, words: Iterable[str]) -> np.uint32:
         return np.uint32(sum(int(self._bits[word]) for word in set(words)))
@@ -44,7 +45,7 @@ class WordField:
         fits[(self._masks & self._near[word]) != 0] = NEAR
         fits[(self._masks & self._bits[word]) != 0] = SAME
         fits[self._masks == 0] = MISSING
-        return fits
+        return fits[self._which]
 
     def others(
         self,
@@ -52,7 +53,7 @@ class WordField:
     ) -> np.ndarray:  # recorded words of each record besides them, (n,)
         """Count what a record has more than was asked."""
         seen = self._sum(words)
-        counts: np.ndarray = np.bitwise_count(self._masks & ~seen)
+        counts: np.ndarray = np.bitwise_count(self._masks & ~seen)[self._which]
         return counts
 
 # %% ../../../nbs/answer/search/06_looks.ipynb #8d954bfe

@@ -99,6 +99,7 @@ def found_json(
 # %% ../../../nbs/answer/search/08_lookup.ipynb #e64a58f3
 _TITLES = {
     "exact": "exact",
+    "alike": "upside down or alike",
     "begins": "begins with it",
     "contains": "contains it",
     "similar": "similar",

@@ -14,7 +14,7 @@ import numpy as np
 
 from .appearance import Appearance
 from .imprints import CONTAINS, EXTRA, NEVER, PART, UNRECORDED, UNSEEN, ImprintIndex, plain
-from .looks import MISSING, NEAR, WRONG, Fits, Looks
+from .looks import NEAR, WRONG, Fits, Looks
 from .words import SearchError, wanted_words
 
 # %% auto #0
@@ -84,47 +84,54 @@ class Imprints:
         numbers: dict[str | None, int] = {None: size, "": size + 1}
         numbers.update(self._index.numbers)
         flat = [numbers[text] for row in rows for text in row]
-        self._texts = np.array(flat, np.int32).reshape(len(rows), 4)  # front, back, both, both the other way round
-        self._recorded = (self._texts[:, :2] != size).sum(axis=1)  # sides
+        texts = np.array(flat, np.int32).reshape(len(rows), 4)
+        self._texts = list(np.ascontiguousarray(texts.T))  # front, back, both, both the other way round
+        self._recorded = (texts[:, :2] != size).sum(axis=1)  # sides
         self._starts = np.searchsorted([number for number, _ in looks], np.arange(len(records)))
 
     def costs(
         self,
         query: Query,  # with an imprint
-    ) -> np.ndarray:  # level * EXTRA + letters too many, of each record, (n,)
+    ) -> np.ndarray:  # level * EXTRA + letters too many, of each record, int16, (n,)
         """How well the imprints of each record fit."""
         front = self._sides(query.imprint)
         if query.back:
             back = self._sides(query.back)
-            whole = self._sides(f"{query.imprint} {query.back}", blank=False)
+            first, second, *both = self._sides(f"{query.imprint} {query.back}", unseen=NEVER)
             # A register may have both sides in one field; where it has two, they are the better fit.
-            whole[:, :2] = np.maximum(whole[:, :2], CONTAINS * EXTRA)
-            pairs = (np.maximum(front[:, side], back[:, 1 - side]) for side in (0, 1))
-            best = np.minimum(np.minimum(*pairs), whole.min(axis=1))
+            one = np.maximum(np.minimum(first, second), CONTAINS * EXTRA)
+            pairs = [np.maximum(front[side], back[1 - side]) for side in (0, 1)]
+            best = _least([one, *both, *pairs])
         else:
-            best = np.minimum(front.min(axis=1), self._words(query.imprint))
+            best = _least([*front, self._words(query.imprint)])
         best[self._recorded == 0] = UNRECORDED * EXTRA
         lowest: np.ndarray = np.minimum.reduceat(best, self._starts) if len(best) else best
         return lowest
 
-    def _sides(self, typed: str, blank: bool = True) -> np.ndarray:  # of the four texts of each row, (rows, 4)
+    def _sides(self, typed: str, unseen: int = UNSEEN) -> list[np.ndarray]:  # of the four texts of each row
         words = [plain(word) for word in re.findall(r"\w+", typed)]
-        never = NEVER * EXTRA
-        costs = np.append(self._index.costs(plain(typed), words), [UNSEEN * EXTRA if blank else never, never])
-        found: np.ndarray = costs[self._texts]
+        special = np.array([unseen * EXTRA, NEVER * EXTRA], np.int16)
+        costs = np.append(self._index.costs(plain(typed), words), special)
         # Where the other side is recorded, a side that has only a part of what was seen contradicts it.
-        part = found[:, :2] // EXTRA == PART
-        found[:, :2][part & (self._recorded == 2)[:, None]] = never
-        return found
+        alone = np.where(costs // EXTRA == PART, np.int16(NEVER * EXTRA), costs)
+        sides = [np.where(self._recorded == 2, alone[texts], costs[texts]) for texts in self._texts[:2]]
+        return [*sides, *(costs[texts] for texts in self._texts[2:])]
 
     def _words(self, typed: str) -> np.ndarray:  # of each row: all words are somewhere on it
         words = [plain(word) for word in re.findall(r"\w+", typed)]
-        if len(words) < 2:
-            return np.full(len(self._texts), NEVER * EXTRA)
-        has = np.ones(len(self._texts), bool)
-        for word in words:
-            has &= np.append(self._index.holders(word), [False, False])[self._texts].any(axis=1)
-        return np.where(has, CONTAINS * EXTRA, NEVER * EXTRA)
+        has = np.full(len(self._recorded), len(words) > 1)
+        for word in words if len(words) > 1 else ():
+            holders = np.append(self._index.holders(word), [False, False])
+            has &= holders[self._texts[0]] | holders[self._texts[1]]
+        return np.where(has, np.int16(CONTAINS * EXTRA), np.int16(NEVER * EXTRA))
+
+
+def _least(costs: Sequence[np.ndarray]) -> np.ndarray:
+    """The best of several texts, for each row."""
+    best = costs[0]
+    for other in costs[1:]:
+        best = np.minimum(best, other)
+    return best
 
 
 def _sides(front: str | None, back: str | None) -> tuple[str | None, str | None, str, str]:
@@ -133,8 +140,9 @@ def _sides(front: str | None, back: str | None) -> tuple[str | None, str | None,
     return (first, second, first + second, second + first) if first and second else (first, second, "", "")
 
 # %% ../../../nbs/answer/search/07_search.ipynb #df9b5634
-GROUPS = ("exact", "begins", "contains", "similar", "partly", "unrecorded")  # best first
-_GROUP_OF = np.array([0, 1, 2, 3, 3, 3, 3, 3, 4, 4, 5])  # of each level of an imprint
+GROUPS = ("exact", "alike", "begins", "contains", "similar", "partly", "unrecorded")  # best first
+_GROUP_OF = np.array([0, 1, 2, 3, 4, 4, 4, 4, 5, 5, 6], np.int32)  # of each level of an imprint
+_GROUP_OF_FIT = np.array([0, 4, 6, 6], np.int32)  # same, near, not recorded
 _FITS = ("same", "near", "unrecorded", "wrong")
 _NEAR_COSTS = 2 * EXTRA  # a neighbouring colour or shape, next to levels of an imprint
 
@@ -198,7 +206,7 @@ class Search:
 
     def _compare(self, query: Query) -> tuple[np.ndarray, Fits]:
         fits = self._looks.fits(query.colors, query.shapes, query.scores, query.length_mm)
-        costs = self._imprints.costs(query) if query.imprint else np.zeros(len(self.records), np.int64)
+        costs = self._imprints.costs(query) if query.imprint else np.zeros(len(self.records), np.int16)
         return costs, fits
 
     def _order(
@@ -208,16 +216,17 @@ class Search:
         fits: Fits,  # of the other fields
     ) -> tuple[np.ndarray, np.ndarray]:  # numbers of the records, best first; group of each record, (n,)
         possible = costs < NEVER * EXTRA
-        near = np.zeros(len(self.records), np.int64)
+        near = np.zeros(len(self.records), np.int32)
         groups = _GROUP_OF[np.minimum(costs // EXTRA, UNRECORDED)]
         for fit in fits.values():
             possible &= fit != WRONG
             near += fit == NEAR
-            groups = np.maximum(groups, np.where(fit == MISSING, 5, np.where(fit == NEAR, 3, 0)))
+            groups = np.maximum(groups, _GROUP_OF_FIT[fit])
         surplus = np.minimum(self._looks.surplus(query.colors), 7) if query.colors else 0
         rank = (groups * (NEVER + 1) * EXTRA + costs + near * _NEAR_COSTS) * 8 + surplus
-        numbers = np.flatnonzero(possible)
-        return numbers[np.argsort(rank[numbers], kind="stable")], groups
+        # The number of a record behind its rank makes each key unique, and equal ranks stay in their order.
+        keys = np.sort(rank.astype(np.int64)[possible] * len(self.records) + np.flatnonzero(possible))
+        return keys % max(1, len(self.records)), groups
 
     def _hit(self, number: int, query: Query, groups: np.ndarray, costs: np.ndarray, fits: Fits) -> Hit:
         imprint = {"imprint": GROUPS[_GROUP_OF[costs[number] // EXTRA]]} if query.imprint else {}

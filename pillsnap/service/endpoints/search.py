@@ -65,7 +65,7 @@ class HitResponse(BaseModel):
 class GroupResponse(BaseModel):
     """Records that fit equally well."""
 
-    name: str = Field(description="exact, begins, contains, similar, partly or unrecorded", examples=["exact"])
+    name: str = Field(description="exact, alike, begins, contains, similar, partly or unrecorded", examples=["exact"])
     count: int = Field(description="records of the group")
     hits: list[HitResponse] = Field(description="those between offset and limit")
 
