@@ -1,5 +1,6 @@
 // The page of the service: photos go in, names come out. What the server says only ever becomes text, never markup.
 
+import { setUpSearch } from "./search.js";
 import { TEXT, WORDS } from "./texts.js";
 
 const AT_ONCE = 2;        // requests at the same time
@@ -175,10 +176,21 @@ function pill(answer, index, all) {
     make("div", { class: "level" },
       make("p", { class: "verdict" }, say(answer.sure ? "sure" : "compare")), confidence(answer.confidence)),
     facts(answer, whole ? [[say("detection"), say("whole")]] : []),
+    answer.sure ? null
+      : make("button", { type: "button", onclick: () => look.fill(seen(answer)) }, say("look_this")),
     make("details", { open: !answer.sure && all.length < 3 },
       make("summary", {}, say("candidates", answer.candidates.length)),
       make("ol", {}, answer.candidates.map((candidate) =>
         make("li", {}, make("b", {}, nameOf(candidate)), confidence(candidate.confidence), facts(candidate))))));
+}
+
+function seen({ confidence: best, candidates }) { // what the likely drugs have in common, in English
+  const likely = candidates.filter(({ confidence: share }) => share >= best / 2);
+  const english = (text) => (text ?? "").split(",").map((word) => word.trim())
+    .map((word) => WORDS.find(([korean]) => korean === word)?.[1] ?? word).filter(Boolean);
+  const common = (name) => likely.map(({ details }) => english(details[name]))
+    .reduce((all, words) => all.filter((word) => words.includes(word)));
+  return { colors: common("colors"), shapes: common("shape") };
 }
 
 function recommendation(card, { pipeline, reason }) {
@@ -530,7 +542,17 @@ function speak(chosen) {
   for (const button of document.querySelectorAll("[data-language]"))
     button.setAttribute("aria-pressed", String(button.dataset.language === chosen));
   cards.forEach(render);
+  look.show();
 }
+
+const look = setUpSearch({
+  say, make, draw, pairs, number, words, imprint, announce,
+  key: () => byId("key").value.trim(),
+  refused({ own, code, detail }) { // one sentence
+    if (code === "key_missing" || code === "key_wrong") wantKey();
+    return own ? say(own) : TEXT[language].problems[code] ?? detail ?? say("silent");
+  },
+});
 
 for (const button of document.querySelectorAll("[data-language]")) {
   button.addEventListener("click", () => {
@@ -544,7 +566,7 @@ for (const [button, input] of [["choose", "photos"], ["shoot", "camera"]]) {
   byId(input).addEventListener("change", ({ target }) => { add([...target.files]); target.value = ""; });
 }
 function take(event, { files }) { // what is dropped or pasted
-  if (event.target === byId("key") && files.length === 0) return;
+  if (event.target.matches?.("input, textarea") && files.length === 0) return;
   event.preventDefault();
   if (files.length) add([...files]);
   else refuse();
