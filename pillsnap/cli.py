@@ -195,7 +195,7 @@ OPTIONS = {  # of each command, in addition to the settings
             help="import takes the file of a register; a later edition takes the place of an earlier one",
         ),
         _option("file", nargs="?", type=Path, metavar="FILE", help="CSV, XLSX or JSON as the register publishes it"),
-        _option("--catalog", type=Path, metavar="FILE", help="the catalogue (default: serve.catalog)"),
+        _option("--catalog", type=Path, metavar="FILE", help="the catalogue (default: paths.catalog)"),
     ],
     "search": [
         _option("--imprint", default="", metavar="TEXT", help="letters and numbers of one side, or of both"),
@@ -206,7 +206,7 @@ OPTIONS = {  # of each command, in addition to the settings
         _option("--length", type=float, metavar="MM", help="its longer side, millimetres"),
         _option("--limit", type=int, default=20, metavar="N", help="records to show (default: 20)"),
         _option("--json", action="store_true", help="as JSON, as the service answers"),
-        _option("--catalog", type=Path, metavar="FILE", help="the catalogue (default: serve.catalog)"),
+        _option("--catalog", type=Path, metavar="FILE", help="the catalogue (default: paths.catalog)"),
         _option(
             "--model",
             type=Path,

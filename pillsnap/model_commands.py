@@ -180,7 +180,7 @@ def catalog(arguments: Namespace) -> int:
         raise SettingsError("catalog import takes the file of a register, catalog show takes none")
     from pillsnap.answer.search.catalog import describe, import_register, read_catalog
 
-    path = arguments.catalog or _root_or_here() / _settings_or_defaults(arguments).serve.catalog
+    path = arguments.catalog or _root_or_here() / _settings_or_defaults(arguments).paths.catalog
     if arguments.what == "show":
         print(describe(read_catalog(path)))
         return 0
@@ -203,7 +203,7 @@ def search(arguments: Namespace) -> int:
     if not 1 <= arguments.limit <= 100_000:
         raise SettingsError(f"--limit is {arguments.limit}, but must be 1 to 100000")
     settings = _settings_or_defaults(arguments)
-    lookup = Lookup(arguments.catalog or _root_or_here() / settings.serve.catalog)
+    lookup = Lookup(arguments.catalog or _root_or_here() / settings.paths.catalog)
     searched = lookup.search(_class_map(arguments.model, settings))
     if not searched.records:
         raise SettingsError(

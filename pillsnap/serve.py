@@ -130,7 +130,7 @@ def _service(settings: Settings, environment: Environment, root: Path) -> Servic
         upload_seconds=serve.upload_seconds,
         font=serve.font,
         pipelines=PIPELINES[:1] if serve.features == "mvp" else PIPELINES,
-        lookup=Lookup(root / serve.catalog),
+        lookup=Lookup(root / settings.paths.catalog),
     )
 
 

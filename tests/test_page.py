@@ -1109,7 +1109,7 @@ def search_server(tmp_path: Path, models: Path | None = None) -> ASGIApp:
     register = "\n".join(["품목일련번호,품목명,표시앞,표시뒤,의약품제형,색상앞", *rows])
     (tmp_path / "register.csv").write_text(f"{register}\n", encoding="utf-8")
     import_register(tmp_path / "register.csv", tmp_path / "catalog.json")
-    settings = load_settings(CONFIG, ["serve.requests_per_minute=0", f"serve.catalog={tmp_path / 'catalog.json'}"])
+    settings = load_settings(CONFIG, ["serve.requests_per_minute=0", f"paths.catalog={tmp_path / 'catalog.json'}"])
     return create_app(settings, Environment(api_keys=(RIGHT,), model_path=models))
 
 

@@ -151,7 +151,7 @@ def test_the_command_imports_shows_and_searches(
 
 def test_a_service_without_a_model_searches(tmp_path: Path) -> None:
     (tmp_path / "register.csv").write_text(REGISTER, encoding="utf-8")
-    settings = load_settings(CONFIG, [f"serve.catalog={tmp_path / 'catalog.json'}", "serve.features=mvp"])
+    settings = load_settings(CONFIG, [f"paths.catalog={tmp_path / 'catalog.json'}", "serve.features=mvp"])
     with TestClient(create_app(settings, Environment((RIGHT,)))) as client:
         assert client.get("/search?imprint=A1").status_code == 401
         assert client.get("/search?imprint=A1", headers=KEY).json()["records"] == 0
@@ -175,7 +175,7 @@ def test_a_service_without_a_model_searches(tmp_path: Path) -> None:
 
 
 def test_the_labels_of_a_model_are_searched(models: Path, tmp_path: Path) -> None:
-    settings = load_settings(CONFIG, [f"serve.catalog={tmp_path / 'catalog.json'}"])
+    settings = load_settings(CONFIG, [f"paths.catalog={tmp_path / 'catalog.json'}"])
     with TestClient(create_app(settings, Environment((RIGHT,), model_path=models))) as client:
         answer = client.get("/search?shape=oblong", headers=KEY).json()
     hits = [hit["code"] for group in answer["groups"] for hit in group["hits"] if hit["source"] == "labels"]

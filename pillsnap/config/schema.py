@@ -85,6 +85,7 @@ class Paths(Section):
     sample_root: PosixPath = Path("data/sample")
     run_root: PosixPath = Path("runs")
     cache_root: PosixPath = Path("data/cache")
+    catalog: PosixPath = Path("data/catalog.json")
 
 
 class Data(Section):
@@ -297,7 +298,6 @@ class Serve(Section):
     """The web service; for a null the environment is read."""
 
     model_path: PosixPath | None = None
-    catalog: PosixPath = Path("data/catalog.json")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] | None = None
     cors_allow_origins: Annotated[tuple[str, ...], Strict(False)] | None = None
     font: PosixPath | None = None
