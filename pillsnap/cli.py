@@ -184,6 +184,11 @@ OPTIONS = {  # of each command, in addition to the settings
         _option(
             "--top-k", type=int, default=5, metavar="N", help="candidates of each pill in JSON, 1 to 20 (default: 5)"
         ),
+        _option(
+            "--expected",
+            metavar="CODES",
+            help="drugs of a prescription, K-codes or EDI codes with commas, or the file of an order",
+        ),
         _option("--json", action="store_true", help="a line of JSON per photo instead of a table"),
         _option("--out", type=Path, metavar="FILE", help="write to this file instead of standard output"),
     ],

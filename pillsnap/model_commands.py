@@ -145,7 +145,7 @@ def predict(arguments: Namespace) -> int:
 
     settings = _settings_or_defaults(arguments)
     environment = load_environment(_root_or_here(), settings.serve)
-    request = {"pipeline": arguments.pipeline, "top_k": arguments.top_k}
+    request = {"pipeline": arguments.pipeline, "top_k": arguments.top_k, "expected": _expected(arguments.expected)}
     if not arguments.url:
         loaded = _open_models(arguments.model or environment.model_path, settings)
         return predict_photos(
@@ -159,6 +159,15 @@ def predict(arguments: Namespace) -> int:
         return predict_photos(
             photos, partial(predict_remote, arguments.url, key, client=client, **request), arguments.json, arguments.out
         )
+
+
+def _expected(words: str | None) -> str | None:
+    """A list of drugs, or the content of the file of an order."""
+    if words is None or "," in words or not Path(words).is_file():
+        return words
+    from pillsnap.answer.search.tables import decode_text, read_bytes
+
+    return decode_text(read_bytes(Path(words)), Path(words))
 
 
 def _open_models(folder: Path | None, settings: Settings) -> LoadedModels:

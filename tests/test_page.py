@@ -937,7 +937,7 @@ def test_keyboard_only(browser: WebDriver, address: str) -> None:
 
     visit(browser, address, key="")
     path = []
-    for _ in range(10):
+    for _ in range(11):
         here = press(Keys.TAB)
         assert has_visible_focus(), here.get_attribute("outerHTML")
         if here.get_attribute("id") == "key":
@@ -948,7 +948,13 @@ def test_keyboard_only(browser: WebDriver, address: str) -> None:
             or here.get_attribute("value")
             or here.get_attribute("data-text")
         )
-    assert path == ["skip", "ko", "en", "single", "choose", "shoot", "key", "key_use", "look-summary", "docs"]
+    assert path == ["skip", "ko", "en", "single", "expected-summary", "choose"] + [
+        "shoot",
+        "key",
+        "key_use",
+        "look-summary",
+        "docs",
+    ]
     browser.execute_script("""
         for (const id of ["photos", "camera"])
           document.getElementById(id).addEventListener("click", (event) => {
@@ -1178,3 +1184,32 @@ def test_text_is_pasted_into_the_search(browser: WebDriver, address: str) -> Non
     field = browser.find_element(By.ID, "look-imprint")
     field.send_keys("A10", Keys.CONTROL, "a", "x", "v", Keys.NULL)
     assert field.get_attribute("value") == "A10" and not browser.find_elements(By.ID, "drop-problem")
+
+
+@pytest.mark.parametrize("language", ["en", "ko"])
+def test_pills_are_compared_with_a_prescription(
+    browser: WebDriver, tmp_path: Path, address: str, photo: Path, language: str
+) -> None:
+    order = tmp_path / "order.csv"
+    order.write_text("line,code\n1,K-000030\n2,K-000101\n", encoding="utf-8")
+    visit(browser, address)
+    browser.find_element(By.CSS_SELECTOR, f"[data-language={language}]").click()
+    choose(browser, "combo")
+    browser.find_element(By.ID, "expected-summary").click()
+    browser.find_element(By.ID, "expected-file").send_keys(str(order))
+    wait(browser, lambda: "K-000101" in browser.find_element(By.ID, "expected").get_attribute("value"))
+    send(browser, photo)
+    see(browser, ".prescription")
+    shown = texts(browser, ".prescription p")
+    words = {
+        "en": ["Matched: 1 White", "Missing: Blue tablet", "Not expected: 2 Red", "Not checked"],
+        "ko": ["맞음: 1 White", "빠짐: Blue tablet", "목록에 없음: 2 Red", "이 모델에 없는 약"],
+    }[language]
+    assert len(shown) == 4 and all(said.startswith(word) for said, word in zip(shown, words, strict=True)), shown
+    assert not browser.find_elements(By.CSS_SELECTOR, ".prescription.complete")
+    assert not Axe().run(browser)["violations"]
+    browser.find_element(By.ID, "expected").clear()
+    browser.find_element(By.ID, "expected").send_keys("K-000030,K-000007")
+    send(browser, photo)
+    see(browser, ".prescription.complete")
+    assert quiet(browser)

@@ -204,6 +204,23 @@ function repeat(card, pipeline, look) { // a button, where the photo is still th
   return make("button", { type: "button", class: look, onclick: again }, say(`again_${pipeline}`));
 }
 
+function comparison({ prescription, pills }) { // with the drugs that were expected
+  if (!prescription) return null;
+  const { complete, matched, missing, surplus, doubtful, unknown } = prescription;
+  const at = (place) => `${place + 1} ${nameOf(pills[place])}`;
+  const coded = ({ code, name }) => `${name} (${code})`;
+  const rows = {
+    expected_matched: matched.map((one) => `${one.pill + 1} ${coded(one)}`), expected_missing: missing.map(coded),
+    expected_surplus: surplus.map(at), expected_doubtful: doubtful.map(({ pill, drugs }) =>
+      `${pill + 1}: ${drugs.map(coded).join(say("or"))}?`),
+    expected_unknown: unknown,
+  };
+  return make("div", { class: complete ? "prescription complete" : "prescription" },
+    make("b", {}, say(complete ? "expected_complete" : "expected_open")),
+    Object.entries(rows).filter(([, texts]) => texts.length)
+      .map(([name, texts]) => make("p", {}, `${say(name)}: ${texts.join(", ")}`)));
+}
+
 function internals({ timings_ms, model, pills }) {
   const times = Object.entries(timings_ms).map(([step, time]) =>
     [say(step) ?? step, `${number(time, { maximumFractionDigits: time < 10 ? 1 : 0 })} ms`]);
@@ -222,6 +239,7 @@ function result(card) {
   const told = pills.length ? notes : notes.filter((note) => !note.startsWith("No pill was found"));
   const offered = hint?.pipeline === other || !several || !pills.length || !card.file;
   return [
+    comparison(card.answer),
     pills.length ? make("ol", { class: "pills" }, pills.map(pill))
       : make("div", { class: "notes nothing" }, make("b", {}, say("nothing")), make("p", {}, say("nothing_about"))),
     hint ? recommendation(card, hint) : null,
@@ -337,7 +355,9 @@ function cardOf(name, pipeline, file, source) {
 function add(files) {
   byId("drop-problem")?.remove();
   const pipeline = document.querySelector("[name=pipeline]:checked").value;
-  const added = files.map((file) => cardOf(file.name, pipeline, file, URL.createObjectURL(file)));
+  const expected = byId("expected").value.trim();
+  const added = files.map((file) =>
+    Object.assign(cardOf(file.name, pipeline, file, URL.createObjectURL(file)), { expected }));
   cards.unshift(...added);
   byId("cards").prepend(...added.map((card) => card.node));
   byId("none-yet").hidden = cards.length > 0;
@@ -421,6 +441,7 @@ function parse(text) { // something between here and the server may answer with 
 function post(card, key) { // only XMLHttpRequest tells how much is sent
   const { sent, unseen } = card.prepared, form = new FormData(), request = new XMLHttpRequest();
   form.append("image", sent, card.name);
+  if (card.expected) form.append("expected", card.expected);
   return new Promise((resolve) => {
     let clock = 0;
     const end = (answer) => { clearTimeout(clock); resolve(answer); };
@@ -565,6 +586,11 @@ for (const [button, input] of [["choose", "photos"], ["shoot", "camera"]]) {
   // An empty value lets the same file be chosen again.
   byId(input).addEventListener("change", ({ target }) => { add([...target.files]); target.value = ""; });
 }
+byId("expected-choose").addEventListener("click", () => byId("expected-file").click());
+byId("expected-file").addEventListener("change", async ({ target }) => {
+  byId("expected").value = (await target.files[0]?.text() ?? "").slice(0, 20_000);
+  target.value = "";
+});
 function take(event, { files }) { // what is dropped or pasted
   if (event.target.matches?.("input, textarea") && files.length === 0) return;
   event.preventDefault();
