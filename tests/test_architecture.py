@@ -40,10 +40,11 @@ LAYERS = [
 ]
 # Subpackages of a package in the same order; "" stands for the modules of the package itself.
 SUBPACKAGES = {
+    "answer": ["", "search"],
     "data": ["reading", "readers", "scan", "splits", "cache", ""],
     "training": ["device", "report", ""],
     "service": ["", "guard", "inference", "page", "endpoints", "client"],
-    "bench": ["", "data", "training", "engines", "gpu", "serving"],
+    "bench": ["", "data", "training", "engines", "gpu", "serving", "search"],
 }
 LAYER = {package: number for number, layer in enumerate(LAYERS) for package in layer}
 
