@@ -30,7 +30,7 @@ from pillsnap.commands import (
 )
 from .config.load import load_plugins_of
 from .errors import PillsnapError
-from .model_commands import archive, demo, models, predict, ship, watch
+from .model_commands import archive, catalog, demo, models, predict, search, ship, watch
 from .runlog import setup_logging
 
 # %% auto #0
@@ -207,8 +207,40 @@ OPTIONS = {  # of each command, in addition to the settings
         _option(
             "--top-k", type=int, default=5, metavar="N", help="candidates of each pill in JSON, 1 to 20 (default: 5)"
         ),
+        _option(
+            "--expected",
+            metavar="CODES",
+            help="drugs of a prescription, K-codes or EDI codes with commas, or the file of an order",
+        ),
         _option("--json", action="store_true", help="a line of JSON per photo instead of a table"),
         _option("--out", type=Path, metavar="FILE", help="write to this file instead of standard output"),
+    ],
+    "catalog": [
+        _option(
+            "what",
+            choices=("import", "show"),
+            metavar="{import,show}",
+            help="import takes the file of a register; a later edition takes the place of an earlier one",
+        ),
+        _option("file", nargs="?", type=Path, metavar="FILE", help="CSV, XLSX or JSON as the register publishes it"),
+        _option("--catalog", type=Path, metavar="FILE", help="the catalogue (default: paths.catalog)"),
+    ],
+    "search": [
+        _option("--imprint", default="", metavar="TEXT", help="letters and numbers of one side, or of both"),
+        _option("--back", default="", metavar="TEXT", help="those of the other side"),
+        _option("--color", default="", metavar="NAMES", help="colours on the pill, with commas"),
+        _option("--shape", default="", metavar="NAMES", help="its shape, or several with commas"),
+        _option("--score", default="", metavar="NAME", help="its score line: none, line or cross"),
+        _option("--length", type=float, metavar="MM", help="its longer side, millimetres"),
+        _option("--limit", type=int, default=20, metavar="N", help="records to show (default: 20)"),
+        _option("--json", action="store_true", help="as JSON, as the service answers"),
+        _option("--catalog", type=Path, metavar="FILE", help="the catalogue (default: paths.catalog)"),
+        _option(
+            "--model",
+            type=Path,
+            metavar="DIR",
+            help="folder of a model, whose drugs are searched too (default: the web service's, where there is one)",
+        ),
     ],
     "watch": [
         _option("--url", default="http://localhost:8000", metavar="URL", help="server (default: %(default)s)"),
@@ -234,6 +266,8 @@ COMMANDS = {
         ship,
         archive,
         predict,
+        catalog,
+        search,
         watch,
         sample,
         demo,

@@ -41,12 +41,12 @@ LAYERS = [
 ]
 # Subpackages of a package in the same order; "" stands for the modules of the package itself.
 SUBPACKAGES = {
-    "answer": ["", "quality"],
+    "answer": ["", "quality", "search"],
     "data": ["reading", "readers", "scan", "splits", "cache", ""],
     "training": ["device", "report", ""],
     "quality": ["ranking", "pairs", "degradations", ""],
     "service": ["", "guard", "inference", "page", "endpoints", "client"],
-    "bench": ["", "data", "training", "engines", "gpu", "serving", "quality"],
+    "bench": ["", "data", "training", "engines", "gpu", "serving", "quality", "search"],
 }
 LAYER = {package: number for number, layer in enumerate(LAYERS) for package in layer}
 

@@ -25,6 +25,7 @@ from .dependencies import Service, count_photo
 from ..errors import ApiError
 from ..guard.uploads import UploadLimits, read_form
 from ..inference.model_manager import LoadedModels
+from ..prescriptions import classify_expected
 from ..schemas import Prediction, prediction_response
 
 # %% auto #0
@@ -46,6 +47,9 @@ class PredictParameters(BaseModel):
     picture: bool = Field(False, description="also the photo as the boxes lie on it: decoded and upright")
     quality: Literal["report", "require"] = Field(
         "report", description="report = the quality is told; require = a photo that is not good enough is refused"
+    )
+    expected: str | None = Field(
+        None, description="drugs of a prescription, K-codes or EDI codes with commas, `*2` for two pills; or an order"
     )
 
 
@@ -189,8 +193,11 @@ def predict_photo(
         opened = _open_and_crop(service, loaded, data, parameters)
         if parameters.quality == "require":
             _require_quality(opened.verdict)
-        identification = loaded.identifier.classify_crops(opened.crops, parameters.top_k)
+        identification, compared = classify_expected(
+            loaded.identifier, opened.crops, parameters.top_k, parameters.expected
+        )
     response = prediction_response(identification, opened.size, opened.decode_ms, loaded.model, None, opened.verdict)
+    response |= {} if compared is None else {"prescription": compared}
     if opened.photo is not None:
         response |= _pictures(opened.photo, identification.pills, service.font, parameters)
     if service.metrics is not None:
