@@ -26,6 +26,7 @@ LAYERS = [
     ["metrics"],
     ["data", "sample"],
     ["models"],
+    ["masks"],
     ["training"],
     ["evaluation"],
     ["export"],
@@ -41,7 +42,7 @@ LAYERS = [
 # Subpackages of a package in the same order; "" stands for the modules of the package itself.
 SUBPACKAGES = {
     "answer": ["", "search"],
-    "data": ["reading", "readers", "scan", "splits", "cache", ""],
+    "data": ["reading", "labelling", "readers", "scan", "splits", "cache", ""],
     "training": ["device", "report", ""],
     "service": ["", "guard", "inference", "page", "endpoints", "client"],
     "bench": ["", "data", "training", "engines", "gpu", "serving", "search"],
