@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 from pillsnap.commands import (
     bench,
     cache,
+    compose,
     evaluate,
     export,
     gate,
@@ -59,6 +60,13 @@ OPTIONS = {  # of each command, in addition to the settings
         _option("--workers", type=int, metavar="N", default=0, help="reading processes (default: one per core)"),
         _option("--dry-run", action="store_true", help="only list what would be read"),
         _option("--grade", type=Path, metavar="FILE", help="judge the photos with this quality.onnx, into grades.csv"),
+    ],
+    "compose": [
+        _option("--cutouts", type=Path, metavar="ZIP", required=True, help="pills on black, a folder for each drug"),
+        _option("--out", type=Path, metavar="DIR", required=True, help="folder of the dataset to make"),
+        _option("--photos", type=int, metavar="N", default=2000, help="photos to train on (default: %(default)s)"),
+        _option("--held-out", type=int, metavar="N", default=300, help="of other drugs and backgrounds (%(default)s)"),
+        _option("--size", type=int, metavar="PIXELS", default=320, help="side of a photo (default: %(default)s)"),
     ],
     "cache": [
         _option(
@@ -254,6 +262,7 @@ COMMANDS = {
     action.__name__: action
     for action in (
         scan,
+        compose,
         cache,
         train,
         evaluate,

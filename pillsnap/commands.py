@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['settings_from', 'settings_of_run', 'print_json', 'print_last', 'words_of', 'refuse', 'show_config', 'sample', 'scan',
-           'cache', 'train', 'evaluate', 'runs', 'export', 'bench', 'gate', 'quality']
+           'compose', 'cache', 'train', 'evaluate', 'runs', 'export', 'bench', 'gate', 'quality']
 
 # %% ../nbs/22_commands.ipynb #0b916f68
 def settings_from(
@@ -137,6 +137,22 @@ def _graded(
     path = table.with_name("grades.csv")
     write_grades(grades, path)
     return [f"{tier_counts(grades)}: {path} lists them, the worst first; data.grades={path} leaves out the poor ones"]
+
+
+def compose(arguments: Namespace) -> int:
+    """Compose photos of cut-out pills on the backgrounds of --data-root, with exact masks, as a COCO dataset."""
+    settings = settings_from(arguments)
+    if settings.paths.data_root is None:
+        raise SettingsError("there are no photos for the backgrounds: name the folder of a dataset with --data-root")
+    if min(arguments.photos, arguments.held_out) < 1 or arguments.size < 64:
+        raise SettingsError("--photos and --held-out take numbers from 1 on, --size takes pixels from 64 on")
+    from pillsnap.masks.cutouts import CutoutArchive
+    from pillsnap.masks.write import write_composed
+
+    counts = (arguments.photos, arguments.held_out)
+    archive, root = CutoutArchive(arguments.cutouts), settings.paths.data_root
+    print(write_composed(archive, root, arguments.out, counts, arguments.size, settings.seed))
+    return 0
 
 
 def cache(arguments: Namespace) -> int:

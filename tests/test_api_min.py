@@ -131,6 +131,7 @@ def test_predict_schema(client: TestClient, jpeg: bytes, query: str, pipeline: s
     assert set(prediction) == {
         "pipeline",
         "photo",
+        "quality",
         "pills",
         "timings_ms",
         "notes",

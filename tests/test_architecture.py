@@ -26,6 +26,7 @@ LAYERS = [
     ["metrics"],
     ["data", "sample"],
     ["models"],
+    ["masks"],
     ["training"],
     ["quality"],
     ["evaluation"],
@@ -42,7 +43,7 @@ LAYERS = [
 # Subpackages of a package in the same order; "" stands for the modules of the package itself.
 SUBPACKAGES = {
     "answer": ["", "quality", "search"],
-    "data": ["reading", "readers", "scan", "splits", "cache", ""],
+    "data": ["reading", "labelling", "readers", "scan", "splits", "cache", ""],
     "training": ["device", "report", ""],
     "quality": ["ranking", "pairs", "degradations", ""],
     "service": ["", "guard", "inference", "page", "endpoints", "client"],
