@@ -44,8 +44,9 @@ def plain_photo(
         float(rng.uniform(0, 360)),
     )
     pill = Placed(drug, 0, float(rng.uniform(-6, 6)), float(rng.uniform(-8, 8)), float(rng.uniform(0, 360)))
-    photo, [(x, y, width, height)] = render([pill], view, rng)
-    return photo, Box(x, y, x + width, y + height)
+    rendered = render([pill], view, rng)
+    [(x, y, width, height)] = rendered.boxes
+    return rendered.photo, Box(x, y, x + width, y + height)
 
 
 def rendered_sources(
