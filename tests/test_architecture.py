@@ -29,6 +29,7 @@ LAYERS = [
     ["training"],
     ["evaluation"],
     ["export"],
+    ["color"],
     ["registry", "packaging"],
     ["service"],
     ["serve"],
@@ -36,10 +37,13 @@ LAYERS = [
     ["demo"],
     ["commands"],
     ["model_commands"],
+    ["color_commands"],
     ["cli"],
 ]
 # Subpackages of a package in the same order; "" stands for the modules of the package itself.
 SUBPACKAGES = {
+    "runtime": ["", "color"],
+    "color": ["networks", "data", ""],
     "data": ["reading", "readers", "scan", "splits", "cache", ""],
     "training": ["device", "report", ""],
     "service": ["", "guard", "inference", "page", "endpoints", "client"],
