@@ -43,6 +43,7 @@ LAYERS = [
 # Subpackages of a package in the same order; "" stands for the modules of the package itself.
 SUBPACKAGES = {
     "runtime": ["", "color"],
+    "answer": ["color", ""],
     "color": ["networks", "data", ""],
     "data": ["reading", "readers", "scan", "splits", "cache", ""],
     "training": ["device", "report", ""],
