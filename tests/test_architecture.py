@@ -48,7 +48,7 @@ SUBPACKAGES = {
     "data": ["reading", "readers", "scan", "splits", "cache", ""],
     "training": ["device", "report", ""],
     "service": ["", "guard", "inference", "page", "endpoints", "client"],
-    "bench": ["", "data", "training", "engines", "gpu", "serving"],
+    "bench": ["", "data", "training", "engines", "gpu", "serving", "color"],
 }
 LAYER = {package: number for number, layer in enumerate(LAYERS) for package in layer}
 
