@@ -293,7 +293,7 @@ def test_wrong_words_end_with_one_sentence(
 
 
 def test_serving_needs_no_torch():
-    code = "import sys, pillsnap.runtime.color.apply, pillsnap.runtime.color.cube_write; sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys, pillsnap.runtime.color.apply, pillsnap.runtime.color.cube_write; sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-

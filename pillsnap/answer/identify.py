@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from .classes import Drug
+from .color.balance import NO_CORRECTION, estimate_balance
 from .crops import crop_pill
 from .rules import ModelMismatch, Rules
 from ..errors import PillsnapError
@@ -108,6 +109,8 @@ def softmax(
 # %% ../../nbs/answer/03_identify.ipynb #457f2dae
 PIPELINES = ("single", "combo")
 _BATCH = 4  # crops per batch: on a CPU larger batches of a large network take much memory and save no time
+_FAR_CAST = 1.5  # ratio of the channels, as a power of two, beyond which a correction leaves errors in the colours
+_FAR_LIGHT = "The light was strongly coloured, so the colours may mislead: take the photo again in daylight."
 
 
 @dataclass(frozen=True)
@@ -170,8 +173,13 @@ class Identifier:
             if pipeline == "single" and len(boxes) > 1
             else None
         )
+        found = boxes
         boxes, scores, notes = _select(boxes, scores, pipeline, self.detect is not None)
         crops = self._crops(image, boxes, whole=pipeline == "single")
+        if self.rules.color != NO_CORRECTION and len(crops):
+            balance = estimate_balance(image, self.rules.color, found)
+            crops = balance(crops.reshape(-1, *crops.shape[2:])).reshape(crops.shape)
+            notes += [_FAR_LIGHT] if balance.cast > _FAR_CAST else []
         seconds = {"detect": detected - started, "crop": perf_counter() - detected}
         if pipeline == "single" and not len(boxes):
             whole = Box(0.0, 0.0, float(image.shape[1]), float(image.shape[0]))

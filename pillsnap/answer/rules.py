@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from .classes import ClassMap
+from .color.balance import COLOR_RULES, NO_CORRECTION
 from ..runtime.session import ModelError
 
 # %% auto #0
@@ -33,6 +34,7 @@ class Rules:
     nms_iou: float  # overlap above which the weaker of two boxes is dropped, 0 to 1
     sure_confidence: float  # a prediction below it is marked as not sure, 0 to 1
     single_scale: float = 1.0  # fraction of detector_size that `single` tries first; its one pill is large
+    color: str = NO_CORRECTION  # how the light is taken out of the classifier's crops; or a key of COLOR_RULES
 
     @property
     def single_size(self) -> int | None:  # pixels; a multiple of 32, as the detector requires
@@ -58,7 +60,10 @@ class Rules:
                 "mean": tuple(value["mean"]),
                 "std": tuple(value["std"]),
             }
-            return cls(**(value | parts))
+            rules = cls(**(value | parts))
+            if rules.color not in (NO_CORRECTION, *COLOR_RULES):
+                raise ValueError(f"there is no colour rule {rules.color!r}")
+            return rules
         except (KeyError, TypeError, ValueError) as error:
             raise ModelMismatch(
                 f"The rules of a model cannot be used ({error}): export it again with this version."

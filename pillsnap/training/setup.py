@@ -100,7 +100,7 @@ def check_reused_network(
 ) -> None:
     """Raise `CheckpointError` when the reused network was trained for other drugs or other image sizes."""
     before = Rules.from_json(earlier["rules"])
-    used = {"detector": ("classifier_size", "margin", "mean", "std"), "classifier": ("detector_size",)}.get(
+    used = {"detector": ("classifier_size", "margin", "mean", "std", "color"), "classifier": ("detector_size",)}.get(
         settings.train.only or "", ()
     )
     differing = [
@@ -234,4 +234,5 @@ def _rules(dataset: Dataset, settings: Settings, normal: tuple[tuple[float, ...]
         nms_iou=settings.identify.nms_iou,
         sure_confidence=settings.identify.sure_confidence,
         single_scale=settings.identify.single_scale,
+        color=settings.identify.color,
     )
