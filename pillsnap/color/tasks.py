@@ -204,6 +204,7 @@ class PairedNilutTask(NilutTask):
 
 # %% ../../nbs/color/00_tasks.ipynb #e913bd08
 _CANONICAL = 6  # of as many photos, one is left as it is
+_EVALUATED = 96  # photos of an evaluation, each in a drawn light
 
 
 class AdaptiveTask(ColorTask):
@@ -317,11 +318,15 @@ class PhoneTask(AdaptiveTask):
 
     def validation_pairs(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Photos that are not trained on, in lights that are always the same."""
-        return self.data.batch(self.validation[:200], (self.settings.seed, 2**31))
+        return self.data.batch(self._validation(), (self.settings.seed, 2**31))
 
     def canonical_pairs(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Photos in the light of the studio."""
-        return self.data.batch(self.validation[:200], (self.settings.seed, 2**31), lambda place: True)
+        return self.data.batch(self._validation(), (self.settings.seed, 2**31), lambda place: True)
+
+    def _validation(self) -> list[int]:
+        """Photos of an evaluation; where there are few, they come in several lights."""
+        return (self.validation * -(-_EVALUATED // len(self.validation)))[:_EVALUATED]
 
 # %% ../../nbs/color/00_tasks.ipynb #9a2a9b43
 TASKS: dict[tuple[str, str], type[ColorTask]] = {
