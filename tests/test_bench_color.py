@@ -52,7 +52,8 @@ def data(tmp_path: Path) -> Path:
             Image.fromarray(pill(color, 0, rng)).save(tmp_path / "front.png")
             archive.write(tmp_path / "front.png", f"{name}/front.png")
             (tmp_path / "phone" / name).mkdir(parents=True)
-            Image.fromarray(pill(color, 180, rng)).save(tmp_path / "phone" / name / "1_front.png")
+            taken = (pill(color, 180, rng) * [1.0, 0.9, 0.7]).astype(np.uint8)
+            Image.fromarray(taken).save(tmp_path / "phone" / name / "1_front.png")
     return tmp_path
 
 

@@ -186,7 +186,7 @@ def _phone(options: Namespace, compared: dict[str, Correction], values: dict[str
     return [
         goal("de2000_canonical", round(float(np.median(both[LEARNED][1])), 3), at_most=0.5, n=count),
         goal("phone_de2000_reduction", round(less, 3), at_least=0.4, n=count),
-        goal("phone_de2000_over_simple", round(medians[LEARNED] / simple, 3), at_most=1.0, n=count),
+        goal("phone_de2000_over_simple", round(medians[LEARNED] - simple, 3), at_most=0, n=count),
     ]
 
 

@@ -42,9 +42,9 @@ PARTS: dict[str, Part] = {
     "classifier": Part(measure_classifier, 120),
     "detector": Part(measure_detector, 100),
     "answers": Part(measure_answers, 45),
-    "color": Part(measure_color, 15),
+    "color": Part(measure_color, 10),
     "timm": Part(measure_timm, 40),
-    "ultralytics": Part(measure_ultralytics, 50),
+    "ultralytics": Part(measure_ultralytics, 45),
 }
 PACKAGES = (
     "torch",
