@@ -4,6 +4,7 @@ import os
 import sys
 from pathlib import Path
 
+from pillsnap.answer.identify import percent
 from pillsnap.service.client.client import ClientError, predict_remote
 
 photo, url = Path(sys.argv[1]), sys.argv[2]
@@ -12,6 +13,6 @@ try:
 except ClientError as error:
     sys.exit(f"{photo}: {error}")
 for pill in answer["pills"]:
-    print(f"{pill['code']} {pill['name']} {pill['confidence']:.0%}{'' if pill['sure'] else ' (not sure)'}")
+    print(f"{pill['code']} {pill['name']} {percent(pill['confidence'])}{'' if pill['sure'] else ' (not sure)'}")
 for note in answer["notes"]:
     print(note)

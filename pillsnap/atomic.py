@@ -8,14 +8,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 # %% auto #0
-__all__ = ['replacing', 'write_bytes', 'write_text', 'write_json', 'read_json_cache', 'sha256']
+__all__ = ['replacing', 'write_bytes', 'write_text', 'write_json', 'read_json_cache', 'made_folder', 'sha256']
 
 # %% ../nbs/01_atomic.ipynb #b51b2de1
 @contextmanager
@@ -24,11 +25,11 @@ def replacing(
 ) -> Iterator[Path]:  # a temporary path beside it: write there
     """Yield a temporary path that becomes `path` on success and is removed on any error.
 
-    Missing parent folders are made.
+    Missing parent folders are made, and removed again on any error.
     Raises `FileNotFoundError` when the block ends without having written the temporary file.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    made = _make_folders(path.parent)
     temporary = path.with_name(f".{path.stem}.{uuid4().hex[:8]}{path.suffix}")
     try:
         yield temporary
@@ -36,8 +37,25 @@ def replacing(
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
+        _remove_empty(made)
         raise
     _force_to_disk(path.parent)
+
+
+def _make_folders(folder: Path) -> list[Path]:
+    """Make a folder with its parents; returns those that were missing, the deepest first."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    """Remove folders, the deepest first, up to the first that is not empty."""
+    for folder in folders:
+        try:
+            folder.rmdir()
+        except OSError:
+            return
 
 
 def _force_to_disk(path: Path) -> None:
@@ -89,6 +107,23 @@ def read_json_cache(
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+# %% ../nbs/01_atomic.ipynb #04c2ccd0
+@contextmanager
+def made_folder(
+    path: Path | str,  # the folder to make; it may be there already
+    keep: Callable[[], bool] = lambda: False,  # whether a new folder stays all the same when the block fails
+) -> Iterator[Path]:  # the folder
+    """Make a folder for a block, and remove it when the block fails, unless it was there before."""
+    path = Path(path)
+    made = _make_folders(path)
+    try:
+        yield path
+    except BaseException:
+        if made and not keep():
+            shutil.rmtree(path, ignore_errors=True)
+            _remove_empty(made[1:])
+        raise
 
 # %% ../nbs/01_atomic.ipynb #77888954
 def sha256(

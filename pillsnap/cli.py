@@ -12,7 +12,7 @@ import threading
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from .color_commands import COLOR_ACTIONS, color
 from .commands import bench, cache, evaluate, export, gate, refuse, runs, sample, scan, show_config, train
@@ -22,7 +22,7 @@ from .model_commands import archive, demo, models, predict, ship, watch
 from .runlog import setup_logging
 
 # %% auto #0
-__all__ = ['EXAMPLE', 'OPTIONS', 'COMMANDS', 'WITHOUT_SETTINGS', 'make_parser', 'parse', 'main']
+__all__ = ['EXAMPLE', 'OPTIONS', 'COMMANDS', 'WITHOUT_SETTINGS', 'SentenceParser', 'make_parser', 'parse', 'main']
 
 # %% ../nbs/24_cli.ipynb #880b0e3c
 EXAMPLE = """settings are given as key=value, for example:
@@ -49,7 +49,10 @@ OPTIONS = {  # of each command, in addition to the settings
     ],
     "cache": [
         _option(
-            "what", choices=("build", "show", "check", "clear"), help="build fills it for a run with these settings"
+            "what",
+            choices=("build", "show", "check", "clear"),
+            metavar="{build,show,check,clear}",
+            help="build fills it for a run with these settings",
         ),
     ],
     "train": [
@@ -124,10 +127,15 @@ OPTIONS = {  # of each command, in addition to the settings
         _option(
             "what",
             choices=("list", "show", "push", "pull", "promote", "rollback", "info"),
+            metavar="{list,show,push,pull,promote,rollback,info}",
             help="push takes --run, pull puts the promoted files into --out, info takes a file",
         ),
         _option(
-            "words", nargs="*", metavar="TASK VERSION", help="classifier or detector, and a number; a file for info"
+            "words",
+            nargs="*",
+            default=[],
+            metavar="TASK VERSION",
+            help="classifier or detector, and a number; a file for info",
         ),
         _option("--run", type=Path, metavar="DIR", help="folder of an exported run to push"),
         _option("--note", default="", help="kept with what is pushed"),
@@ -135,7 +143,12 @@ OPTIONS = {  # of each command, in addition to the settings
         _option("--out", type=Path, metavar="DIR", help="folder to pull classifier.onnx and detector.onnx into"),
     ],
     "ship": [
-        _option("what", choices=("hub", "sagemaker"), help="hub needs a run exported with --format safetensors too"),
+        _option(
+            "what",
+            choices=("hub", "sagemaker"),
+            metavar="{hub,sagemaker}",
+            help="hub needs a run exported with --format safetensors too",
+        ),
         _option("--run", type=Path, metavar="DIR", required=True, help="folder of an exported run"),
         _option(
             "--out",
@@ -156,6 +169,7 @@ OPTIONS = {  # of each command, in addition to the settings
         _option(
             "what",
             choices=("make", "check", "restore", "rollback"),
+            metavar="{make,check,restore,rollback}",
             help="make packs models and settings, restore serves them from --into",
         ),
         _option(
@@ -171,7 +185,12 @@ OPTIONS = {  # of each command, in addition to the settings
         _option("--into", type=Path, metavar="DIR", help="folder of the releases; MODEL_PATH is current/models in it"),
     ],
     "predict": [
-        _option("photos", nargs="+", metavar="PHOTO", help="JPEG, PNG, WebP or BMP, or a folder with such files"),
+        _option(
+            "photos",
+            nargs="+",
+            metavar="PHOTO",
+            help="JPEG, HEIC, PNG, WebP, AVIF, TIFF, GIF or BMP, or a folder with such files",
+        ),
         _option(
             "--model",
             type=Path,
@@ -222,8 +241,8 @@ COMMANDS = {
 WITHOUT_SETTINGS = ("demo", "ship", "watch")
 
 
-def _settings_options() -> ArgumentParser:
-    shared = ArgumentParser(add_help=False, allow_abbrev=False)
+def _settings_options() -> SentenceParser:
+    shared = SentenceParser(add_help=False, allow_abbrev=False)
     shared.add_argument("--cfg", type=Path, metavar="FILE", help="settings file (default: config.yaml of the project)")
     shared.add_argument("--stage", type=int, help="how much of the data: 1 to 4")
     shared.add_argument("--profile", help="which machine: auto, cpu, rtx5080, h200")
@@ -243,10 +262,18 @@ def _settings_file(argv: Sequence[str] | None) -> Path | None:
     return file
 
 
+class SentenceParser(ArgumentParser):
+    """A parser whose errors are one sentence; `--help` shows the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """End with status 2."""
+        self.exit(2, f"pillsnap: {message.rstrip('.')} (`{self.prog} --help` shows what it takes)\n")
+
+
 def make_parser() -> ArgumentParser:
     """The parser of all commands; their docstrings are the help texts."""
     layout: dict[str, Any] = {"epilog": EXAMPLE, "formatter_class": RawDescriptionHelpFormatter, "allow_abbrev": False}
-    parser = ArgumentParser(prog="pillsnap", description="Identify pills from photos.", **layout)
+    parser = SentenceParser(prog="pillsnap", description="Identify pills from photos.", **layout)
     shared = _settings_options()
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, action in COMMANDS.items():

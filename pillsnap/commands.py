@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
     import polars as pl
 
 # %% auto #0
-__all__ = ['settings_from', 'settings_of_run', 'print_json', 'words_of', 'refuse', 'show_config', 'sample', 'scan', 'cache',
-           'train', 'evaluate', 'runs', 'export', 'bench', 'gate']
+__all__ = ['settings_from', 'settings_of_run', 'print_json', 'print_last', 'words_of', 'refuse', 'show_config', 'sample', 'scan',
+           'cache', 'train', 'evaluate', 'runs', 'export', 'bench', 'gate']
 
 # %% ../nbs/22_commands.ipynb #0b916f68
 def settings_from(
@@ -50,6 +51,15 @@ def print_json(
 ) -> None:
     """Print as indented JSON."""
     print(json.dumps(value, ensure_ascii=False, indent=2, default=str))
+
+
+def print_last(
+    lines: Sequence[str],  # sentences
+) -> None:
+    """Print what must be seen on standard error, below everything that was printed before."""
+    sys.stdout.flush()
+    for line in lines:
+        print(line, file=sys.stderr)
 
 
 def words_of(
@@ -95,6 +105,7 @@ def scan(arguments: Namespace) -> int:
         )
     from pillsnap.data.scan.scan import check_usable, plan_scan
     from pillsnap.data.scan.scan import scan as scan_dataset
+    from pillsnap.data.scan.summary import summary_lines
 
     if arguments.dry_run:
         print(plan_scan(settings.paths.data_root, settings.data.format))
@@ -102,6 +113,8 @@ def scan(arguments: Namespace) -> int:
     report = scan_dataset(settings.paths.data_root, arguments.out.resolve(), settings.data.format, arguments.workers)
     print_json(asdict(report))
     check_usable(report)
+    where = [f"{report.quarantine} names every file that was put aside, and why"] if report.quarantined else []
+    print_last([*report.notes, *summary_lines(report), *where])
     return 0
 
 
@@ -119,8 +132,9 @@ def cache(arguments: Namespace) -> int:
         from pillsnap.training.run import data_root
         from pillsnap.training.setup import open_samples
 
-        samples = open_samples(prepare_data(settings, data_root(settings)), settings)
-        print(caches.build_cache([sample.store for sample in samples.values()]))
+        dataset = prepare_data(settings, data_root(settings))
+        print(caches.build_cache([sample.store for sample in open_samples(dataset, settings).values()]))
+        print_last(dataset.report["summary"])
     elif arguments.what == "clear":
         print(f"{caches.clear_cache(folder) / 1e9:.2f} GB freed in {folder}")
     elif arguments.what == "show":
@@ -164,6 +178,7 @@ def train(arguments: Namespace) -> int:
     if first:
         advise(folder, settings)
         print(folder)
+        print_last(json.loads((folder / "data_report.json").read_text(encoding="utf-8")).get("summary", []))
     return 0
 
 

@@ -22,12 +22,13 @@ import httpx
 import papermill
 
 from .answer.factory import load_identifier
+from .answer.identify import percent
 from .atomic import write_bytes, write_json
 from .bench.report import goal, goal_lines, report_head
 from .bench.serving.server_process import free_port
 from .config.load import find_root, load_settings
 from .config.schema import Settings
-from .data.manifest import load_dataset
+from .data.moved import dataset_of_run
 from .evaluation.evaluate import TruePhoto, held_out, measure_latency
 from .runlog import setup_logging
 from .runtime.images import decode_image
@@ -272,7 +273,7 @@ def main() -> int:  # exit status
     with timed("export", seconds):
         run_notebook(root, "12_export.ipynb", demo / "export.ipynb", run_dir=str(run))
     with timed("serve", seconds):
-        photos = held_out(load_dataset(run))[1]
+        photos = held_out(dataset_of_run(run))[1]
         singles, several = ([photo for photo in photos if photo.kind == kind] for kind in ("single", "combination"))
         _predict(run / "export", root, demo, singles[0], several, settings.serve.font)
     with timed("latency", seconds):
@@ -297,7 +298,7 @@ def _predict(
         responses = {"single": post_photo(client, single, "single"), "combo": post_photo(client, fullest, "combo")}
     write_json(demo / "predictions.json", responses)
     for pipeline, response in responses.items():
-        named = ", ".join(f"{pill['name']} {pill['confidence']:.0%}" for pill in response["pills"])
+        named = ", ".join(f"{pill['name']} {percent(pill['confidence'])}" for pill in response["pills"])
         print(f"POST /predict?pipeline={pipeline}: {named} in {response['timings_ms']['total']:.0f} ms")
     image = decode_image(Path(fullest.image))
     write_bytes(

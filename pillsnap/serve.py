@@ -16,22 +16,24 @@ from typing import Any
 
 from anyio import to_thread
 from asgi_correlation_id import CorrelationIdMiddleware
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from fastapi.middleware.cors import CORSMiddleware
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from . import __version__
 from .answer.factory import load_identifier
 from .answer.identify import PIPELINES, Identifier
 from .config.environment import Environment, load_environment
 from .config.load import find_root, load_settings
-from .config.schema import Settings, SettingsError
+from .config.schema import Settings, SettingsError, closest_name
+from .runtime.engines import ENGINES
 from .runtime.memory import keep_large_blocks
 from .runtime.session import ModelError
 from .service.endpoints.dependencies import Service
 from .service.endpoints.routers import active_routers
 from .service.errors import ErrorResponse, add_error_handlers
 from .service.guard.auth import ApiKeys, weakness
+from .service.guard.parameters import check_query
 from .service.guard.rate_limit import RateLimiter
 from .service.guard.security_headers import add_security_headers
 from .service.inference.model_manager import ModelManager
@@ -58,6 +60,27 @@ def _add_features(app: FastAPI, features: str) -> None:
     for router in active_routers(app, features):
         app.include_router(router, responses=responses)
 
+# %% ../nbs/20_serve.ipynb #17401220
+class _HeadAsGet:
+    """ASGI middleware that answers HEAD as GET without a body; `scope["route"]` stays visible outside of it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self.app(scope, receive, send)
+            return
+
+        async def send_without_body(message: Message) -> None:
+            await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
+
+        as_get = {**scope, "method": "GET"}
+        try:
+            await self.app(as_get, receive, send_without_body)
+        finally:
+            scope.update({name: as_get[name] for name in ("route",) if name in as_get})
+
 # %% ../nbs/20_serve.ipynb #4d8049cb
 class _StartupGuard:
     """Fails the startup by an ASGI lifespan message: an exception would print its whole traceback."""
@@ -73,8 +96,12 @@ class _StartupGuard:
         await send({"type": "lifespan.startup.failed", "message": self.reason})
 
 
-def _weak_keys(environment: Environment) -> str:
+def _unusable_keys(environment: Environment) -> str:
     """The reason why the server must not start with its keys; "" when it may."""
+    if set(environment.api_keys) & set(environment.admin_keys):
+        return (
+            "API_KEY and ADMIN_KEY have a key in common, which could exchange models: give ADMIN_KEY a key of its own."
+        )
     if environment.allow_weak_keys:
         return ""
     return weakness(environment.api_keys) or (
@@ -98,6 +125,7 @@ def _service(settings: Settings, environment: Environment, root: Path) -> Servic
         settings.data.max_pixels,
         model_root,
         several_processes=multiprocessing.parent_process() is not None,
+        upload_idle_seconds=serve.upload_idle_seconds,
         upload_seconds=serve.upload_seconds,
         font=serve.font,
         pipelines=PIPELINES[:1] if serve.features == "mvp" else PIPELINES,
@@ -113,6 +141,10 @@ def create_app(
     root = _project_root()
     if settings is None:
         settings = Settings() if root is None else load_settings(root / "config.yaml")
+    if settings.serve.engine not in ("auto", *ENGINES):
+        known = ("auto", *ENGINES)
+        advice = closest_name(settings.serve.engine, known) or f": use {', '.join(known)}"
+        raise SettingsError(f"serve.engine is {settings.serve.engine!r}, which is no engine{advice}")
     environment = environment or load_environment(root or Path.cwd(), settings.serve)
     service = _service(settings, environment, root or Path.cwd())
 
@@ -130,8 +162,10 @@ def create_app(
         docs_url=None,
         redoc_url=None,
         description="Which drugs are in this photo?",
+        dependencies=[Depends(check_query)],
     )
     app.state.service, app.state.features, app.state.begun = service, settings.serve.features, time.monotonic()
+    app.add_middleware(_HeadAsGet)
     _add_features(app, settings.serve.features)
     app.add_middleware(
         CORSMiddleware,
@@ -142,7 +176,7 @@ def create_app(
     )
     app.add_middleware(AccessLog)
     app.add_middleware(CorrelationIdMiddleware)
-    app.add_middleware(_StartupGuard, reason=_weak_keys(environment))
+    app.add_middleware(_StartupGuard, reason=_unusable_keys(environment))
     add_error_handlers(app)
     add_security_headers(app)
     return app

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -10,9 +11,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import pillow_heif
 import pytest
 from fastapi.testclient import TestClient
 from httpx import Response
+from PIL import Image
 from tiny_models import ANOTHER, CONFIG, DRUGS, KEY, RIGHT, huge_png, photo_jpeg, save_classifier
 
 from pillsnap.answer.identify import Identifier
@@ -72,6 +75,7 @@ def test_health_with_a_model(client: TestClient) -> None:
         "class_map_hash": DRUGS.hash,
         "classifier_size": 64,
         "detector_size": 320,
+        "color": "none",
     }
 
 
@@ -217,6 +221,31 @@ def test_a_server_with_invalid_settings_does_not_start(tmp_path: Path, level: st
     assert done.returncode == 3 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
+@pytest.mark.parametrize(
+    "settings, variables, words",
+    [
+        ("", {"ADMIN_KEY": f"Qm3-vT8yLs_w5Kd0XzRa,{RIGHT}"}, ["API_KEY", "ADMIN_KEY", "a key of its own"]),
+        ("", {"ADMIN_KEY": RIGHT, "ALLOW_WEAK_KEYS": "1"}, ["API_KEY", "ADMIN_KEY"]),
+        ("serve:\n  engine: openvno\n", {}, ["serve.engine", "did you mean openvino?"]),
+        ("", {"CORS_ALLOW_ORIGINS": "nonsense"}, ["CORS_ALLOW_ORIGINS", "https://pillsnap.co.kr"]),
+        (None, {}, [".env", "is not UTF-8"]),
+    ],
+)
+def test_a_start_that_would_ignore_a_mistake_is_refused_in_one_sentence(
+    models: Path, tmp_path: Path, settings: str | None, variables: dict[str, str], words: list[str]
+) -> None:
+    (tmp_path / "config.yaml").write_text(settings or "", encoding="utf-8")
+    if settings is None:
+        (tmp_path / ".env").write_text(f"API_KEY={RIGHT}\n", encoding="utf-16")
+    environment = {**os.environ, "API_KEY": RIGHT, "MODEL_PATH": str(models), "PYTHONPATH": str(CONFIG.parent)}
+    command = [sys.executable, "-m", "uvicorn", "pillsnap.serve:app", "--port", "0"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment | variables, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 3 and "Traceback" not in done.stderr and RIGHT not in done.stderr, done.stderr
+    assert any(all(word in line for word in words) for line in done.stderr.splitlines()), done.stderr
+
+
 def test_ready_version_and_classes(client: TestClient, tmp_path: Path) -> None:
     assert client.get("/ready").json() == {"ready": True}
     check_error(client_for(tmp_path).get("/ready"), 503, "MODEL_PATH")
@@ -287,6 +316,46 @@ def test_unexpected_error_is_one_sentence(
     assert client.get("/health").status_code == 200 and post_photo(client, jpeg).status_code == 200
 
 
+@pytest.mark.parametrize("pipeline", ["single", "combo"])
+def test_boxes_are_in_pixels_of_the_photo_that_was_sent(
+    models: Path, client: TestClient, jpeg: bytes, pipeline: str
+) -> None:
+    whole = post_photo(client, jpeg, f"?pipeline={pipeline}").json()
+    width, height = Image.open(io.BytesIO(jpeg)).size
+    with client_for(
+        models, (RIGHT,), "serve.requests_per_minute=0", f"data.max_pixels={width * height // 2}"
+    ) as opened:
+        reduced = post_photo(opened, jpeg, f"?pipeline={pipeline}&annotate=true").json()
+    assert reduced["photo"] == whole["photo"] == {"width": width, "height": height}
+    assert [pill["code"] for pill in reduced["pills"]] == [pill["code"] for pill in whole["pills"]]
+    for pill, same in zip(reduced["pills"], whole["pills"], strict=True):
+        assert all(abs(pill["box"][side] - same["box"][side]) < 0.05 * width for side in pill["box"])
+
+
+def test_half_a_photo_is_never_answered(client: TestClient, jpeg: bytes) -> None:
+    for data in (jpeg[: len(jpeg) // 2], jpeg[: len(jpeg) // 2] + b"\xff\xd9", jpeg[:-400] + bytes(400)):
+        check_error(post_photo(client, data), 422, "damaged")
+
+
+def test_a_photo_without_colour_gets_a_note_and_is_not_sure(client: TestClient, jpeg: bytes) -> None:
+    assert post_photo(client, jpeg).json()["pills"][0]["sure"]
+    for mode in ("L", "RGB"):
+        grey = io.BytesIO()
+        Image.open(io.BytesIO(jpeg)).convert("L").convert(mode).save(grey, "JPEG")
+        answer = post_photo(client, grey.getvalue(), "?pipeline=combo").json()
+        assert sum("no colour" in note for note in answer["notes"]) == 1
+        assert answer["pills"] and not any(pill["sure"] for pill in answer["pills"])
+
+
+@pytest.mark.parametrize("kind", ["HEIF", "AVIF", "TIFF", "GIF"])
+def test_a_photo_of_any_format_is_predicted(client: TestClient, jpeg: bytes, kind: str) -> None:
+    pillow_heif.register_heif_opener()
+    file = io.BytesIO()
+    Image.open(io.BytesIO(jpeg)).save(file, kind)
+    answer = post_photo(client, file.getvalue())
+    assert answer.status_code == 200 and answer.json()["pills"][0]["code"] == "K-000030"
+
+
 def test_at_most_half_of_the_threads_hold_the_pixels_of_a_photo(
     models: Path, jpeg: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -336,6 +405,71 @@ def test_health_responds_while_photos_are_processed(
     go_on.set()
     worker.join(10)
     assert statuses == [200]
+
+
+@pytest.mark.parametrize(
+    "query, fields, words",
+    [
+        ("?pipelin=combo", {}, "did you mean pipeline?"),
+        ("?PIPELINE=combo", {}, "'PIPELINE'"),
+        ("?k=2", {}, "conf_threshold, top_k, annotate"),
+        ("?pipeline=single&pipeline=combo", {}, "2 times"),
+        ("", {"pipelin": "combo"}, "did you mean pipeline?"),
+        ("", {"pipeline": ["single", "combo"]}, "send it once"),
+        ("", {"top_k": "0"}, "top_k"),
+        ("", {"pipeline": "automatic"}, "combo (several pills)"),
+        ("?pipeline=single", {"pipeline": "combo"}, "pipeline is single in the address and combo in the form"),
+        ("?top_k=2", {"top_k": "3"}, "send it once"),
+    ],
+)
+@pytest.mark.parametrize("address, field", [("/predict", "image"), ("/batch", "images")])
+def test_a_question_that_would_be_ignored_is_refused(
+    client: TestClient, jpeg: bytes, address: str, field: str, query: str, fields: dict, words: str
+) -> None:
+    response = client.post(f"{address}{query}", headers=KEY, files={field: jpeg}, data=fields)
+    check_error(response, 422, words)
+
+
+def test_parameters_may_be_fields_of_the_form(client: TestClient, jpeg: bytes) -> None:
+    fields = {"pipeline": "combo", "top_k": "2", "conf_threshold": "0.1", "annotate": "true"}
+    for query in ("", "?pipeline=combo&top_k=2"):
+        prediction = client.post(f"/predict{query}", headers=KEY, files={"image": jpeg}, data=fields).json()
+        assert prediction["pipeline"] == "combo" and len(prediction["pills"]) == 2 and prediction["annotated"]
+        assert {len(pill["candidates"]) for pill in prediction["pills"]} == {2}
+    answers = client.post("/batch", headers=KEY, files={"images": jpeg}, data={"pipeline": "combo"}).json()["answers"]
+    assert [len(item["prediction"]["pills"]) for item in answers] == [2]
+
+
+def test_unknown_files_and_parameters_are_refused_on_every_endpoint(client: TestClient, jpeg: bytes) -> None:
+    for address in ("/health", "/ready", "/version", "/classes", "/metrics"):
+        check_error(client.get(f"{address}?pipeline=combo", headers=KEY), 422, "it takes none")
+        assert client.get(address, headers=KEY).status_code == 200
+    check_error(client.post("/batch", headers=KEY, files=[("images", jpeg), ("image", jpeg)]), 422, "images")
+    check_error(client.post("/predict", headers=KEY, files={"imgae": jpeg}), 422, "did you mean image?")
+    check_error(client.post("/predict", headers=KEY, data={"image": "a.jpg"}, files={"pipeline": jpeg}), 422, "text")
+    admin = {"X-Admin-Key": "Qm3-vT8yLs_w5Kd0XzRa"}
+    check_error(client.post("/reload?folder=second", headers=admin), 422, "folder")
+    for page in ("/", "/page.css", "/docs", "/openapi.json"):
+        assert client.get(f"{page}?version=2").status_code == 200, "pages and files ignore a query"
+
+
+def test_a_misspelt_field_of_reload_does_not_open_the_same_models_again(models: Path) -> None:
+    with client_for(models, admin_keys=("Qm3-vT8yLs_w5Kd0XzRa",)) as opened:
+        admin = {"X-Admin-Key": "Qm3-vT8yLs_w5Kd0XzRa"}
+        check_error(opened.post("/reload", headers=admin, json={"foldr": "second"}), 422, "did you mean folder?")
+        assert opened.post("/reload", headers=admin, json={}).status_code == 200
+
+
+def test_head_is_a_get_without_a_body(client: TestClient, tmp_path: Path) -> None:
+    for address in ("/health", "/ready", "/", "/version", "/classes", "/docs", "/openapi.json"):
+        whole, head = client.get(address, headers=KEY), client.head(address, headers=KEY)
+        assert (head.status_code, head.content) == (200, b""), address
+        assert head.headers["content-type"] == whole.headers["content-type"]
+        assert abs(int(head.headers["content-length"]) - len(whole.content)) < 8, "the seconds of /health may differ"
+    assert client_for(tmp_path).head("/ready").status_code == 503
+    assert client.head("/version").status_code == 401 and client.head("/predict").status_code == 405
+    text = client.get("/metrics", headers=KEY).text
+    assert 'pillsnap_requests_total{route="/ready",status="200"}' in text
 
 
 def test_cors_allows_only_listed_origins(client: TestClient) -> None:

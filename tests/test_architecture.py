@@ -44,7 +44,7 @@ LAYERS = [
 SUBPACKAGES = {
     "runtime": ["", "color"],
     "answer": ["color", ""],
-    "color": ["networks", "data", ""],
+    "color": ["networks", "data", "tasks", ""],
     "data": ["reading", "readers", "scan", "splits", "cache", ""],
     "training": ["device", "report", ""],
     "service": ["", "guard", "inference", "page", "endpoints", "client"],

@@ -20,6 +20,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from PIL import Image
 
 from pillsnap.config.load import load_settings
 from pillsnap.config.schema import Settings
@@ -366,6 +367,16 @@ def test_a_disk_that_fails_while_writing_is_logged_once(photos: Path, tmp_path: 
         assert np.array_equal(read_all(store)[0], expected)
     (note,) = store.take_notes()
     assert note.choice == "not filled any further" and "No space left" in note.reason and len(written) == 21
+
+
+def test_boxes_are_in_pixels_of_the_whole_photo_where_it_is_decoded_smaller(photos: Path, tmp_path: Path):
+    path = tmp_path / "large.jpg"
+    image = Image.open(sorted(photos.glob("*.png"))[0]).convert("RGB").resize((800, 1000))
+    image.save(path, quality=95)
+    crops = [Crop(str(path), box) for box in (Box(80, 80, 280, 240), None, Box(240, 360, 600, 760))]
+    whole, reduced = (read_all(CropStore(crops, 64, 0.12, most)) for most in (800_000, 799_999))
+    assert whole[1].all() and reduced[1].all()
+    assert np.abs(whole[0].astype(int) - reduced[0]).mean(axis=(1, 2, 3)).max() < 4
 
 
 @pytest.mark.parametrize("cache", CACHES)

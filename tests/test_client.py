@@ -14,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
+import pillow_heif
 import pytest
 from PIL import Image
 from serving import free_port, running
@@ -148,6 +149,27 @@ def test_a_photo_that_fails_does_not_stop_the_others(
         ), err
 
 
+def test_a_folder_of_a_phone_is_read_by_content_and_what_is_skipped_is_named(
+    models: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    pillow_heif.register_heif_opener()
+    folder, photo = tmp_path / "phone", Image.open(io.BytesIO(photo_jpeg()))
+    folder.mkdir()
+    for name, kind in {"a.jpg": "HEIF", "b.HEIC": "HEIF", "c.jfif": "JPEG", "d.avif": "AVIF", "e.dat": "PNG"}.items():
+        photo.save(folder / name, kind)
+    good = ["a.jpg", "b.HEIC", "c.jfif", "d.avif", "e.dat"]
+    status, out, err = run(capfd, folder, "--model", models, "--json")
+    assert status == 0 and [Path(json.loads(line)["file"]).name for line in out.splitlines()] == good
+    (folder / "f.png").write_bytes(b"")
+    (folder / "g.jpg").write_bytes((folder / "c.jfif").read_bytes()[:2000] + b"\xff\xd9")
+    (folder / "list.txt").write_text("no photo")
+    status, out, err = run(capfd, folder, "--model", models, "--json")
+    assert status == 1 and [Path(json.loads(line)["file"]).name for line in out.splitlines()] == good
+    lines = err.replace("\r", "\n").splitlines()[-4:]
+    assert "2" in lines[0] and lines[1].startswith(f"{folder / 'f.png'}: ") and "damaged" in lines[2]
+    assert lines[2].startswith(f"{folder / 'g.jpg'}: ") and "list.txt" in lines[3]
+
+
 def test_wrong_arguments_get_one_sentence(
     photos: Path,
     models: Path,
@@ -166,6 +188,8 @@ def test_wrong_arguments_get_one_sentence(
         ((photo, "--url", f"http://127.0.0.1:{free_port()}"), "can't be reached"),
         ((photo, "--url", "localhost:8000"), "is no address"),
         ((photo, "--url", "http://"), "is no address"),
+        ((photo, "--url", "http://localhost:99999"), "is no address"),
+        ((photo, "--url", f"{server}/?pipeline=combo"), "is no address"),
         ((photo, "--url", f"{server}/elsewhere"), "404"),
         ((photo, "--url", server.replace("http:", "https:")), "can't be reached"),
     ]
@@ -179,12 +203,33 @@ def test_wrong_arguments_get_one_sentence(
         ), err
     for key, expected in (
         ("a-wrong-key-of-some-length", "key is wrong"),
+        ("a-wrong-key-of-some-length", f"{server} takes the keys of its own API_KEY: set API_KEY in .env"),
         ("", "key is missing"),
+        ("", f"{server} takes the keys of its own API_KEY: set API_KEY in .env or the environment"),
         ("schlüssel", "characters that no key has"),
     ):
         monkeypatch.setenv("API_KEY", key)
         status, out, err = run(capfd, photo, photo, "--url", server)
         assert (status, out) == (2, "") and err.count(expected) == 1 and (not key or key not in err), err
+
+
+def test_a_pasted_address_of_an_endpoint_is_the_address_of_its_server(
+    photos: Path, server: str, capfd: pytest.CaptureFixture
+) -> None:
+    for path in ("/predict", "/predict/", "/docs", "/health", "/batch", "/"):
+        status, out, err = run(capfd, photos / "one.jpg", "--url", f"{server}{path}")
+        assert status == 0 and "K-000030" in out, err
+        assert cli.main(["watch", "--once", "--url", f"{server}{path}"]) == 0
+        assert capfd.readouterr().out.endswith(f" {server} is ready\n")
+
+
+@pytest.mark.parametrize(
+    "url", ["nonsense", "localhost:8000", "ftp://localhost", "http://", "http://a b", "http://:80", ""]
+)
+def test_watch_refuses_what_is_no_address(url: str, capfd: pytest.CaptureFixture) -> None:
+    assert cli.main(["watch", "--once", "--url", url]) == 2
+    out, err = capfd.readouterr()
+    assert out == "" and err.count("\n") == 1 and "is no address of a server: write it like http://" in err
 
 
 class Busy(BaseHTTPRequestHandler):
@@ -313,8 +358,8 @@ def test_the_example_works(photos: Path, server: str) -> None:
     command = [sys.executable, str(ROOT / "examples" / "predict.py"), str(photos / "one.jpg"), server]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.splitlines() == [
-        "K-000030 White round tablet 100%",
-        "K-000007 Red capsule 100%",
+        "K-000030 White round tablet 99%",
+        "K-000007 Red capsule 99%",
     ], done.stderr
     refused = subprocess.run(
         command, env={**os.environ, "PYTHONPATH": str(ROOT), "API_KEY": "wrong"}, capture_output=True, text=True

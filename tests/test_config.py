@@ -10,9 +10,9 @@ import yaml
 
 from pillsnap.cli import main
 from pillsnap.config import load as config
-from pillsnap.config.environment import check_parameters, load_environment
+from pillsnap.config.environment import VARIABLES, check_parameters, load_environment
 from pillsnap.config.load import load_settings, save_settings
-from pillsnap.config.schema import LEAF_KEYS, Settings, SettingsError
+from pillsnap.config.schema import LEAF_KEYS, Serve, Settings, SettingsError
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "config.yaml"
@@ -24,7 +24,7 @@ find_gpu = config.find_gpu  # the fixture below replaces it
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch):
     monkeypatch.setattr(config, "find_gpu", lambda: None)
-    for name in ("API_KEY", "LOG_LEVEL", "CORS_ALLOW_ORIGINS", "MODEL_PATH"):
+    for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
 
 
@@ -79,6 +79,93 @@ def test_environment_has_the_lowest_rank(tmp_path, monkeypatch):
     )
     assert load_environment(tmp_path).log_level == "ERROR"
     assert "from-process" not in repr(environment)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "cp949"])
+def test_an_env_file_in_another_encoding_is_refused_in_one_sentence(tmp_path, encoding):
+    (tmp_path / ".env").write_text("# 열쇠\nAPI_KEY=hush-hush-hush-hush\n", encoding=encoding)
+    with pytest.raises(SettingsError, match="is not UTF-8: save it as UTF-8") as caught:
+        load_environment(tmp_path)
+    assert str(tmp_path / ".env") in str(caught.value) and "hush" not in str(caught.value)
+
+
+def test_an_env_file_with_a_byte_order_mark_is_read(tmp_path):
+    (tmp_path / ".env").write_text("API_KEY=from-file\r\nLOG_LEVEL=ERROR\r\n", encoding="utf-8-sig")
+    environment = load_environment(tmp_path)
+    assert (environment.api_keys, environment.log_level) == (("from-file",), "ERROR")
+
+
+@pytest.mark.parametrize("line", ["API_KEY: from-file", "API KEY=from-file", "API_KEY='from-file"])
+def test_an_env_line_that_cannot_be_read_is_refused(tmp_path, line):
+    (tmp_path / ".env").write_text(f"LOG_LEVEL=INFO\n{line}\n", encoding="utf-8")
+    with pytest.raises(SettingsError, match="line 2 .*NAME=value") as caught:
+        load_environment(tmp_path)
+    assert "from-file" not in str(caught.value)
+
+
+def test_an_env_that_cannot_be_opened_is_refused(tmp_path):
+    (tmp_path / ".env").mkdir()
+    with pytest.raises(SettingsError, match="is a folder"):
+        load_environment(tmp_path)
+
+
+@pytest.mark.parametrize("mark", ['"', "'"])
+def test_quotes_around_a_value_of_the_environment_are_removed(tmp_path, monkeypatch, mark):
+    """`docker --env-file` keeps them."""
+    for name, value in {
+        "API_KEY": "first, second",
+        "ADMIN_KEY": "third",
+        "ALLOW_WEAK_KEYS": "1",
+        "LOG_LEVEL": "error",
+        "LOG_FILE": "/tmp/a b.log",
+        "LOG_FORMAT": "json",
+        "CORS_ALLOW_ORIGINS": "https://example.org",
+        "MODEL_PATH": "/models",
+    }.items():
+        monkeypatch.setenv(name, f"{mark}{value}{mark}")
+    environment = load_environment(tmp_path)
+    assert (environment.api_keys, environment.admin_keys) == (("first", "second"), ("third",))
+    assert (environment.allow_weak_keys, environment.log_level, environment.log_format) == (True, "ERROR", "json")
+    assert (environment.log_file, environment.model_path) == (Path("/tmp/a b.log"), Path("/models"))
+    assert environment.cors_allow_origins == ["https://example.org"]
+    monkeypatch.setenv("API_KEY", f"{mark}first{mark}, {mark}second{mark}")
+    assert load_environment(tmp_path).api_keys == ("first", "second")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "nonsense",
+        "pillsnap.co.kr",
+        "https://",
+        "https://a.kr/page",
+        "https://a.kr:port",
+        "https://a.kr https://b.kr",
+        "https://u@a.kr",
+        "https://a.kr?x",
+        "https://*.a.kr",
+        '["https://a.kr"',
+        "[1]",
+    ],
+)
+def test_an_origin_that_no_browser_sends_is_refused(tmp_path, monkeypatch, text):
+    monkeypatch.setenv("CORS_ALLOW_ORIGINS", text)
+    with pytest.raises(SettingsError, match="CORS_ALLOW_ORIGINS is .*https://pillsnap.co.kr"):
+        load_environment(tmp_path)
+    monkeypatch.delenv("CORS_ALLOW_ORIGINS")
+    if not text.startswith("["):
+        with pytest.raises(SettingsError, match="serve.cors_allow_origins is .*https://pillsnap.co.kr"):
+            load_environment(tmp_path, Serve(cors_allow_origins=(text,)))
+
+
+def test_origins_are_written_as_browsers_send_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("CORS_ALLOW_ORIGINS", "HTTPS://Pillsnap.co.kr:443/, http://[::1]:3000,capacitor://localhost,*")
+    assert load_environment(tmp_path).cors_allow_origins == [
+        "https://pillsnap.co.kr",
+        "http://[::1]:3000",
+        "capacitor://localhost",
+        "*",
+    ]
 
 
 def test_references_are_resolved_after_merging():

@@ -14,8 +14,10 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pillow_heif
 import polars as pl
 import pytest
+from PIL import Image
 
 from pillsnap.answer.classes import ClassMap, Drug
 from pillsnap.config.load import load_settings
@@ -23,6 +25,7 @@ from pillsnap.config.schema import Settings
 from pillsnap.data import manifest as manifest_module
 from pillsnap.data.manifest import load_dataset, prepare_data, save_dataset
 from pillsnap.data.readers.layouts import choose_layout, read_all
+from pillsnap.data.reading.photo_files import decode_photo
 from pillsnap.data.reading.records import DataError, ScanError
 from pillsnap.data.scan.scan import scan
 from pillsnap.data.splits import fingerprints
@@ -246,17 +249,21 @@ def test_coco_unicode_nfd_names_match_their_photos(tmp_path):
     assert len(read_all(tmp_path).records) == 1
 
 
-def test_altered_copies_of_one_photo_share_a_group_across_splits(tmp_path, settings_for):
+def test_copies_under_one_name_are_left_out_by_their_pictures(tmp_path, settings_for):
     root = exported(tmp_path)
-    for part, letters in (("train", "aaa"), ("valid", "bbb")):
+    picture = synthetic_image("pill")
+    for part, letters, altered in (
+        ("train", "aaa", picture),
+        ("valid", "bbb", cv2.add(picture, np.full_like(picture, 8))),
+    ):
         content = coco(root / part / "more.json", [(f"pill_jpg.rf.{letters}.jpg", [(1, BOX)])])
         path = root / part / "_annotations.coco.json"
         known = json.loads(path.read_text())
         known["images"].append(content["images"][0] | {"id": 99})
         known["annotations"].append(content["annotations"][0] | {"id": 99, "image_id": 99})
         path.write_text(json.dumps(known))
-        write_image(root / part / f"pill_jpg.rf.{letters}.jpg")
-    assert prepare_data(settings_for(), root).report["left_out"] == {"group_also_in_training": 1}
+        write_image(root / part / f"pill_jpg.rf.{letters}.jpg", altered)
+    assert prepare_data(settings_for(), root).report["left_out"] == {"twin_in_earlier_split": 1}
 
 
 # Class folders
@@ -286,6 +293,40 @@ def test_class_folders_become_a_dataset(tmp_path, settings_for):
 def test_class_folders_without_split_are_held_out_by_photo(tmp_path, settings_for):
     dataset = prepare_data(settings_for(), class_folders(tmp_path, {"aspirin": 9, "biotin": 9}, "."))
     assert all(dataset.report["photos_by_split"][split] for split in ("train", "validation", "test"))
+
+
+PHONES = {"a": ("HEIC", "HEIF"), "b": ("jpg", "HEIF"), "c": ("avif", "AVIF"), "d": ("tif", "TIFF")}
+PHONES |= {"e": ("jfif", "JPEG"), "f": ("gif", "GIF"), "g": ("webp", "WEBP")}
+
+
+def test_no_drug_is_lost_for_the_format_of_its_photos(tmp_path, settings_for):
+    pillow_heif.register_heif_opener()
+    for drug, (suffix, kind) in PHONES.items():
+        for number in range(4):
+            path = write_image(tmp_path / "train" / drug / f"{number}.png")
+            exif = Image.Exif()
+            exif[0x0112] = 6
+            turned = {} if kind == "GIF" else {"exif": exif.tobytes()}
+            Image.open(path).save(path.with_suffix(f".{suffix}"), kind, **turned)
+            path.unlink()
+    dataset = prepare_data(settings_for(), tmp_path)
+    assert dataset.class_map.codes == tuple(PHONES) and dataset.report["left_out"] == {}
+    assert sum(dataset.report["photos_by_split"].values()) == 28
+    for image, width, height, x2, y2 in dataset.manifest.select("image", "width", "height", "x2", "y2").iter_rows():
+        assert (x2, y2) == (width, height) == ((240, 180) if "/f/" in image else (180, 240))
+        assert decode_photo(image).pixels.shape == (height, width, 3)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "HEIF", "AVIF"])
+def test_half_a_photo_is_damaged(tmp_path, kind):
+    pillow_heif.register_heif_opener()
+    path = write_image(tmp_path / "1.png")
+    Image.open(path).save(path, kind)
+    assert fingerprints.fingerprint_photo(str(path))[3] == ""
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2] + {"JPEG": b"\xff\xd9", "PNG": whole[-12:]}.get(kind, b""))
+    reference, _, perceptual_hash, damaged = fingerprints.fingerprint_photo(str(path))
+    assert perceptual_hash == "" and damaged.startswith(reference) and "damaged" in damaged
 
 
 def test_class_folders_account_for_every_file(tmp_path):

@@ -413,7 +413,7 @@ def test_watch_prints_changes_and_exits_with_a_status(capfd: pytest.CaptureFixtu
         server.server_close()
     for words in (("--every", "0"), ("--every", "-1")):
         assert command(capfd, "watch", *words)[0] == 2
-    assert command(capfd, "watch", "--url", "nowhere", "--once")[0] == 1
+    assert command(capfd, "watch", "--url", "nowhere", "--once")[0] == 2
 
 
 def workers(process: subprocess.Popen) -> set[int]:
@@ -499,3 +499,42 @@ def test_several_processes_restart_one_by_one(archives: tuple[Path, Path], tmp_p
             assert until(lambda: served(started.url), started.log) == "other classifier"
         finally:
             stop.set()
+
+
+def counted(url: str) -> set[float]:
+    """How many requests for /version were answered, as eight connections see it."""
+    wanted = 'pillsnap_requests_total{route="/version",status="200"} '
+    texts = [httpx.get(f"{url}/metrics", headers={"X-API-Key": KEY}, timeout=30).text for _ in range(8)]
+    return {float(line.removeprefix(wanted)) for text in texts for line in text.splitlines() if wanted in line}
+
+
+def test_metrics_add_up_the_counters_of_all_processes(archives: tuple[Path, Path], tmp_path: Path) -> None:
+    (temporary := tmp_path / "temporary").mkdir()
+
+    for _ in range(2):
+        with running(
+            tmp_path / "server/current/models", tmp_path / "work", "", "--workers", "2", TMPDIR=str(temporary)
+        ) as started:
+            url, log = started.url, started.log
+            until(lambda log=log: log.read_text().count("startup complete") == 2, log)
+            requests = 0
+            while len(list(temporary.glob("*/counter_*.db"))) < 2 or requests < 9:  # both have counted
+                assert served(url) == "tiny classifier" and requests < 500
+                requests += 1
+            until(lambda url=url, requests=requests: counted(url) == {requests}, log)
+            psutil.Process(max(workers(started.process))).kill()
+            until(lambda log=log: log.read_text().count("startup complete") == 3, log)
+            assert counted(url) == {requests}, "what the dead one had counted stays"
+            folders = list(temporary.glob("pillsnap-metrics-*"))
+            assert len(folders) == 1 and not folders[0].stat().st_mode & 0o077, "those of earlier services are gone"
+
+
+def test_a_folder_for_metrics_that_is_named_is_made_and_emptied(archives: tuple[Path, Path], tmp_path: Path) -> None:
+    models, folder = tmp_path / "server/current/models", tmp_path / "new" / "metrics"
+    for _ in range(2):
+        with running(models, tmp_path / "work", PROMETHEUS_MULTIPROC_DIR=str(folder)) as started:
+            assert served(started.url) == "tiny classifier"
+            until(lambda url=started.url: counted(url) == {1.0}, started.log)
+    with pytest.raises(AssertionError, match="set PROMETHEUS_MULTIPROC_DIR to a folder"):
+        with running(models, tmp_path / "work", PROMETHEUS_MULTIPROC_DIR="/proc/nowhere"):
+            pass

@@ -72,6 +72,10 @@ def test_train_evaluate_and_export_run_one_after_the_other(tiny_data: Path, tmp_
         (["-p", "stage", "9"], "stage"),
         (["-p", "data_root", "/nowhere/pills"], "There is no folder /nowhere/pills"),
         (["-p", "overrides", "train.lrr=1"], "train.lr"),
+        (["-y", "{overrides: [seed=7, train.lrr=1]}"], "did you mean train.lr"),
+        (["-p", "overrides", "[seed=7, train.lrr=1]"], "did you mean train.lr"),
+        (["-y", "{overrides: {train.lr: 1}}"], "overrides is {'train.lr': 1}, but must be a list of texts"),
+        (["-y", "{data_root: [/data]}"], "data_root is ['/data'], but must be text"),
     ],
 )
 def test_wrong_parameters_train_nothing_and_raise_the_reason(arguments: list[str], sentence: str, tmp_path: Path):

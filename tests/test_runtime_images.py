@@ -12,15 +12,17 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pillow_heif
 import pytest
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 
 from pillsnap.answer.crops import crop_pill
-from pillsnap.runtime import images
+from pillsnap.runtime import colour, decoders, images
 from pillsnap.runtime.boxes import Box
-from pillsnap.runtime.images import DamagedImage, ImageError, NotAnImage, TooManyPixels, decode_image
+from pillsnap.runtime.images import DamagedImage, ImageError, NotAnImage, TooManyPixels, decode_image, open_photo
 from pillsnap.runtime.letterbox import GREY, Placement, letterbox, normalise, to_letterbox, to_photo
 
+pillow_heif.register_heif_opener()  # the tests write HEIC, too
 WIDTH, HEIGHT = 96, 64
 
 
@@ -64,6 +66,11 @@ def difference(first: np.ndarray, second: np.ndarray) -> float:
         ("WEBP", {"quality": 95}, 3),
         ("JPEG", {"quality": 95}, 2),
         ("JPEG", {"quality": 95, "progressive": True}, 2),
+        ("HEIF", {"quality": 95}, 3),
+        ("AVIF", {"quality": 95}, 3),
+        ("TIFF", {}, 0),
+        ("TIFF", {"compression": "tiff_lzw"}, 0),
+        ("GIF", {}, 12),
     ],
 )
 def test_ordinary_images(kind: str, options: dict, largest: float) -> None:
@@ -118,7 +125,7 @@ def test_transparent_becomes_white() -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
 def test_exif_orientation_is_applied_once(orientation: int, kind: str) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -143,7 +150,7 @@ def test_a_png_has_the_same_pixels_for_every_decoder(options: dict, monkeypatch:
     def refuse(*arguments: object) -> None:
         raise RuntimeError("not this one")
 
-    monkeypatch.setattr(images, "decode_image_png_u8", refuse)
+    monkeypatch.setattr(decoders, "decode_image_png_u8", refuse)
     assert np.array_equal(decode_image(file.getvalue()), pixels)
 
 
@@ -182,7 +189,7 @@ def test_bytes_behind_the_image_are_ignored() -> None:
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"x", b"two white tablets\n" * 400, b"%PDF-1.7\n", b"GIF89a" + bytes(60), bytes(5000)]
+    "data", [b"", b"x", b"two white tablets\n" * 400, b"%PDF-1.7\n", b"8BPS" + bytes(60), bytes(5000)]
 )
 def test_other_files_are_refused(data: bytes) -> None:
     with pytest.raises(NotAnImage):
@@ -200,7 +207,7 @@ def test_hundred_megapixels_are_refused_before_decoding() -> None:
     with pytest.raises(TooManyPixels):
         decode_image(one_bit_png(60_000, 60_000))
     with pytest.raises(TooManyPixels):
-        decode_image(saved(smooth_image(), "JPEG"), max_pixels=WIDTH * HEIGHT - 1)
+        decode_image(saved(smooth_image(), "BMP"), max_pixels=WIDTH * HEIGHT - 1)
     assert decode_image(saved(smooth_image(), "JPEG"), max_pixels=WIDTH * HEIGHT).shape == (HEIGHT, WIDTH, 3)
 
 
@@ -214,9 +221,295 @@ def test_paths_are_named_in_the_message(tmp_path: Path) -> None:
             decode_image(path)
 
 
+def textured(width: int = 640, height: int = 480) -> Image.Image:
+    noise = np.random.default_rng(4).normal(0, 8, (height, width, 3))
+    across = np.linspace(30, 220, width)[None, :, None] * np.array([1.0, 0.8, 0.5])
+    return Image.fromarray((across + noise).clip(0, 255).astype(np.uint8))
+
+
+WHOLE = {
+    "JPEG": ("JPEG", {"quality": 85}),
+    "progressive": ("JPEG", {"quality": 85, "progressive": True}),
+    "restarts": ("JPEG", {"quality": 85, "restart_marker_blocks": 8}),
+    "PNG": ("PNG", {}),
+    "WEBP": ("WEBP", {"quality": 80}),
+    "lossless": ("WEBP", {"lossless": True}),
+    "HEIC": ("HEIF", {"quality": 70}),
+    "tiles": ("HEIF", {"quality": 70, "tile_size": 256}),
+    "AVIF": ("AVIF", {"quality": 70}),
+    "TIFF": ("TIFF", {"compression": "tiff_lzw"}),
+    "GIF": ("GIF", {}),
+}
+
+
+@pytest.mark.parametrize("case", WHOLE)
+def test_half_a_photo_is_refused_however_it_ends(case: str) -> None:
+    kind, options = WHOLE[case]
+    whole = saved(textured(), kind, **options)
+    assert decode_image(whole).shape == (480, 640, 3)
+    for fraction in (0.3, 0.5, 0.75, 0.95):
+        half = whole[: int(len(whole) * fraction)]
+        ends = [half, half + bytes(len(whole) - len(half))]
+        if kind == "JPEG":
+            ends += [half + b"\xff\xd9", ends[1] + b"\xff\xd9", half + b"\xff\xd9" + bytes(500)]
+        if kind == "PNG":
+            ends.append(half + whole[-12:])
+        if kind == "WEBP":
+            ends.append(b"RIFF" + struct.pack("<I", len(half) - 8) + half[8:])
+        for data in ends:
+            with pytest.raises(DamagedImage, match="damaged"):
+                decode_image(data)
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "L"])
+def test_half_a_jpeg_of_another_mode_is_refused(mode: str) -> None:
+    whole = saved(textured().convert(mode), "JPEG")
+    with pytest.raises(DamagedImage):
+        decode_image(whole[: len(whole) // 2] + b"\xff\xd9")
+
+
+def test_half_a_photo_saved_again_is_refused() -> None:
+    pixels = np.asarray(textured()).copy()
+    pixels[200:] = 128
+    for turned in (pixels, np.rot90(pixels)):
+        for kind in ("JPEG", "PNG", "HEIF"):
+            with pytest.raises(DamagedImage, match="cut off"):
+                decode_image(saved(Image.fromarray(turned), kind))
+    assert decode_image(saved(Image.new("RGB", (640, 480), (128, 128, 128)), "PNG")).shape == (480, 640, 3)
+
+
+@pytest.mark.parametrize("mode, width", [("RGB", 640), ("RGB", 2200), ("L", 640), ("RGBA", 640), ("P", 640)])
+def test_a_png_with_a_damaged_byte_is_refused(mode: str, width: int) -> None:
+    """Whatever its decoder is: kornia_rs, OpenCV for large and grey ones, Pillow."""
+    whole = saved(textured(width, 1000).convert(mode), "PNG", compress_level=1)
+    assert decode_image(whole).shape == (1000, width, 3)
+    for place in np.linspace(0.1, 0.95, 8):
+        broken = bytearray(whole)
+        broken[int(len(whole) * place)] ^= 0x55
+        with pytest.raises(DamagedImage):
+            decode_image(bytes(broken))
+    with pytest.raises(DamagedImage):  # a download that was interrupted near its end
+        decode_image(whole[: int(len(whole) * 0.97)] + bytes(len(whole) - int(len(whole) * 0.97)))
+
+
+@pytest.mark.parametrize("case", WHOLE)
+def test_blank_photos_are_whole(case: str) -> None:
+    kind, options = WHOLE[case]
+    half_blank = np.full((900, 1200, 3), 255, np.uint8)
+    half_blank[:480, :640] = np.asarray(textured())
+    for image in [Image.new("RGB", (1200, 900), name) for name in ("white", "grey", "black", "#5a7a3c")]:
+        assert decode_image(saved(image, kind, **options)).shape == (900, 1200, 3)
+    assert decode_image(saved(Image.fromarray(half_blank), kind, **options)).shape == (900, 1200, 3)
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_whole_jpegs_of_odd_writers_are_decoded(progressive: bool) -> None:
+    plain = saved(textured(), "JPEG", progressive=progressive)
+    expected = decode_image(plain)
+    for odd in (
+        plain[:-2],
+        plain[:-2] + bytes(40) + plain[-2:],
+        plain[:-2] + b"\xff" + plain[-2:],
+        plain + plain[:900],
+    ):
+        assert np.array_equal(decode_image(odd), expected)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_an_orientation_in_xmp_alone_is_applied(kind: str) -> None:
+    xmp = '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    text = PngImagePlugin.PngInfo()
+    text.add_itxt("XML:com.adobe.xmp", xmp)
+    options: dict = {"pnginfo": text} if kind == "PNG" else {"xmp": xmp.encode(), "quality": 95}
+    photo = open_photo(saved(smooth_image(), kind, **options))
+    assert difference(photo.pixels, np.rot90(np.asarray(smooth_image()), -1)) < 4 and photo.size == (HEIGHT, WIDTH)
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    photo = open_photo(saved(smooth_image(), kind, exif=exif, **options))  # EXIF counts where both are there
+    assert difference(photo.pixels, np.asarray(smooth_image())[::-1, ::-1]) < 4
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["HEIF", "AVIF"])
+def test_heic_and_avif_are_turned_once(kind: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    expected = decode_image(saved(smooth_image(), "PNG", exif=exif))
+    turned = open_photo(saved(smooth_image(), kind, quality=95, exif=exif.tobytes()))
+    assert difference(turned.pixels, expected) <= 4 and turned.size == expected.shape[1::-1]
+
+
+def test_the_content_decides_and_not_the_name(tmp_path: Path) -> None:
+    for kind, name in (("HEIF", "a.jpg"), ("AVIF", "b.png"), ("JPEG", "c.heic"), ("TIFF", "d.jfif"), ("GIF", "e")):
+        (tmp_path / name).write_bytes(saved(smooth_image(), kind))
+        assert decode_image(tmp_path / name).shape == (HEIGHT, WIDTH, 3)
+
+
+def test_a_heic_without_its_package_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    heic = saved(smooth_image(), "HEIF")
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    images._load_heif.cache_clear()
+    with pytest.raises(ImageError, match="The image cannot be read, a HEIC needs the package pillow-heif"):
+        decode_image(heic)
+    for kind in ("JPEG", "PNG", "AVIF"):
+        assert decode_image(saved(smooth_image(), kind)).shape == (HEIGHT, WIDTH, 3)
+    images._load_heif.cache_clear()
+
+
+def test_a_raw_photo_is_no_photo_of_its_thumbnail() -> None:
+    with pytest.raises(NotAnImage, match="raw"):
+        decode_image(saved(smooth_image(), "TIFF", tiffinfo={254: 1}))
+
+
+def profile_like(red: tuple, green: tuple, blue: tuple, gamma: float | None) -> bytes:
+    """An RGB profile with other primaries (XYZ under D50) and a plain gamma curve, or that of sRGB."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    for number in range(struct.unpack_from(">I", profile, 128)[0]):
+        name, start, _ = struct.unpack_from(">4sII", profile, 132 + 12 * number)
+        if name in (b"rXYZ", b"gXYZ", b"bXYZ"):
+            values = {b"r": red, b"g": green, b"b": blue}[name[:1]]
+            struct.pack_into(">3i", profile, start + 8, *(round(value * 65536) for value in values))
+        if gamma and name.endswith(b"TRC"):
+            struct.pack_into(">4sIIH", profile, start, b"curv", 0, 1, round(gamma * 256))
+    return bytes(profile)
+
+
+PROFILES = {
+    "Adobe RGB": profile_like(
+        (0.60974, 0.31111, 0.01947), (0.20528, 0.62567, 0.06087), (0.14919, 0.06322, 0.74457), 2.2
+    ),
+    "ProPhoto": profile_like((0.79767, 0.28804, 0.0), (0.13519, 0.71188, 0.0), (0.03134, 0.00009, 0.82491), 1.8),
+    "Display P3": profile_like(
+        (0.51512, 0.24120, -0.00105), (0.29198, 0.69225, 0.04189), (0.15710, 0.06657, 0.78407), None
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_a_colour_profile_is_converted_to_srgb(name: str) -> None:
+    source = ImageCms.ImageCmsProfile(io.BytesIO(PROFILES[name]))
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+    image = smooth_image()
+    inside = ImageCms.profileToProfile(image, srgb, source)  # the same colours, in the profile's numbers
+    for kind, options in (
+        ("PNG", {}),
+        ("TIFF", {}),
+        ("JPEG", {"quality": 98, "subsampling": 0}),
+        ("HEIF", {"quality": 95}),
+    ):
+        data = saved(inside, kind, icc_profile=PROFILES[name], **options)
+        assert difference(decode_image(data), np.asarray(image)) < 3
+        assert difference(decode_image(data), np.asarray(inside)) > 3
+
+
+def test_colours_that_are_declared_without_a_profile() -> None:
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+    image, inside = smooth_image(), {}
+    for name in PROFILES:
+        inside[name] = ImageCms.profileToProfile(image, srgb, ImageCms.ImageCmsProfile(io.BytesIO(PROFILES[name])))
+        inside[name].info.clear()  # the profile
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[0xA005] = {1: "R03"}
+    avif = saved(inside["Display P3"], "AVIF", quality=95)
+    place = avif.index(b"colrnclx") + 8
+    files = {
+        "Adobe RGB": saved(inside["Adobe RGB"], "JPEG", quality=98, subsampling=0, exif=exif),
+        "Display P3": saved(inside["Display P3"], "HEIF", quality=95, color_primaries=12),
+        "AVIF": avif[:place] + b"\0\x0c" + avif[place + 2 :],
+    }
+    for name, data in files.items():
+        assert difference(decode_image(data), np.asarray(image)) < 3, name
+    assert difference(decode_image(avif), np.asarray(inside["Display P3"])) < 2
+    exif.get_ifd(0x8769)[0xA005] = {1: "R98"}  # sRGB
+    plain = saved(inside["Adobe RGB"], "JPEG", quality=98, subsampling=0, exif=exif)
+    assert difference(decode_image(plain), np.asarray(inside["Adobe RGB"])) < 1
+
+
+def test_profiles_of_grey_and_cmyk_and_unusable_ones(caplog: pytest.LogCaptureFixture) -> None:
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    plain = decode_image(saved(smooth_image(), "JPEG"))
+    assert np.array_equal(decode_image(saved(smooth_image(), "JPEG", icc_profile=srgb)), plain) and not caplog.records
+    for broken in (b"no profile at all", PROFILES["ProPhoto"][:300], PROFILES["ProPhoto"][:131], bytes(4000)):
+        colour._converter.cache_clear()
+        caplog.clear()
+        for _ in range(2):
+            assert np.array_equal(decode_image(saved(smooth_image(), "JPEG", icc_profile=broken)), plain)
+        assert len(caplog.records) == 1 and "profile" in caplog.text
+    for mode in ("L", "CMYK"):
+        data = saved(smooth_image().convert(mode), "JPEG", icc_profile=srgb)
+        assert np.array_equal(decode_image(data), decode_image(saved(smooth_image().convert(mode), "JPEG")))
+
+
+@pytest.mark.parametrize("limit, factor", [(640 * 480, 1), (640 * 480 - 1, 2), (320 * 240 - 1, 4), (160 * 120 - 1, 8)])
+def test_a_large_jpeg_is_reduced(limit: int, factor: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for mode in ("RGB", "L", "CMYK"):
+        photo = open_photo(saved(textured().convert(mode), "JPEG", exif=exif), limit)
+        assert photo.pixels.shape == (640 // factor, 480 // factor, 3) and photo.size == (480, 640)
+        assert photo.reduced(Box(80, 160, 240, 320)) == tuple(value / factor for value in (80, 160, 240, 320))
+    if factor > 1:
+        for other in (saved(textured(), "JPEG", progressive=True), saved(textured(), "HEIF"), saved(textured(), "PNG")):
+            with pytest.raises(TooManyPixels, match="640 x 480 = 307,200 pixels"):
+                decode_image(other, limit)
+    with pytest.raises(DamagedImage):
+        decode_image(saved(textured(), "JPEG")[:-3000] + b"\xff\xd9", limit)
+    with pytest.raises(TooManyPixels):
+        decode_image(saved(textured(), "JPEG"), 640 * 480 // 100)
+
+
+def tall_jpeg(width: int, rows: int, **options) -> bytes:
+    """A JPEG of any height that takes no memory to write: 16 rows of pixels, repeated after restart marks."""
+    strip = saved(textured(width, 16), "JPEG", quality=60, restart_marker_rows=1, **options)
+    frame, scan = strip.index(b"\xff\xc0"), strip.index(b"\xff\xda")
+    scan += 2 + int.from_bytes(strip[scan + 2 : scan + 4], "big")
+    head = strip[: frame + 5] + struct.pack(">H", 16 * rows) + strip[frame + 7 : scan]
+    marks = [b"\xff" + bytes([0xD0 + number % 8]) for number in range(rows - 1)]
+    return head + b"".join(strip[scan:-2] + mark for mark in [*marks, b"\xff\xd9"])
+
+
+@pytest.mark.parametrize("width, rows", [(8176, 383), (12_000, 563)])  # 50.1 and 108 megapixels
+def test_photos_of_large_phones_are_decoded(width: int, rows: int) -> None:
+    photo = open_photo(tall_jpeg(width, rows))
+    assert photo.size == (width, 16 * rows) and photo.pixels.shape == (8 * rows, width // 2, 3)
+    expected = np.asarray(textured(width, 16).resize((width // 2, 8), Image.Resampling.BOX))
+    assert difference(photo.pixels[:8], expected) < 6 and difference(photo.pixels[-8:], expected) < 6
+
+
+@pytest.mark.parametrize("orientation, most", [(1, 165_000), (6, 315_000)])  # the pixels take 149.8 MB, turned twice
+def test_two_hundred_megapixels_take_the_memory_of_fifty(tmp_path: Path, orientation: int, most: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    (tmp_path / "photo.jpg").write_bytes(tall_jpeg(16_320, 765, exif=exif, icc_profile=PROFILES["Display P3"]))
+    check = (
+        "import sys\nfrom pathlib import Path\nfrom pillsnap.runtime.images import open_photo\n"
+        "def peak():\n"
+        "    lines = Path('/proc/self/status').read_text().splitlines()\n"
+        "    return next(int(line.split()[1]) for line in lines if line.startswith('VmHWM'))\n"
+        "data = Path(sys.argv[1]).read_bytes()\nbefore = peak()\nphoto = open_photo(data)\n"
+        "print(*photo.size, *photo.pixels.shape, peak() - before)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", check, tmp_path / "photo.jpg"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    *shape, kilobytes = map(int, done.stdout.split())
+    assert shape == ([16_320, 12_240, 6120, 8160, 3] if orientation == 1 else [12_240, 16_320, 8160, 6120, 3])
+    assert kilobytes < most
+
+
+def test_the_limit_is_told_in_our_words() -> None:
+    for side in (14_000, 60_000):  # more than Pillow warns of, and refuses
+        with pytest.raises(TooManyPixels) as refused:
+            decode_image(one_bit_png(side, side))
+        assert "bomb" not in str(refused.value) and f"{side} x {side}" in str(refused.value)
+    assert images.open_header(io.BytesIO(one_bit_png(60_000, 60_000))).size == (60_000, 60_000)
+
+
 def test_random_damage_never_raises_anything_else() -> None:
     random = np.random.default_rng(2)
     kinds = [("JPEG", "RGB"), ("JPEG", "CMYK"), ("PNG", "RGB"), ("PNG", "P"), ("WEBP", "RGBA"), ("BMP", "RGB")]
+    kinds += [("HEIF", "RGB"), ("AVIF", "RGB"), ("TIFF", "RGB"), ("GIF", "P")]
     for kind, mode in kinds:
         intact = saved(smooth_image().convert(mode), kind)
         for _ in range(80):

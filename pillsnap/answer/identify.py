@@ -5,6 +5,7 @@
 # %% ../../nbs/answer/03_identify.ipynb #04dcf6a2
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from time import perf_counter
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from .classes import Drug
-from .color.balance import NO_CORRECTION, estimate_balance
+from .color.balance import NO_CORRECTION, Balance, estimate_balances
 from .crops import crop_pill
 from .rules import ModelMismatch, Rules
 from ..errors import PillsnapError
@@ -22,7 +23,8 @@ from ..runtime.letterbox import letterbox, normalise
 from ..runtime.session import ModelError
 
 # %% auto #0
-__all__ = ['PIPELINES', 'IdentifyError', 'Candidate', 'Pill', 'Identification', 'softmax', 'PillCrops', 'Identifier']
+__all__ = ['PIPELINES', 'IdentifyError', 'Candidate', 'Pill', 'Identification', 'percent', 'is_grey', 'softmax', 'PillCrops',
+           'Identifier']
 
 # %% ../../nbs/answer/03_identify.ipynb #06c0ff0c
 class IdentifyError(PillsnapError):
@@ -48,7 +50,9 @@ class Pill:
     box: Box  # pixels of the photo
     box_confidence: float | None  # that there is a pill, 0 to 1; None = nothing was detected, the whole photo was used
     candidates: list[Candidate]  # best first; the prediction is the first
-    sure: bool  # its confidence reached the rules' sure_confidence
+    # Its confidence reached the rules' sure_confidence, in a photo with colours, and the detector, where there is
+    # one, has found it.
+    sure: bool
 
     @property
     def drug(self) -> Drug:
@@ -95,6 +99,29 @@ class Identification:
         """Convert to plain values."""
         return asdict(self) | {"pills": [pill.to_json() for pill in self.pills]}
 
+
+def percent(
+    confidence: float,  # 0 to 1
+) -> str:
+    """A confidence for people, at most 99 %: nobody is entirely sure. The page rounds alike."""
+    return f"{min(99, math.floor(100 * confidence + 0.5))}%"
+
+# %% ../../nbs/answer/03_identify.ipynb #d6aa3257
+_NO_COLOUR = 4  # steps of 256 between the channels of a pixel
+_GREY_NOTE = "The photo has no colour, so the colours of the pills can't be compared: take a photo in colour."
+
+
+def is_grey(
+    image: np.ndarray,  # RGB, uint8, (height, width, 3)
+) -> bool:
+    """Whether a photo has no colour: the channels of its pixels are equal."""
+    for side in (16, 256):  # most photos show a colour in the first few pixels
+        step = max(1, min(image.shape[:2]) // side)
+        red, green, blue = image[::step, ::step].astype(np.int16).transpose(2, 0, 1)
+        if max(np.abs(red - green).max(), np.abs(green - blue).max(), np.abs(red - blue).max()) > _NO_COLOUR:
+            return False
+    return True
+
 # %% ../../nbs/answer/03_identify.ipynb #00da99fd
 def softmax(
     logits: np.ndarray,  # outputs of the classifier, (n, classes)
@@ -109,8 +136,7 @@ def softmax(
 # %% ../../nbs/answer/03_identify.ipynb #457f2dae
 PIPELINES = ("single", "combo")
 _BATCH = 4  # crops per batch: on a CPU larger batches of a large network take much memory and save no time
-_FAR_CAST = 1.5  # ratio of the channels, as a power of two, beyond which a correction leaves errors in the colours
-_FAR_LIGHT = "The light was strongly coloured, so the colours may mislead: take the photo again in daylight."
+_FAR_LIGHT = "The light was too coloured or too dark to trust the colours: take the photo again in daylight."
 
 
 @dataclass(frozen=True)
@@ -124,6 +150,8 @@ class PillCrops:
     notes: list[str]  # sentences for users
     hint: str | None  # why the pipeline combo may suit this photo better
     seconds: dict[str, float]  # detect, crop
+    grey: bool = False  # whether the photo has no colour, so that no pill is sure
+    balance: Balance = Balance()  # the correction of the first pill, for a picture of the whole photo
 
 
 class Identifier:
@@ -146,16 +174,18 @@ class Identifier:
         pipeline: str,  # "single" or "combo"
         confidence: float | None = None,  # a detection below it is left out, 0 to 1; None = the rules' box_confidence
         top_k: int = 5,  # candidates for each pill
+        size: tuple[int, int] | None = None,  # width and height of the photo; None = those of `image`
     ) -> Identification:  # pills, timings and notes
         """Identify the pills of a photo; raises `IdentifyError` for an unknown pipeline or a missing detector."""
-        return self.classify_crops(self.crop_pills(image, pipeline, confidence), top_k)
+        return self.classify_crops(self.crop_pills(image, pipeline, confidence, size), top_k)
 
     def crop_pills(
         self,
         image: np.ndarray,  # RGB, uint8, (height, width, 3)
         pipeline: str,  # "single" or "combo"
         confidence: float | None = None,  # a detection below it is left out, 0 to 1; None = the rules' box_confidence
-    ) -> PillCrops:
+        size: tuple[int, int] | None = None,  # width and height of the photo; None = those of `image`
+    ) -> PillCrops:  # boxes in pixels of that size
         """Detect and crop the pills of a photo; raises `IdentifyError` as `identify` does."""
         if pipeline not in PIPELINES:
             raise IdentifyError(
@@ -176,15 +206,17 @@ class Identifier:
         found = boxes
         boxes, scores, notes = _select(boxes, scores, pipeline, self.detect is not None)
         crops = self._crops(image, boxes, whole=pipeline == "single")
-        if self.rules.color != NO_CORRECTION and len(crops):
-            balance = estimate_balance(image, self.rules.color, found)
-            crops = balance(crops.reshape(-1, *crops.shape[2:])).reshape(crops.shape)
-            notes += [_FAR_LIGHT] if balance.cast > _FAR_CAST else []
+        balance = self._correct(crops, image, found, boxes)
+        grey = is_grey(image)
+        notes += [_GREY_NOTE] if grey else [_FAR_LIGHT] if balance.far else []
         seconds = {"detect": detected - started, "crop": perf_counter() - detected}
+        width, height = size or image.shape[1::-1]
         if pipeline == "single" and not len(boxes):
-            whole = Box(0.0, 0.0, float(image.shape[1]), float(image.shape[0]))
-            return PillCrops(pipeline, crops, [whole], [None], notes, hint, seconds)
-        return PillCrops(pipeline, crops, boxes, scores, notes, hint, seconds)
+            whole = Box(0.0, 0.0, float(width), float(height))
+            return PillCrops(pipeline, crops, [whole], [None], notes, hint, seconds, grey, balance)
+        if (width, height) != image.shape[1::-1]:
+            boxes = boxes * np.tile([width / image.shape[1], height / image.shape[0]], 2)
+        return PillCrops(pipeline, crops, boxes, scores, notes, hint, seconds, grey, balance)
 
     def classify_crops(
         self,
@@ -195,7 +227,7 @@ class Identifier:
         started = perf_counter()
         probabilities = self._probabilities(crops.crops)
         pills = [
-            self._pill(box, score, row, top_k)
+            self._pill(box, score, row, top_k, crops.grey)
             for box, score, row in zip(crops.boxes, crops.scores, probabilities, strict=True)
         ]
         seconds = crops.seconds | {"classify": perf_counter() - started}
@@ -251,6 +283,22 @@ class Identifier:
             crops[index] = crop_pill(image, Box(*map(float, box)), self.rules.margin, size)
         return crops
 
+    def _correct(
+        self,
+        crops: np.ndarray,  # RGB, uint8, (n, size, size, 3); corrected in place
+        image: np.ndarray,  # RGB, uint8, (height, width, 3)
+        found: np.ndarray,  # all pills, which are no part of the light, pixels, (n, 4)
+        boxes: np.ndarray,  # of the crops, pixels, (n, 4); none for a crop of the whole photo
+    ) -> Balance:  # of the first crop
+        """Take the light out of the crops, as in the training."""
+        if self.rules.color == NO_CORRECTION or not len(crops):
+            return Balance()
+        whole = np.full((1, 4), np.nan)
+        balances = estimate_balances(image, self.rules.color, found, boxes if len(boxes) else whole)
+        for crop, balance in zip(crops, balances, strict=True):
+            crop[:] = balance(crop)
+        return balances[0]
+
     def _probabilities(
         self,
         crops: np.ndarray,  # RGB, uint8, (n, size, size, 3)
@@ -275,12 +323,15 @@ class Identifier:
         score: float | None,  # of the detection, 0 to 1
         probabilities: np.ndarray,  # (classes,)
         top_k: int,  # candidates
+        grey: bool,  # whether the photo has no colour
     ) -> Pill:
         candidates = [
             Candidate(self.rules.class_map[int(index)], float(probabilities[index]))
             for index in np.argsort(-probabilities, kind="stable")[:top_k]
         ]
-        sure = candidates[0].confidence >= self.rules.sure_confidence
+        # A guess from the whole photo, in which the detector has found nothing, is never sure.
+        seen = score is not None or self.detect is None
+        sure = seen and not grey and candidates[0].confidence >= self.rules.sure_confidence
         return Pill(
             Box(*(round(float(value), 2) for value in box)), None if score is None else float(score), candidates, sure
         )

@@ -20,7 +20,8 @@ from tqdm import tqdm
 import pillsnap
 from ..atomic import write_text
 from .networks.files import model_content
-from .tasks import ColorTask, make_task
+from .tasks.choose import make_task
+from .tasks.task import ColorTask
 from ..config.plugins import pick
 from ..config.schema import Settings
 from ..progress import progress_stream

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from io import StringIO
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from dotenv import dotenv_values
+from dotenv.parser import parse_stream
 
 from .schema import Serve, SettingsError, check_path, closest_name
 
@@ -48,16 +52,76 @@ class Environment:
     log_file: Path | None = None  # receives every log line of the service too
     log_format: str | None = None  # one of LOG_FORMATS; None = text on a terminal, else json
 
+# %% ../../nbs/config/01_environment.ipynb #bda4d034
+def _read_file(file: Path) -> dict[str, str | None]:
+    """The variables of a .env file; raises `SettingsError` without quoting it, as it holds keys."""
+    if file.is_dir():
+        raise SettingsError(f"{file} is a folder, but must be a file of NAME=value lines: remove it, or write the file")
+    if not file.is_file():
+        return {}
+    try:
+        text = file.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise SettingsError(f"{file} can't be read: {error.strerror}") from error
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:  # UTF-16 without a byte order mark decodes as UTF-8
+        raise SettingsError(f"{file} is not UTF-8: save it as UTF-8 in the editor, or write it again with `make .env`")
+    for line in parse_stream(StringIO(text)):
+        written = line.original.string.strip()
+        if line.error or (line.key and "=" not in written):
+            raise SettingsError(f"line {line.original.line} of {file} can't be read: write NAME=value")
+    return dict(dotenv_values(stream=StringIO(text), interpolate=False))
 
+
+def _unquoted(text: str) -> str:
+    """A value without the quotes around it."""
+    text = text.strip()
+    quoted = len(text) > 1 and text[0] in "\"'" and text[0] == text[-1] and text[0] not in text[1:-1]
+    return text[1:-1].strip() if quoted else text
+
+
+def _items(text: str) -> tuple[str, ...]:
+    """The items of a list with commas."""
+    return tuple(item for item in map(_unquoted, text.split(",")) if item)
+
+
+def _origin(text: str, source: str) -> str:
+    """An origin as browsers send it; raises `SettingsError` for what no browser sends."""
+    try:
+        url = urlsplit(text.strip().lower().rstrip("/"))
+        port = url.port
+    except ValueError:
+        url, port = urlsplit(""), None
+    if text.strip() == "*":
+        return "*"
+    plain = re.fullmatch(r"[a-z0-9._-]+|\[[0-9a-f:.]+\]", url.netloc.removesuffix(f":{port}"))
+    if not (url.scheme and plain) or url.path or url.query or url.fragment:
+        raise SettingsError(
+            f"{source} is {text!r}, which is no origin of a web page: write it like https://pillsnap.co.kr, "
+            "without a path, several with commas between them"
+        )
+    usual = {"http": 80, "https": 443}.get(url.scheme)
+    return f"{url.scheme}://{url.netloc.removesuffix(f':{port}') if port == usual else url.netloc}"
+
+
+def _origins(text: str, source: str) -> list[str]:
+    """Read a list of origins with commas, or a JSON list."""
+    try:
+        items = json.loads(text) if text.startswith("[") else _items(text)
+    except json.JSONDecodeError:
+        items = [text]
+    return [_origin(str(item), source) for item in items]
+
+# %% ../../nbs/config/01_environment.ipynb #49400751
 def load_environment(
     root: Path,  # the project's folder, where .env may lie
     serve: Serve | None = None,  # section `serve` of the settings: what is not null there wins
 ) -> Environment:  # merged values
     """Merge .env < process environment < `serve`; raises `SettingsError` for an unusable value."""
     file = Path(root) / ".env"
-    raw = dict(dotenv_values(file, encoding="utf-8-sig", interpolate=False)) if file.is_file() else {}
-    raw.update({name: os.environ[name] for name in VARIABLES if name in os.environ})
-    values = {name: value.strip() for name, value in raw.items() if value and value.strip()}
+    raw = _read_file(file) | {name: os.environ[name] for name in VARIABLES if name in os.environ}
+    values = {name: _unquoted(value) for name, value in raw.items() if value and _unquoted(value)}
     serve = serve or Serve()
     level = serve.log_level or values.get("LOG_LEVEL", "INFO").upper()
     if level not in LOG_LEVELS:
@@ -76,33 +140,14 @@ def load_environment(
     }
     model_path = paths.get("MODEL_PATH") if serve.model_path is None else serve.model_path
     if serve.cors_allow_origins is None:
-        origins = _origins(values.get("CORS_ALLOW_ORIGINS"), file)
+        origins = _origins(values.get("CORS_ALLOW_ORIGINS", ",".join(ORIGINS)), "CORS_ALLOW_ORIGINS")
     else:
-        origins = list(serve.cors_allow_origins)
-    keys, admin_keys = (
-        tuple(key.strip() for key in values.get(name, "").split(",") if key.strip())
-        for name in ("API_KEY", "ADMIN_KEY")
-    )
+        origins = [_origin(text, "serve.cors_allow_origins") for text in serve.cors_allow_origins]
+    keys, admin_keys = (_items(values.get(name, "")) for name in ("API_KEY", "ADMIN_KEY"))
     weak = values.get("ALLOW_WEAK_KEYS", "0")
     if weak not in ("0", "1"):
         raise SettingsError(f"ALLOW_WEAK_KEYS is {weak!r} in {file} or the environment, but must be 1 or 0")
     return Environment(keys, admin_keys, weak == "1", level, origins, model_path, paths.get("LOG_FILE"), style)
-
-
-def _origins(text: str | None, file: Path) -> list[str]:
-    """Read a comma list or a JSON list of origins."""
-    if text is None:
-        return list(ORIGINS)
-    try:
-        items = json.loads(text) if text.startswith("[") else text.split(",")
-    except json.JSONDecodeError:
-        items = [None]
-    if not all(isinstance(item, str) for item in items):
-        raise SettingsError(
-            f"CORS_ALLOW_ORIGINS is {text!r} in {file} or the environment, "
-            "but must be addresses with commas between them"
-        )
-    return [item.strip().rstrip("/") for item in items if item.strip()]
 
 # %% ../../nbs/config/01_environment.ipynb #077a760d
 NOTEBOOK_NAMES = {"In", "Out", "exit", "quit"}  # defined by IPython itself

@@ -332,7 +332,8 @@ class Serve(Section):
     workers: CountOrZero = 0
     queue: Count = 32
     request_seconds: Positive = 30.0
-    upload_seconds: Positive = 20.0
+    upload_idle_seconds: Positive = 10.0
+    upload_seconds: Positive = 180.0
     model_root: PosixPath | None = None
     engine: str = "auto"
     threads: CountOrZero = 0

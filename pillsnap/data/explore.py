@@ -61,7 +61,8 @@ def crop_sheet(
         shown = own.sort(sampling_order(seed, own["image"].str.split("/").list.last())).head(each)
         for column, (image, *box) in enumerate(shown.select("image", "x1", "y1", "x2", "y2").iter_rows()):
             try:
-                sheet[row, column] = crop_pill(decode_photo(image), Box(*box), margin, side)
+                photo = decode_photo(image)
+                sheet[row, column] = crop_pill(photo.pixels, photo.reduced(Box(*box)), margin, side)
             except ImageError:
                 cv2.line(sheet[row, column], (0, 0), (side, side), (200, 40, 40), 2)
     return Image.fromarray(sheet.transpose(0, 2, 1, 3, 4).reshape(len(codes) * side, each * side, 3))

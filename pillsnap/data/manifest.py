@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
@@ -20,12 +21,14 @@ from ..config.schema import Settings
 from .readers.layouts import check_root
 from .reading.records import DataError
 from .scan.scan import ScanReport, check_usable, scan
+from .scan.summary import counted, decide_summary, summary_lines
 from .splits.class_map import make_class_map, read_class_map
 from .splits.group_split import check_groups
 from .splits.leakage import check_no_leakage, describe, find_leaks, fingerprinted, to_leave_out
 from .splits.sampling import photo_table
 from pillsnap.data.splits.splits import (
     Splits,
+    advice_on_classes,
     assign_splits,
     choose_run_classes,
     codes_of,
@@ -110,6 +113,13 @@ def _examples(quarantine: str) -> dict[str, list[str]]:
     return dict(rows.rows())
 
 
+def _with_left_out(summary: list[str], left_out: dict[str, int]) -> list[str]:
+    """The summary of a scan, with the photos that its run leaves out."""
+    if not left_out:
+        return summary
+    return [summary[0], f"{sum(left_out.values()):,} photos left out of the run{counted(left_out)}", *summary[1:]]
+
+
 def make_report(
     scanned: ScanReport,  # counts of the scan
     manifest: pl.DataFrame,  # table of the run
@@ -125,6 +135,8 @@ def make_report(
         "pills": scanned.pills,
         "quarantined": scanned.quarantined,
         "skipped": scanned.skipped,
+        "drugs_without_photo": scanned.drugs_without_photo,
+        "summary": _with_left_out(summary_lines(scanned), dict(left_out.rows())),
         "photos_by_split": {**_by_split(photos), "not_drawn": scanned.photos - len(photos)},
         "pills_by_split": {**_by_split(manifest), "not_drawn": scanned.pills - len(manifest)},
         "photos_by_kind": {
@@ -204,23 +216,24 @@ def photos_of_run(
 
 
 def prepare_data(
-    settings: Settings,  # data.*, paths.cache_root and seed
+    settings: Settings,  # data.*, train.only, paths.cache_root and seed
     root: Path | str,  # folder of the dataset
 ) -> Dataset:  # table, class map, report and decisions
     """Read, sample and split a dataset; raises `DataError` for a folder that cannot be used."""
     folder = check_root(root)
     earlier = read_class_map(settings.data.class_map)
     scanned, records = read_dataset(settings, folder)
+    summary = decide_summary(scanned)
+    summary += [decide("dataset folder", scanned.layout, note, fallback=True) for note in scanned.notes]
     splits = assign_splits(photo_table(records, str(folder)), scanned.layout)
-    splits.decisions = [
-        decide("dataset folder", scanned.layout, note, fallback=True) for note in scanned.notes
-    ] + splits.decisions
+    splits.decisions = summary + splits.decisions
     if not len(splits.part("train")):
         raise DataError(
             f"{folder} has no training photo that can be used, only held-out ones: add the training part too."
         )
     selected, trained = select_photos(splits, settings, folder, earlier.codes if earlier else ())
-    class_map, decisions = make_class_map(records, trained, earlier)
+    fewest = 1 if settings.train.only == "detector" else 2
+    class_map, decisions = make_class_map(records, trained, earlier, fewest, advice_on_classes(splits, settings))
     splits.decisions += decisions
     manifest = make_manifest(
         records, photos_of_run(selected, splits), {code: class_map.index_of(code) for code in trained}
@@ -246,8 +259,9 @@ def save_dataset(
     """Write manifest.parquet, class_map.json and data_report.json, each atomically."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    below = pl.col("image").str.strip_prefix(_prefix(dataset.report["root"]))
     with replacing(folder / "manifest.parquet") as path:
-        dataset.manifest.write_parquet(path)
+        dataset.manifest.with_columns(below).write_parquet(path)
     write_json(folder / "class_map.json", dataset.class_map.to_json())
     write_json(
         folder / "data_report.json",
@@ -255,10 +269,16 @@ def save_dataset(
     )
 
 
+def _prefix(root: str) -> str:
+    """What the paths of the photos below a folder begin with."""
+    return f"{root.rstrip('/')}/"
+
+
 def load_dataset(
     folder: Path | str,  # where save_dataset wrote
+    root: Path | str | None = None,  # folder of the photos; None: where they were in training
 ) -> Dataset:  # the same dataset
-    """Read a dataset back.
+    """Read a dataset back; whether its photos are still there is not checked.
 
     Raises `DataError` for a file that is missing or damaged, or for files that do not belong together.
     """
@@ -268,6 +288,7 @@ def load_dataset(
         class_map = ClassMap.from_json(json.loads((folder / "class_map.json").read_text(encoding="utf-8")))
         manifest = pl.read_parquet(folder / "manifest.parquet")
         decisions = [Decision(**decision) for decision in report.pop("decisions")]
+        report["root"] = str(report["root"] if root is None else os.path.abspath(root))
     except FileNotFoundError as error:
         raise DataError(f"{error.filename} is missing: make the dataset again with a training run.") from error
     except (ValueError, KeyError, TypeError, OSError, pl.exceptions.PolarsError) as error:
@@ -285,4 +306,8 @@ def load_dataset(
             f"manifest.parquet and class_map.json in {folder} number the drugs differently: "
             "make the dataset again with a training run."
         )
+    image, prefix = pl.col("image"), pl.lit(_prefix(report["root"]))
+    manifest = manifest.with_columns(
+        pl.when(image.str.starts_with("/")).then(image).otherwise(prefix + image).alias("image")
+    )
     return Dataset(manifest, class_map, report, decisions)

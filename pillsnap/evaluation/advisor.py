@@ -69,7 +69,7 @@ def goal_reasons(
     for task, value in facts["figures"].items():
         (code, metric), goal = MISSED[task], getattr(settings.goals, GOAL_METRICS[task])
         if value is None:
-            never = facts["measured_on"] == "validation"
+            never = facts["measured_on"] == "validation" and task not in facts["without_validation"]
             why = "no evaluation was made" if never else "no held-out photo can measure it"
             reasons.append(
                 AdviceReason("NOT_MEASURED", "broken" if never else "hint", f"{metric} is not known: {why}", goal=goal)

@@ -14,6 +14,7 @@ from ..atomic import sha256
 from ..errors import PillsnapError
 from ..runs import read_run
 from ..runtime.engines import ENGINES, TASKS
+from ..training.checkpoint import best_file
 
 # %% auto #0
 __all__ = ['GateError', 'Check', 'judge', 'served_file', 'differences', 'check_comparison', 'accuracy']
@@ -83,7 +84,7 @@ def differences(
     engine: str,  # name in ENGINES
 ) -> list[str]:  # sentences without a full stop; none: the files have passed
     """How the files of an engine differ from those that have passed their comparison."""
-    name = ENGINES[engine].format
+    name, networks = ENGINES[engine].format, report.get("networks", TASKS)
     compared = report.get("formats", {}).get(name)
     if compared is None:
         return [f"the engine {engine} opens files in the format {name}, which was not exported"]
@@ -92,19 +93,21 @@ def differences(
         if compared.get("passed")
         else [
             f"the format {name} has failed its comparison: "
-            + "; ".join(reason for task in TASKS for reason in compared.get(task, {}).get("failures", []))
+            + "; ".join(reason for task in networks for reason in compared.get(task, {}).get("failures", []))
         ]
     )
     found += [
         sentence
-        for task in TASKS
+        for task in networks
         if (sentence := _file_difference(served_file(run, task, engine), compared.get(task, {})))
     ]
-    weights = report.get("checkpoint_sha256")
-    if weights and not (run / "best.pt").is_file():
-        found.append("best.pt is missing, so nobody can tell whether it is what was exported")
-    elif weights and sha256(run / "best.pt") != weights:
-        found.append("best.pt is not what was exported: training has gone on since, or other weights were exported")
+    weights, best = report.get("checkpoint_sha256"), best_file(run)
+    if weights and not best.is_file():
+        found.append(f"{best.name} is missing, so nobody can tell whether it is what was exported")
+    elif weights and sha256(best) != weights:
+        found.append(
+            f"{best.name} is not what was exported: training has gone on since, or other weights were exported"
+        )
     return found
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,22 @@ from tqdm import tqdm
 from ..answer.identify import Identifier
 from ..atomic import write_json
 from ..config.schema import Settings
-from ..data.manifest import Dataset, load_dataset
+from ..data.manifest import Dataset
+from ..data.moved import dataset_of_run
 from ..data.reading.photo_files import decode_photo, read_photo
-from ..metrics import class_coverage, classification_metrics, confusion_pairs, detection_metrics, match_boxes
+from pillsnap.metrics import (
+    NothingToEvaluate,
+    class_coverage,
+    classification_metrics,
+    confusion_pairs,
+    detection_metrics,
+    match_boxes,
+)
 from ..runlog import decide
 from ..runs import read_run
+from ..runtime.boxes import Box
 from ..runtime.images import ImageError, decode_image
-from ..training.checkpoint import Trained, load_trained
+from ..training.checkpoint import CheckpointError, Trained, load_trained
 from ..training.device.hardware import choose_device, device_name
 
 logger = logging.getLogger("pillsnap")
@@ -35,8 +44,8 @@ from ..data.readers.layouts import READERS
 from ..progress import progress_stream
 
 # %% auto #0
-__all__ = ['logger', 'torch_forward', 'identifier_of', 'TruePhoto', 'true_photos', 'held_out', 'evaluate_single', 'decoded',
-           'evaluate_combo', 'measure_latency', 'torch_latency', 'evaluate_run']
+__all__ = ['logger', 'torch_forward', 'identifier_of', 'no_classifier', 'TruePhoto', 'true_photos', 'held_out', 'evaluate_single',
+           'decoded', 'evaluate_combo', 'evaluate_boxes', 'measure_latency', 'torch_latency', 'evaluate_run']
 
 # %% ../../nbs/evaluation/00_evaluate.ipynb #629e1606
 def torch_forward(
@@ -58,9 +67,20 @@ def identifier_of(
     trained: Trained,  # from `load_trained`
     device: torch.device | None = None,  # None: `choose_device` decides
 ) -> Identifier:
-    """An `Identifier` with the networks and the rules of a checkpoint."""
+    """An `Identifier` with the networks and the rules of a checkpoint; without a classifier it only finds pills."""
     device = device or choose_device()
-    return Identifier(torch_forward(trained.classifier, device), torch_forward(trained.detector, device), trained.rules)
+    forward = {name: torch_forward(network, device) for name, network in trained.networks().items()}
+    return Identifier(forward.get("classifier", no_classifier), forward.get("detector"), trained.rules)
+
+
+def no_classifier(
+    batch: np.ndarray,  # crops that nobody classifies
+) -> np.ndarray:
+    """Raise `CheckpointError`: what the classifier of a run without one answers."""
+    raise CheckpointError(
+        "This run has a detector alone, which finds pills and can't name them: train a classifier with "
+        "train.start_from=RUN train.only=classifier, where RUN is the folder of this run."
+    )
 
 # %% ../../nbs/evaluation/00_evaluate.ipynb #49dea6df
 @dataclass(frozen=True)
@@ -91,11 +111,17 @@ def true_photos(
 def held_out(
     dataset: Dataset,  # manifest and class map of a run
 ) -> tuple[str, list[TruePhoto]]:  # name of the split and its photos
-    """Return the test split, or the validation split of a dataset without one.
+    """Return the test split, or the validation split of a dataset without one; the fallback is recorded as a decision.
 
-    The fallback is recorded as a decision.
+    Raises `NothingToEvaluate` where both are empty.
     """
-    split = "test" if (dataset.manifest["split"] == "test").any() else "validation"
+    splits = set(dataset.manifest["split"])
+    if not splits & {"test", "validation"}:
+        raise NothingToEvaluate(
+            "The run has no held-out photo to measure it on: train again with data.test_fraction above 0 and more "
+            "photos of each drug, or add a test part to the dataset."
+        )
+    split = "test" if "test" in splits else "validation"
     if split == "validation":
         decide(
             "evaluation",
@@ -109,13 +135,14 @@ def held_out(
 def evaluate_single(
     identifier: Identifier,  # called with pipeline="single"
     photos: Sequence[TruePhoto],  # photos of one pill each
+    max_pixels: int = 50_000_000,  # width x height allowed, as `data.max_pixels`
 ) -> tuple[
     dict[str, float], np.ndarray
 ]:  # top1, top5, macro_f1, images, without_box; (photos, 2) true and predicted class
     """Classify each photo; top-1 counts the first candidate."""
     class_map = identifier.rules.class_map
     rows, labels, without_box = [], [], 0
-    for photo, image in decoded(photos, "evaluate single"):
+    for photo, image in decoded(photos, "evaluate single", max_pixels):
         pill = identifier.identify(image, "single").pills[0]
         without_box += pill.box_confidence is None
         row = np.zeros(len(class_map))
@@ -132,17 +159,19 @@ def evaluate_single(
 def decoded(
     photos: Sequence[TruePhoto],  # photos to decode
     what: str,  # name for the progress display
-) -> Iterator[tuple[TruePhoto, np.ndarray]]:  # photo and its pixels, RGB uint8
+    max_pixels: int,  # width x height allowed
+) -> Iterator[tuple[TruePhoto, np.ndarray]]:  # photo, its boxes in its pixels, and the pixels, RGB uint8
     """Decode the photos one by one; damaged ones are left out and counted."""
     damaged = 0
     for photo in tqdm(photos, desc=what, unit="photo", file=progress_stream(), disable=None):
         try:
-            image = decode_photo(photo.image)
+            decoded_photo = decode_photo(photo.image, max_pixels)
         except ImageError as error:
             damaged += 1
             logger.warning("left out a damaged photo: %s", error)
             continue
-        yield photo, image
+        boxes = np.array([decoded_photo.reduced(Box(*box)) for box in photo.boxes.tolist()], np.float32).reshape(-1, 4)
+        yield replace(photo, boxes=boxes), decoded_photo.pixels
     if damaged:
         decide(what, f"{damaged} of {len(photos)} photos left out", "they are damaged", fallback=True)
 
@@ -150,11 +179,12 @@ def decoded(
 def evaluate_combo(
     identifier: Identifier,  # called with pipeline="combo"
     photos: Sequence[TruePhoto],  # photos with any number of pills
+    max_pixels: int = 50_000_000,  # width x height allowed, as `data.max_pixels`
 ) -> dict[str, float]:  # map50, map50_95, precision, recall, end_to_end_top1: 0 to 1; images, pills: counts
     """Detection and end-to-end metrics."""
     codes = identifier.rules.class_map.codes
     truth, detections, found, matched, correct, pills = [], [], 0, 0, 0, 0
-    for photo, image in decoded(photos, "evaluate combo"):
+    for photo, image in decoded(photos, "evaluate combo", max_pixels):
         truth.append(photo.boxes)
         detections.append(identifier.find(image, confidence=0.001))
         predicted = identifier.identify(image, "combo").pills
@@ -171,18 +201,35 @@ def evaluate_combo(
         "pills": pills,
     }
 
+# %% ../../nbs/evaluation/00_evaluate.ipynb #a2475ef5
+def evaluate_boxes(
+    identifier: Identifier,  # its detector is called
+    photos: Sequence[TruePhoto],  # photos with any number of pills
+    max_pixels: int = 50_000_000,  # width x height allowed, as `data.max_pixels`
+) -> dict[str, float]:  # map50, map50_95, precision, recall: 0 to 1; images, pills: counts
+    """Detection metrics."""
+    truth, detections, found, matched, pills = [], [], 0, 0, 0
+    for photo, image in decoded(photos, "evaluate detector", max_pixels):
+        truth.append(photo.boxes)
+        detections.append(identifier.find(image, confidence=0.001))
+        boxes = identifier.find(image)[0]
+        found, pills = found + len(boxes), pills + len(photo.boxes)
+        matched += len(match_boxes(boxes, photo.boxes))
+    counts = {"precision": matched / max(1, found), "recall": matched / max(1, pills), "pills": pills}
+    return {**detection_metrics(truth, detections), **counts}
+
 # %% ../../nbs/evaluation/00_evaluate.ipynb #1e6b2993
 def measure_latency(
     identifier: Identifier,  # usually of the exported files
     photos: Sequence[bytes],  # encoded files, used in turn
     pipeline: str,  # single or combo
-    settings: Settings,  # latency is read
+    settings: Settings,  # latency and data.max_pixels are read
 ) -> dict[str, float]:  # p50, p95 in milliseconds; runs
     """Time whole predictions without HTTP: decode, detect, crop, classify."""
     seconds = []
     for run in range(settings.latency.warmup_runs + settings.latency.runs):
         start = time.perf_counter()
-        identifier.identify(decode_image(photos[run % len(photos)]), pipeline)
+        identifier.identify(decode_image(photos[run % len(photos)], settings.data.max_pixels), pipeline)
         if run >= settings.latency.warmup_runs:
             seconds.append(time.perf_counter() - start)
     p50, p95 = np.percentile(np.array(seconds) * 1000, [50, 95])
@@ -223,25 +270,36 @@ def torch_latency(
 
 
 def evaluate_run(
-    folder: Path,  # run folder with best.pt and the manifest
-    settings: Settings,  # goals, latency and data.max_pixels are read
+    folder: Path,  # run folder with best weights and the manifest
+    settings: Settings,  # goals, latency, paths.data_root and data.max_pixels are read
 ) -> dict[str, Any]:  # single, combo, all_photos, split, confusions, coverage, latency, steps, goals
     """Evaluate the best weights on the held-out photos and write evaluation.json."""
-    dataset, device = load_dataset(folder), choose_device()
-    identifier = identifier_of(load_trained(folder), device)
+    dataset, device = dataset_of_run(folder, settings.paths.data_root), choose_device()
     split, photos = held_out(dataset)
+    trained = load_trained(folder)
+    identifier = identifier_of(trained, device)
     singles = [photo for photo in photos if photo.kind == "single" and photo.classes[0] >= 0]
     combinations = [photo for photo in photos if photo.kind == "combination"]
     report: dict[str, Any] = {"split": split}
-    if singles:
-        report["single"], pairs = evaluate_single(identifier, singles)
+    if trained.classifier is None:
+        report["combo" if combinations else "all_photos"] = evaluate_boxes(
+            identifier, combinations or photos, settings.data.max_pixels
+        )
+    elif singles:
+        report["single"], pairs = evaluate_single(identifier, singles, settings.data.max_pixels)
         report["confusions"] = confusion_pairs(pairs, dataset.class_map.codes)
         report["coverage"] = class_coverage(pairs, len(dataset.class_map))
         report["latency"] = torch_latency(identifier, singles, settings, device)
-    if combinations:
-        report["combo"] = evaluate_combo(identifier, combinations)
-    if not READERS[dataset.report["format"]].separate_kinds:
-        report["all_photos"] = evaluate_combo(identifier, photos)
+    both = trained.classifier is not None and trained.detector is not None
+    if both and combinations:
+        report["combo"] = evaluate_combo(identifier, combinations, settings.data.max_pixels)
+    if both and not READERS[dataset.report["format"]].separate_kinds:
+        report["all_photos"] = evaluate_combo(identifier, photos, settings.data.max_pixels)
+    if report.keys() == {"split"}:
+        raise NothingToEvaluate(
+            f"The {split} split of {folder} has no photo of one pill of a known drug, which a classifier alone needs: "
+            "train a detector too, or add such photos."
+        )
     report["steps"] = read_run(folder).made
     report["goals"] = {
         "top1": settings.goals.top1,

@@ -20,15 +20,16 @@ import psutil
 
 from ..answer.factory import load_identifier
 from ..answer.identify import Identifier
-from ..atomic import write_json
+from ..atomic import made_folder, write_json
 from ..config.schema import Settings
-from ..data.manifest import load_dataset
+from ..data.moved import dataset_of_run
 from .checks import Check, GateError, accuracy, check_comparison, judge, served_file
 from .evaluate import TruePhoto, evaluate_combo, evaluate_single, held_out, measure_latency
 from .request_timing import ENGINE_PACKAGES, cold_start, timed_photos
 from ..provenance import versions
+from ..runlog import decide
 from ..runs import read_run
-from ..runtime.engines import choose_engine, this_machine
+from ..runtime.engines import TASKS, choose_engine, this_machine
 
 # %% auto #0
 __all__ = ['latency', 'memory', 'largest_difference', 'reproducibility', 'write_new', 'export_report', 'checks_of', 'gate_run',
@@ -38,10 +39,10 @@ __all__ = ['latency', 'memory', 'largest_difference', 'reproducibility', 'write_
 def latency(
     run: Path,  # run folder
     engine: str,  # name in ENGINES
-    settings: Settings,  # latency and serve.threads are read
+    settings: Settings,  # latency, paths.data_root and serve.threads are read
 ) -> float:  # p95, milliseconds
     """Time single-pill requests on held-out photos; raises `NothingToEvaluate` when there are none."""
-    photos = timed_photos(run)[0]
+    photos = timed_photos(run, root=settings.paths.data_root)[0]
     identifier = load_identifier(run / "export", settings.serve.threads, engine)
     return measure_latency(identifier, photos, "single", settings)["p95"]
 
@@ -49,10 +50,10 @@ def latency(
 def memory(
     run: Path,  # run folder
     engine: str,  # name in ENGINES
-    settings: Settings,  # serve.threads is read
+    settings: Settings,  # paths.data_root and serve.threads are read
 ) -> float:  # megabytes
     """Resident memory of a process that has opened the models and identified one photo."""
-    photos = timed_photos(run, count=1)[0]
+    photos = timed_photos(run, count=1, root=settings.paths.data_root)[0]
     with tempfile.NamedTemporaryFile(prefix="pillsnap-", suffix=".photo") as file:
         file.write(photos[0])
         file.flush()
@@ -79,24 +80,25 @@ def largest_difference(
 def reproducibility(
     run: Path,  # run folder
     engine: str,  # name in ENGINES
-    settings: Settings,  # gate and serve.threads are read
+    settings: Settings,  # gate, paths.data_root, serve.threads and data.max_pixels are read
 ) -> float:  # largest difference of any metric
     """Evaluate the same held-out photos twice; raises `GateError` when there are none."""
-    photos = held_out(load_dataset(run))[1]
+    photos = held_out(dataset_of_run(run, settings.paths.data_root))[1]
     chosen = photos[:: -(-len(photos) // settings.gate.reproducibility_images) or 1]
     first, second = (
-        _metrics(load_identifier(run / "export", settings.serve.threads, engine), chosen) for _ in range(2)
+        _metrics(load_identifier(run / "export", settings.serve.threads, engine), chosen, settings.data.max_pixels)
+        for _ in range(2)
     )
     return largest_difference(first, second)
 
 
-def _metrics(identifier: Identifier, photos: Sequence[TruePhoto]) -> dict[str, float]:
+def _metrics(identifier: Identifier, photos: Sequence[TruePhoto], max_pixels: int) -> dict[str, float]:
     singles = [photo for photo in photos if photo.kind == "single" and photo.classes[0] >= 0]
-    several = [photo for photo in photos if photo.kind == "combination"]
+    several = [photo for photo in photos if photo.kind == "combination" and identifier.detect is not None]
     if not singles and not several:
         raise GateError("there is no held-out photo: take a run whose dataset has some.")
-    single = evaluate_single(identifier, singles)[0] if singles else {}
-    combo = evaluate_combo(identifier, several) if several else {}
+    single = evaluate_single(identifier, singles, max_pixels)[0] if singles else {}
+    combo = evaluate_combo(identifier, several, max_pixels) if several else {}
     return {f"single {name}": value for name, value in single.items()} | {
         f"combo {name}": value for name, value in combo.items()
     }
@@ -158,21 +160,36 @@ def checks_of(
 ) -> list[Check]:
     """Run all checks."""
     report, gate, goals = export_report(run), settings.gate, settings.goals
+    networks = report.get("networks", TASKS)
     sizes = {"classifier": gate.classifier_mb, "detector": gate.detector_mb}
     checks = [
         judge(
             f"size of the {task}",
             f"gate.{task}_mb",
-            most,
+            sizes[task],
             "MB",
             partial(_megabytes, served_file(run, task, engine)),
         )
-        for task, most in sizes.items()
+        for task in networks
     ]
-    checks += [
-        check_comparison(run, report, engine),
-        judge("single top-1", "goals.top1", goals.top1, "", lambda: accuracy(run, "top1"), least=True),
-        judge("combo mAP@0.5", "goals.map50", goals.map50, "", lambda: accuracy(run, "map50"), least=True),
+    checks.append(check_comparison(run, report, engine))
+    if "classifier" in networks:
+        checks.append(judge("single top-1", "goals.top1", goals.top1, "", lambda: accuracy(run, "top1"), least=True))
+    if "detector" in networks:
+        checks.append(
+            judge("combo mAP@0.5", "goals.map50", goals.map50, "", lambda: accuracy(run, "map50"), least=True)
+        )
+    if "classifier" not in networks:
+        why = "a detector alone answers no request: latency, memory and repeated answers are not checked"
+        decide("gate", "of the detector", why, fallback=True)
+        return checks
+    return checks + _serving_checks(run, settings, engine)
+
+
+def _serving_checks(run: Path, settings: Settings, engine: str) -> list[Check]:
+    """Run the checks that identify photos."""
+    gate, goals = settings.gate, settings.goals
+    checks = [
         judge(
             "latency p95", "goals.latency_ms_p95", goals.latency_ms_p95, "ms", lambda: latency(run, engine, settings)
         ),
@@ -199,7 +216,13 @@ def gate_run(
     """Check a run and write the report; raises `GateError` or `ModelError` when there is nothing to check."""
     began = time.perf_counter()
     export_report(run)
-    out.mkdir(parents=True, exist_ok=True)  # before minutes of measuring
+    with made_folder(out):  # before minutes of measuring
+        result = _gated(run, settings, out, began)
+    return result
+
+
+def _gated(run: Path, settings: Settings, out: Path, began: float) -> tuple[dict[str, Any], Path]:
+    """Run all checks and write the report."""
     engine = choose_engine(run / "export", settings.serve.engine)
     checks = checks_of(run, settings, engine.choice)
     report = {

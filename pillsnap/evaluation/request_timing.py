@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import psutil
@@ -49,14 +49,15 @@ ENGINE_PACKAGES = (
 def timed_photos(
     run: Path,  # run folder
     count: int = 32,  # at most
+    root: Path | None = None,  # its dataset, where it has moved
 ) -> tuple[list[bytes], list[bytes], Path | None]:  # files with one pill, with several; a path of the first, if any
     """Read held-out photos; raises `NothingToEvaluate` when there are none with one pill."""
-    from pillsnap.data.manifest import load_dataset
+    from pillsnap.data.moved import dataset_of_run
     from pillsnap.data.reading.photo_files import read_photo
     from pillsnap.evaluation.evaluate import held_out
     from pillsnap.metrics import NothingToEvaluate
 
-    _, photos = held_out(load_dataset(run))
+    _, photos = held_out(dataset_of_run(run, root))
     chosen = {
         kind: [photo.image for photo in photos if photo.kind == kind][:count] for kind in ("single", "combination")
     }
@@ -91,17 +92,16 @@ def open_backend(
         return load_identifier(run / "export", threads, name)
     import torch
 
-    from pillsnap.evaluation.evaluate import torch_forward
+    from pillsnap.evaluation.evaluate import identifier_of
     from pillsnap.training.checkpoint import load_trained
 
     if threads:
         torch.set_num_threads(threads)
-    trained, cpu = load_trained(run), torch.device("cpu")
-    classifier: torch.nn.Module = trained.classifier
-    detector: torch.nn.Module = trained.detector
+    trained = load_trained(run)
     if name == "torch-compile":
-        classifier, detector = (cast("torch.nn.Module", torch.compile(network)) for network in (classifier, detector))
-    return Identifier(torch_forward(classifier, cpu), torch_forward(detector, cpu), trained.rules)
+        for task, network in trained.networks().items():
+            setattr(trained, task, torch.compile(network))
+    return identifier_of(trained, torch.device("cpu"))
 
 # %% ../../nbs/evaluation/01_request_timing.ipynb #cbd8bf9e
 def cold_start(

@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from ..answer.rules import Rules
 from ..atomic import sha256, write_json
 from ..config.schema import Settings
-from ..data.manifest import Dataset, load_dataset
+from ..data.manifest import Dataset
+from ..data.moved import dataset_of_run
 from ..evaluation.evaluate import torch_forward
 from .compare import Samples, compare_classifier, compare_detector, failures, predict
 from .formats import FORMATS, Opened, check_formats
@@ -32,7 +32,7 @@ from .samples import calibration_batches, crop_samples, frame_samples
 from ..runlog import decide
 from ..runtime.engines import TASKS
 from ..runtime.letterbox import normalise
-from ..training.checkpoint import CheckpointError, Trained, load_checkpoint, load_trained
+from ..training.checkpoint import CheckpointError, Trained, best_file, load_checkpoint, load_trained
 
 # %% auto #0
 __all__ = ['sources_of', 'Comparison', 'export_format', 'export_run', 'export_formats']
@@ -42,8 +42,8 @@ def sources_of(
     trained: Trained,  # from `load_trained`
     dataset: Dataset,  # manifest of the run, to calibrate with
     settings: Settings,  # export is read
-) -> dict[str, Source]:  # classifier, detector
-    """Both networks with the metadata of their files."""
+) -> dict[str, Source]:  # classifier and detector, or the one that there is
+    """The networks with the metadata of their files."""
     common = {
         "rules": trained.rules.to_json(),
         "opset": settings.export.opset,
@@ -56,17 +56,12 @@ def sources_of(
             **{name: version(name) for name in ("pillsnap", "torch", "timm", "onnx", "onnxruntime-gpu")},
         },
     }
-    detector_size = trained.rules.detector_size
-    assert detector_size is not None, "a run that is exported has a detector"
-    networks: dict[str, tuple[nn.Module, int]] = {
-        "classifier": (trained.classifier, trained.rules.classifier_size),
-        "detector": (trained.detector, detector_size),
-    }
+    sizes = {"classifier": trained.rules.classifier_size, "detector": trained.rules.detector_size or 0}
     return {
         task: Source(
             task,
             network.cpu().eval(),
-            size,
+            sizes[task],
             {
                 "task": task,
                 "model": trained.names[task],
@@ -77,7 +72,7 @@ def sources_of(
             settings.export.opset,
             partial(calibration_batches, task, dataset, trained.rules, settings),
         )
-        for task, (network, size) in networks.items()
+        for task, network in trained.networks().items()
     }
 
 # %% ../../nbs/export/06_report.ipynb #d83f7f78
@@ -169,18 +164,22 @@ def _latency(opened: Opened, comparison: Comparison) -> float:
 
 # %% ../../nbs/export/06_report.ipynb #ea35dd99
 def export_run(
-    folder: Path,  # run folder with best.pt and the manifest
-    settings: Settings,  # export is read
+    folder: Path,  # run folder with best weights and the manifest
+    settings: Settings,  # export and paths.data_root are read
     formats: Sequence[str] = (),  # besides ONNX; none: export.formats
-    checkpoint: Path | None = None,  # weights to export; None: best.pt of the run
+    checkpoint: Path | None = None,  # weights to export; None: the best ones of the run
 ) -> dict[str, Any]:  # passed; failures: sentences; formats: name -> classifier, detector; samples; folder
-    """Export both networks, compare every file and write export_report.json beside them.
+    """Export the networks, compare every file and write export_report.json beside them.
 
     Raises `ExportError` or `CheckpointError` when nothing can be exported.
     """
-    names, dataset = check_formats(["onnx", *(formats or settings.export.formats)]), load_dataset(folder)
+    names, dataset = (
+        check_formats(["onnx", *(formats or settings.export.formats)]),
+        dataset_of_run(folder, settings.paths.data_root),
+    )
     trained = load_trained(folder) if checkpoint is None else _trained_of(checkpoint, dataset)
-    weights = sha256(checkpoint or Path(folder) / "best.pt")
+    file = checkpoint or best_file(folder)
+    weights = sha256(file)
     work, target = Path(folder) / "export-rejected", Path(folder) / "export"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
@@ -191,7 +190,10 @@ def export_run(
         raise ExportError(
             f"The export of {folder} ended early, {_reason(error, work)}. What was exported before is as it was."
         ) from error
-    report |= {"checkpoint": str(checkpoint or Path(folder) / "best.pt"), "checkpoint_sha256": weights}
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    report |= {"checkpoint": str(file), "checkpoint_sha256": weights}
     return _release(report, work, target)
 
 
@@ -240,23 +242,25 @@ def export_formats(
             f"export.compare is {settings.export.compare}, "
             "but formats with fewer bits are judged by how often they are right",
         )
-    samples = {
-        "classifier": crop_samples(dataset, trained.rules, settings, wide),
-        "detector": frame_samples(dataset, trained.rules, settings, wide),
-    }
+    sample = {"classifier": crop_samples, "detector": frame_samples}
+    samples = {task: sample[task](dataset, trained.rules, settings, wide) for task in trained.networks()}
     found: dict[str, dict[str, Any]] = {name: {} for name in names}
     for task, source in sources_of(trained, dataset, settings).items():
         comparison = Comparison(source, samples[task], trained.rules, settings)
         for name in names:
             found[name][task] = export_format(name, comparison, folder)
     for entry in found.values():
-        entry["passed"] = not any(entry[task]["failures"] for task in TASKS)
+        entry["passed"] = not any(entry[task]["failures"] for task in samples)
     reasons = [
-        f"{name}: {sentence}" for name, entry in found.items() for task in TASKS for sentence in entry[task]["failures"]
+        f"{name}: {sentence}"
+        for name, entry in found.items()
+        for task in samples
+        for sentence in entry[task]["failures"]
     ]
     return {
         "passed": not reasons,
         "failures": reasons,
+        "networks": list(samples),
         "formats": found,
         "opset": settings.export.opset,
         "compare": "quantised_images" if wide else settings.export.compare,

@@ -20,6 +20,7 @@ from ..data.manifest import Dataset
 from ..evaluation.evaluate import TruePhoto, true_photos
 from .compare import Samples, cover_classes
 from .onnx import ExportError
+from ..runlog import decide
 from ..runtime.boxes import Box
 from ..runtime.letterbox import normalise, place_letterbox, to_letterbox
 
@@ -50,8 +51,8 @@ def crop_samples(
     settings: Settings,  # export and data.max_pixels are read
     wide: bool = False,  # see `wanted_images`
 ) -> Samples:  # of the classifier
-    """Held-out crops; raises `ExportError` when there are none."""
-    rows = _of_splits(dataset, "test", "validation").filter(pl.col("class_index") >= 0)
+    """Held-out crops, or training crops where nothing was held out; raises `ExportError` when there are none."""
+    rows = _compared(dataset).filter(pl.col("class_index") >= 0)
     count = wanted_images(len(rows), settings, wide)
     chosen = cover_classes(rows["class_index"].to_list(), count)
     rows = rows[chosen if wide or settings.export.compare != "smoke" else chosen[:count]]
@@ -67,12 +68,10 @@ def frame_samples(
     settings: Settings,  # export and data.max_pixels are read
     wide: bool = False,  # see `wanted_images`
 ) -> Samples:  # of the detector
-    """Held-out photos, combinations first; raises `ExportError` when there are none."""
+    """Held-out photos, combinations first, as `crop_samples`; raises `ExportError` when there are none."""
     size = rules.detector_size
     assert size is not None, "a run that is exported has a detector"
-    photos = sorted(
-        true_photos(_of_splits(dataset, "test", "validation")), key=lambda photo: photo.kind != "combination"
-    )
+    photos = sorted(true_photos(_compared(dataset)), key=lambda photo: photo.kind != "combination")
     photos = photos[: wanted_images(len(photos), settings, wide)]
     pixels, crops, truth = _readable(
         [Crop(photo.image) for photo in photos],
@@ -82,6 +81,16 @@ def frame_samples(
         settings,
     )
     return Samples(pixels, crops, truth)
+
+
+def _compared(dataset: Dataset) -> pl.DataFrame:
+    """Held-out rows; those of the training where nothing was held out, which is recorded as a decision."""
+    rows = _of_splits(dataset, "test", "validation")
+    if len(rows):
+        return rows
+    why = "the run has no held-out ones: whether a file answers as its network does can be compared with these too"
+    decide("comparison", "training photos", why, fallback=True)
+    return _of_splits(dataset, "train")
 
 
 def _of_splits(dataset: Dataset, *splits: str) -> pl.DataFrame:
@@ -109,7 +118,7 @@ def _readable(
     ]
     if not read:
         raise ExportError(
-            "there is no held-out photo that can be read, so nothing can be compared: "
+            "there is no photo that can be read, so nothing can be compared: "
             "give the dataset a test or a validation part"
         )
     images, kept, labels = zip(*read)

@@ -20,7 +20,7 @@ from typing import IO, Any
 
 import pillsnap
 from ..answer.factory import load_identifier
-from ..atomic import replacing, sha256
+from ..atomic import made_folder, replacing, sha256
 from ..errors import PillsnapError
 from ..runtime.engines import DEFAULT_ENGINE, ENGINE_FILE, ENGINES, TASKS
 
@@ -57,8 +57,11 @@ def make_archive(
 ) -> dict[str, Any]:  # the manifest
     """Pack a release.
 
-    Raises `ModelError` for models that can't be opened, and `ArchiveError` for files that change meanwhile.
+    Raises `ModelError` for models that can't be opened, and `ArchiveError` for files that change meanwhile, or for an
+    archive that is there already.
     """
+    if os.path.lexists(path):
+        raise ArchiveError(f"{path} exists already and is not overwritten: name another file, or remove it first.")
     rules = load_identifier(Path(models), 1, DEFAULT_ENGINE).rules
     files = release_files(models, config)
     manifest: dict[str, Any] = {
@@ -208,8 +211,10 @@ def restore_archive(
     Raises `ArchiveError` or `ModelError`; the current release does not change then.
     """
     releases = Path(into) / "releases"
-    releases.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".unpacking-", dir=releases) as name:
+    with (
+        made_folder(releases),
+        tempfile.TemporaryDirectory(prefix=".unpacking-", dir=releases) as name,
+    ):
         trial = Path(name) / "release"
         manifest = check_archive(path, trial)
         load_identifier(trial / "models", 1, DEFAULT_ENGINE)

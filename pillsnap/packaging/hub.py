@@ -18,7 +18,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
     HTTPError,
 )
 
-from ..atomic import replacing, write_json, write_text
+from ..atomic import made_folder, replacing, write_json, write_text
 from .shipped import ShipError, export_report, exported_files
 from ..runtime.engines import TASKS
 
@@ -185,26 +185,27 @@ def build_package(
     """Write a package; raises `ShipError` for a run whose files are missing or have failed their comparison."""
     files = exported_files(run, ["onnx", "safetensors"])
     card, networks = model_card(run, repo), {task: _metadata(run, task) for task in TASKS}
-    for path in files:
-        with replacing(Path(folder) / path.name) as temporary:
-            shutil.copyfile(path, temporary)
-    write_json(
-        Path(folder) / "config.json",
-        {
-            "model_type": "pillsnap",
-            "pipelines": ["single", "combo"],
-            "rules": networks["classifier"]["rules"],
-            "networks": {
-                task: {
-                    **metadata["model_config"],
-                    "model": Path(metadata["model"]).name,
-                    "param_count": metadata["param_count"],
-                }
-                for task, metadata in networks.items()
+    with made_folder(folder):
+        for path in files:
+            with replacing(Path(folder) / path.name) as temporary:
+                shutil.copyfile(path, temporary)
+        write_json(
+            Path(folder) / "config.json",
+            {
+                "model_type": "pillsnap",
+                "pipelines": ["single", "combo"],
+                "rules": networks["classifier"]["rules"],
+                "networks": {
+                    task: {
+                        **metadata["model_config"],
+                        "model": Path(metadata["model"]).name,
+                        "param_count": metadata["param_count"],
+                    }
+                    for task, metadata in networks.items()
+                },
             },
-        },
-    )
-    write_text(Path(folder) / "README.md", card)
+        )
+        write_text(Path(folder) / "README.md", card)
     return sorted([*(path.name for path in files), "config.json", "README.md"])
 
 # %% ../../nbs/packaging/02_hub.ipynb #39bc48bd

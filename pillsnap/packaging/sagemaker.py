@@ -26,6 +26,7 @@ NEEDS = (
     "onnxruntime-gpu",
     "opencv-python-headless",
     "pillow",
+    "pillow-heif",
     "pydantic",
     "python-dotenv",
     "pyyaml",

@@ -15,7 +15,7 @@ import numpy as np
 from ..answer.factory import load_identifier
 from ..answer.identify import PIPELINES, Identifier, IdentifyError
 from ..errors import PillsnapError
-from ..runtime.images import ImageError, NotAnImage, decode_image
+from ..runtime.images import ImageError, NotAnImage, Photo, open_photo
 
 # %% auto #0
 __all__ = ['VARIABLE', 'HEADER', 'CONTENT_TYPES', 'RequestError', 'requested_pipeline', 'model_fn', 'input_fn', 'predict_fn',
@@ -78,14 +78,15 @@ def model_fn(
     return identifier
 
 # %% ../../nbs/packaging/03_sagemaker_handler.ipynb #e7b68351
-CONTENT_TYPES = ("image/jpeg", "image/png", "application/x-image")
+_IMAGES = ("heic", "heif", "webp", "avif", "tiff", "gif", "bmp")
+CONTENT_TYPES = ("image/jpeg", "image/png", "application/x-image", *(f"image/{kind}" for kind in _IMAGES))
 
 
 def input_fn(
     body: bytes,  # of the request
     content_type: str,  # one of CONTENT_TYPES
     context: Any = None,  # of the request
-) -> tuple[np.ndarray, str]:  # RGB, uint8, (height, width, 3), and the pipeline
+) -> tuple[Photo, str]:  # the photo and the pipeline
     """Decode a photo; raises `RequestError` for anything else."""
     if (content_type or "").partition(";")[0].strip().lower() not in CONTENT_TYPES:
         raise RequestError(
@@ -95,7 +96,7 @@ def input_fn(
         raise RequestError(415, "The request has no bytes: send the photo's file as it is, not as text.")
     pipeline = requested_pipeline(context)
     try:
-        return decode_image(bytes(body)), pipeline
+        return open_photo(bytes(body)), pipeline
     except NotAnImage as error:
         raise RequestError(415, str(error)) from error
     except ImageError as error:
@@ -103,13 +104,14 @@ def input_fn(
 
 
 def predict_fn(
-    data: tuple[np.ndarray, str],  # from `input_fn`
+    data: tuple[Photo, str],  # from `input_fn`
     identifier: Identifier,  # from `model_fn`
     context: Any = None,  # not used
 ) -> dict[str, Any]:  # plain values
     """Identify the pills; raises `RequestError` when the models do not support the pipeline."""
     try:
-        return identifier.identify(*data).to_json()
+        photo, pipeline = data
+        return identifier.identify(photo.pixels, pipeline, size=photo.size).to_json()
     except IdentifyError as error:
         raise RequestError(422, str(error)) from error
 

@@ -46,7 +46,12 @@ def exported_files(
     formats: Iterable[str],  # onnx, safetensors
 ) -> list[Path]:  # of both networks
     """Files of a run in these formats; raises `ShipError` when one is missing or has failed its comparison."""
-    exported = export_report(run).get("formats", {})
+    report = export_report(run)
+    exported, networks = report.get("formats", {}), report.get("networks", TASKS)
+    if lacking := [task for task in TASKS if task not in networks]:
+        raise ShipError(
+            f"The run {run} has no {lacking[0]}, and a package holds both networks: train it with train.start_from."
+        )
     files = []
     for name in formats:
         if name not in exported:

@@ -28,7 +28,8 @@ from .versions import promote, promoted, pull, push, rollback
 from ..runtime.engines import TASKS
 
 # %% auto #0
-__all__ = ['run_files', 'push_run', 'pull_models', 'describe_store', 'describe_version', 'configured_store', 'run_models_command']
+__all__ = ['run_files', 'exported_networks', 'push_run', 'files_to_push', 'pull_models', 'describe_store', 'describe_version',
+           'configured_store', 'run_models_command']
 
 # %% ../../nbs/registry/03_release.ipynb #21a5f99d
 def run_files(
@@ -57,6 +58,17 @@ def run_files(
     return files | ({"last.pt": Path(run) / "last.pt"} if resumable else {})
 
 
+def exported_networks(
+    run: Path,  # run folder
+) -> Sequence[str]:  # classifier, detector, or both
+    """Networks of a run's export; both where nothing tells."""
+    try:
+        report = json.loads((Path(run) / "export" / "export_report.json").read_text(encoding="utf-8"))
+        return list(report.get("networks", TASKS))
+    except (OSError, ValueError, AttributeError):
+        return TASKS
+
+
 def push_run(
     store: ModelStore,
     run: Path,  # run folder, exported
@@ -65,11 +77,20 @@ def push_run(
     resumable: bool = False,  # also last.pt, from which training resumes
 ) -> list[ModelVersion]:
     """Push the networks of a run; raises `StoreError`, and checks all files before it pushes any."""
+    return [push(store, name, files, note) for name, files in files_to_push(run, names, resumable).items()]
+
+
+def files_to_push(
+    run: Path,  # run folder, exported
+    names: Iterable[str],  # which of its networks
+    resumable: bool,  # also last.pt
+) -> dict[str, dict[str, Path]]:  # network -> name in the store -> file
+    """Files of all networks that are pushed; raises `StoreError` where one is missing."""
     chosen = {name: run_files(run, name, resumable) for name in names}
     missing = [str(path) for files in chosen.values() for path in files.values() if not path.is_file()]
     if missing:
         raise StoreError(f"The run {run} lacks {', '.join(missing)}: train and export it again.")
-    return [push(store, name, files, note) for name, files in chosen.items()]
+    return chosen
 
 # %% ../../nbs/registry/03_release.ipynb #fc0a3e3b
 def pull_models(
@@ -180,6 +201,8 @@ def run_models_command(
             "the models; no other command takes them."
         )
     task, number = _parse(command, arguments)
+    if run is not None:  # a run that is refused makes no store
+        files_to_push(run, [task] if task else exported_networks(run), resumable)
     store = configured_store(settings, root, writing=command == "push")
     if command == "list":
         return describe_store(store, [task] if task else None)
@@ -189,7 +212,7 @@ def run_models_command(
         assert run is not None
         return "\n".join(
             f"pushed {version.task} v{version.number} to {store.url}"
-            for version in push_run(store, run, [task] if task else TASKS, note, resumable)
+            for version in push_run(store, run, [task] if task else exported_networks(run), note, resumable)
         )
     if command == "pull":
         assert out is not None

@@ -5,7 +5,6 @@
 # %% ../../nbs/service/01_schemas.ipynb #7c6ec209
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -31,7 +30,7 @@ class DrugResponse(BaseModel):
     edi_codes: list[str] = Field(description="codes of the health insurance, none to several", examples=[["649900030"]])
     maker: str | None = Field(description="null = the training data does not say", examples=["Example Pharma"])
     details: dict[str, str] = Field(
-        description="what the training data says of its looks: shape, colors, print_front, print_back",
+        description="what the training data says: shape, colors, form, print_front, print_back, name_en, company_en",
         examples=[{"shape": "round", "print_front": "P 30"}],
     )
 
@@ -73,7 +72,7 @@ class PillResponse(CandidateResponse):
         description="that there is a pill, 0 to 1; null = nothing was detected, the whole photo was used",
         examples=[0.94],
     )
-    sure: bool = Field(description="the confidence reached the level set for this model")
+    sure: bool = Field(description="the confidence reached the level set for this model, in a photo with colours")
     candidates: list[CandidateResponse] = Field(
         description="best first, as many as top_k asks for; the answer is the first of them"
     )
@@ -105,6 +104,7 @@ class ModelResponse(BaseModel):
     class_map_hash: str
     classifier_size: int = Field(description="side of a crop, pixels", examples=[384])
     detector_size: int | None = Field(description="side of the photo as the detector sees it, pixels", examples=[640])
+    color: str = Field(description="rule that takes the light out of the colours; none = no rule", examples=["learned"])
 
 
 class Prediction(BaseModel):
@@ -123,6 +123,12 @@ class Prediction(BaseModel):
     hint: HintResponse | None
     annotated: str | None = Field(
         description="with annotate=true: the photo with boxes and names, a JPEG as a data: address"
+    )
+    picture: str = Field(
+        default="", description="only with picture=true: the photo as the boxes lie on it, a JPEG as a data: address"
+    )
+    corrected: str = Field(
+        default="", description="only with corrected=true: the photo in the colours that were compared, as picture"
     )
     notice: str = Field(examples=[NOTICE])
     model: ModelResponse
@@ -144,6 +150,7 @@ def model_response(
         "class_map_hash": rules.class_map.hash,
         "classifier_size": rules.classifier_size,
         "detector_size": None if detector is None else rules.detector_size,
+        "color": rules.color,
     }
 
 
@@ -159,7 +166,7 @@ def _pill_response(pill: Pill) -> dict[str, Any]:
 
 def prediction_response(
     identification: Identification,  # of the identifier
-    shape: Sequence[int],  # of the photo's pixels: height, width, 3
+    size: tuple[int, int],  # width and height of the photo, pixels
     decode_ms: float,  # that decoding it took
     model: dict[str, Any],  # from `model_response`
     annotated: str | None,  # photo with boxes and names, a data: URL
@@ -173,7 +180,7 @@ def prediction_response(
     hint = {"pipeline": "combo", "reason": identification.hint} if identification.hint else None
     return {
         "pipeline": identification.pipeline,
-        "photo": {"width": shape[1], "height": shape[0]},
+        "photo": {"width": size[0], "height": size[1]},
         "pills": [_pill_response(pill) for pill in identification.pills],
         "timings_ms": timings,
         "notes": identification.notes,

@@ -18,6 +18,7 @@ import numpy as np
 import timm
 import torch
 import yaml
+from torch import nn
 
 import pillsnap
 from ..answer.rules import Rules
@@ -33,9 +34,9 @@ from .device.distributed import ALONE, ProcessGroup
 from .tasks import Task
 
 # %% auto #0
-__all__ = ['CheckpointError', 'save_checkpoint', 'load_checkpoint', 'newest_checkpoint', 'random_states', 'restore_random_states',
-           'Trained', 'load_best', 'load_trained', 'network_names', 'model_config', 'earlier_weights', 'save_run',
-           'check_same_settings', 'resume_run']
+__all__ = ['NETWORKS', 'CheckpointError', 'save_checkpoint', 'load_checkpoint', 'newest_checkpoint', 'random_states',
+           'restore_random_states', 'Trained', 'best_file', 'load_best', 'load_trained', 'network_names',
+           'model_config', 'earlier_weights', 'save_run', 'check_same_settings', 'resume_run']
 
 # %% ../../nbs/training/06_checkpoint.ipynb #ecfb8bf7
 class CheckpointError(PillsnapError):
@@ -133,8 +134,14 @@ def restore_random_states(
         torch.cuda.set_rng_state_all(states["cuda"])
 
 # %% ../../nbs/training/06_checkpoint.ipynb #8b78ff9d
+NETWORKS = ("classifier", "detector")
+
+
 class Trained:
-    """Networks and rules of a run, for evaluation and export."""
+    """Networks and rules of a run, for evaluation and export; a network that the run does not have is None.
+
+    Raises `KeyError` for content without any network.
+    """
 
     def __init__(self, content: dict[str, Any]):
         self.rules = Rules.from_json(content["rules"])
@@ -143,37 +150,55 @@ class Trained:
         self.training: dict[str, Any] = {  # None: a checkpoint from before they were saved
             name: content.get(name) for name in ("model_config", "pytorch_version", "training_date")
         }
-        self.classifier = timm.create_model(self.names["classifier"], num_classes=len(self.rules.class_map)).eval()
-        self.classifier.load_state_dict(content["classifier"])
-        network = detector_network(self.names["detector"]).eval()
-        network.load_state_dict(content["detector"])
-        self.detector = RawDetections(network).eval()
+        self.classifier: nn.Module | None = None
+        self.detector: nn.Module | None = None
+        if "detector" in content:
+            network = detector_network(self.names["detector"]).eval()
+            network.load_state_dict(content["detector"])
+            self.detector = RawDetections(network).eval()
+        if "classifier" in content or self.detector is None:
+            classifier = timm.create_model(self.names["classifier"], num_classes=len(self.rules.class_map)).eval()
+            classifier.load_state_dict(content["classifier"])
+            self.classifier = classifier
+
+    def networks(self) -> dict[str, nn.Module]:
+        """The networks that the run has, by name."""
+        found = {"classifier": self.classifier, "detector": self.detector}
+        return {name: network for name, network in found.items() if network is not None}
+
+
+def best_file(
+    folder: Path,  # run folder
+) -> Path:
+    """The best weights of a run: best.pt, or the file of the only network that has been saved."""
+    alone = [path for name in NETWORKS if (path := Path(folder) / f"best_{name}.pt").exists()]
+    whole = Path(folder) / "best.pt"
+    return alone[0] if len(alone) == 1 and not whole.exists() else whole
 
 
 def load_best(
     folder: Path,  # run folder
-) -> dict[str, Any]:  # content of its best.pt
-    """The best weights of both networks; raises `CheckpointError` for a run that trained only one."""
-    path = Path(folder) / "best.pt"
-    alone = [name for name in ("classifier", "detector") if (Path(folder) / f"best_{name}.pt").exists()]
-    if not path.exists() and len(alone) == 1:
+) -> dict[str, Any]:  # content of its best weights
+    """The best weights of all networks of a run; raises `CheckpointError` where one of them has none yet."""
+    path = best_file(folder)
+    content = load_checkpoint(path)
+    missing = [name for name in content.get("networks", NETWORKS) if name not in content]
+    if missing:
         raise CheckpointError(
-            f"The run {folder} has trained the {alone[0]} alone: give it the other network with train.start_from, "
-            "the folder of a run that has both."
+            f"The run {folder} has no weights of its {missing[0]} yet: go on with it with train.resume=last."
         )
-    return load_checkpoint(path)
+    return content
 
 
 def load_trained(
-    folder: Path,  # run folder with best.pt
+    folder: Path,  # run folder with best weights
 ) -> Trained:  # networks in evaluation mode, on the CPU
-    """The trained networks of a run; raises `CheckpointError` when they can't be used."""
-    path = Path(folder) / "best.pt"
+    """The trained networks of a run, one or both; raises `CheckpointError` when they can't be used."""
     try:
         return Trained(load_best(folder))
     except (KeyError, RuntimeError) as error:
         raise CheckpointError(
-            f"The checkpoint {path} does not hold what this version needs ({error}): train again."
+            f"The checkpoint {best_file(folder)} does not hold what this version needs ({error}): train again."
         ) from error
 
 # %% ../../nbs/training/06_checkpoint.ipynb #ea8edfd0
@@ -198,7 +223,7 @@ def model_config(
 
 def earlier_weights(
     settings: Settings,  # train.start_from and model are read
-) -> dict[str, Any] | None:  # content of its best.pt; None: train.start_from is not set
+) -> dict[str, Any] | None:  # content of its best weights; None: train.start_from is not set
     """The best weights of the run in train.start_from; raises `CheckpointError` when it has other networks."""
     if settings.train.start_from is None:
         return None
@@ -234,24 +259,21 @@ def save_run(
         "pytorch_version": str(torch.__version__),  # a plain string, which weights_only reads
         "training_date": datetime.now(UTC).isoformat(timespec="seconds"),
         "git_revision": git_revision(Path(pillsnap.__file__).parent),
-        "best": {task.monitor: task.progress.best for task in tasks.values()},
+        "best": {task.monitor: task.progress.best for task in tasks.values() if task.progress.best >= 0},
     }
     new = [
         task
         for task in tasks.values()
         if task.progress.best_state is not None and task.progress.best > task.best_written
     ]
+    earlier = (earlier_weights(settings) or {}) if new else {}
+    best = {name: earlier[name] for name in NETWORKS if name in earlier}
+    best |= {name: task.progress.best_state for name, task in tasks.items()}
+    common["networks"] = [name for name in NETWORKS if name in best]  # that the run has in the end
     for task in new:
         save_checkpoint({**common, task.name: task.progress.best_state}, run.folder / f"best_{task.name}.pt")
-    best = (
-        {**(earlier_weights(settings) or {}), **{name: task.progress.best_state for name, task in tasks.items()}}
-        if new
-        else {}
-    )
-    if all(best.get(name) is not None for name in ("detector", "classifier")):
-        save_checkpoint(
-            {**common, "detector": best["detector"], "classifier": best["classifier"]}, run.folder / "best.pt"
-        )
+    if new and all(best.get(name) is not None for name in NETWORKS):
+        save_checkpoint({**common, **best}, run.folder / "best.pt")
     for task in new:
         task.best_written = task.progress.best
     save_checkpoint(
@@ -263,6 +285,7 @@ def save_run(
 # %% ../../nbs/training/06_checkpoint.ipynb #6c16d2bb
 _MAY_CHANGE = (
     "profile",
+    "paths.data_root",  # whose photos are compared by content
     "paths.sample_root",
     "paths.run_root",
     "paths.cache_root",

@@ -5,11 +5,14 @@
 # %% ../../nbs/training/07_loop.ipynb #cf9f7342
 from __future__ import annotations
 
+import contextlib
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NoReturn
 
+import torch
 from tqdm import tqdm
 
 from ..config.schema import Settings
@@ -24,7 +27,7 @@ from .step import Measured, attempt, check_loss, compile_network, train_step
 from .tasks import Task
 
 # %% auto #0
-__all__ = ['next_task', 'evaluate_task', 'keep_best', 'StepLog', 'Stopped', 'train_tasks']
+__all__ = ['next_task', 'evaluate_task', 'keep_last', 'keep_best', 'StepLog', 'Stopped', 'train_tasks']
 
 # %% ../../nbs/training/07_loop.ipynb #272a6f1b
 def next_task(
@@ -44,6 +47,8 @@ def evaluate_task(
     """Evaluate, and keep the best weights; raises `TrainingError` when one image does not fit into memory."""
     for network in (task.network, task.average.module):
         group.average_buffers(network)
+    if not len(task.validation):
+        return keep_last(task)
     while True:
         rows, reason = attempt(lambda: task.evaluate(task.evaluated_network(), group), group)
         if rows is not None:
@@ -68,6 +73,20 @@ def evaluate_task(
     return keep_best(task, metrics[task.monitor])
 
 
+def _weights(task: Task) -> dict[str, torch.Tensor]:
+    """A copy of the weights that are evaluated."""
+    return {name: tensor.detach().cpu().clone() for name, tensor in task.evaluated_network().state_dict().items()}
+
+
+def keep_last(
+    task: Task,  # its best weights are updated
+) -> bool:  # always true
+    """Keep a copy of the present weights, where nothing tells which are better."""
+    task.progress.evaluated = task.evaluations_reached()
+    task.progress.best_state, task.best_written = _weights(task), -math.inf  # they are saved, whatever was before
+    return True
+
+
 def keep_best(
     task: Task,  # its best value and weights are updated
     value: float,  # of its monitored metric
@@ -77,9 +96,7 @@ def keep_best(
     task.progress.patience = 0 if better else task.progress.patience + 1
     if better:
         task.progress.best = value
-        task.progress.best_state = {
-            name: tensor.detach().cpu().clone() for name, tensor in task.evaluated_network().state_dict().items()
-        }
+        task.progress.best_state = _weights(task)
     elif task.done() and task.progress.seen < task.total:
         decide(
             f"{task.name} early stop",
@@ -159,7 +176,8 @@ def train_tasks(
             if not stopping:
                 for task in due:
                     log.write()
-                    on_evaluation(task, evaluate_task(task, group, run))
+                    with _saving_on_failure(save, group):
+                        on_evaluation(task, evaluate_task(task, group, run))
                 upcoming = next_task(tasks, ratio)
             if due or stopping or group.any(time.monotonic() - saved >= 60 * settings.train.save_minutes):
                 log.write()
@@ -172,6 +190,18 @@ def train_tasks(
             upcoming.network.train()
             log.add(upcoming, train_step(upcoming, group, run))
             progress.update(upcoming.ladder.batch)
+
+
+@contextlib.contextmanager
+def _saving_on_failure(save: Callable[[], None], group: ProcessGroup) -> Iterator[None]:
+    """Where the block fails, save the steps made so far before the run ends."""
+    try:
+        yield
+    except Exception:
+        if group.size == 1:  # of several processes only this one may have failed, and saving takes all of them
+            with contextlib.suppress(RuntimeError):  # of a device that answers no more; the first error is raised
+                _save(save, needed=False)
+        raise
 
 
 def _progress_bar(tasks: Mapping[str, Task], group: ProcessGroup) -> tqdm[NoReturn]:

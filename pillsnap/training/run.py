@@ -11,6 +11,7 @@ import logging
 import tempfile
 from collections.abc import Callable, Iterator
 from datetime import datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,13 @@ import numpy as np
 import pillsnap
 from ..answer.color.balance import COLOR_RULES, NO_CORRECTION
 from ..answer.rules import Rules
-from ..atomic import write_text
+from ..atomic import made_folder, write_text
 from ..config.plugins import pick
 from ..config.schema import Settings
 from ..data.loaders import report_damaged
 from ..data.manifest import load_dataset, prepare_data, save_dataset
+from ..data.moved import dataset_of_run, follow_data
+from ..data.parts import check_parts
 from ..data.readers.layouts import check_layout
 from ..provenance import git_revision
 from ..runlog import LOGGER, RunLog, decide, open_run
@@ -139,6 +142,8 @@ def _checkpoint_of(folder: Path, settings: Settings) -> tuple[Path, dict[str, An
         found = newest_checkpoint(folder)
         if found:
             check_same_settings(found[1], found[0], settings)
+        if found and _holds_data(folder):
+            dataset_of_run(folder, settings.paths.data_root)
         return found
     if any((folder / name).exists() for name in ("last.pt", "previous.pt")):
         raise CheckpointError(
@@ -151,9 +156,12 @@ def _checkpoint_of(folder: Path, settings: Settings) -> tuple[Path, dict[str, An
 def lock_run_folder(
     folder: Path,  # run folder, created if it is missing
 ) -> Iterator[None]:
-    """Lock a run folder; raises `CheckpointError` when another process trains in it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "run.lock", "w", encoding="utf-8") as file:  # unlocked by the system when the process ends
+    """Lock a run folder; raises `CheckpointError` when another process trains in it.
+
+    A folder that was made for this run is removed where the run ends before its first step.
+    """
+    # unlocked by the system when the process ends
+    with made_folder(folder, partial(_has_begun, folder)), open(folder / "run.lock", "w", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -172,6 +180,12 @@ def lock_run_folder(
         yield
 
 
+def _has_begun(folder: Path) -> bool:
+    """Whether a run has made a step, or was saved."""
+    metrics = folder / "metrics.jsonl"
+    return (folder / "last.pt").exists() or metrics.is_file() and metrics.stat().st_size > 0
+
+
 def _train(
     settings: Settings,
     group: ProcessGroup,
@@ -184,10 +198,13 @@ def _train(
         decide("checkpoint", found[0].name, f"the newer one can't be used: {found[2]}", fallback=True)
     group.first(
         lambda: (
-            None if found and _holds_data(folder) else save_dataset(prepare_data(settings, data_root(settings)), folder)
+            follow_data(folder, settings.paths.data_root)
+            if found and _holds_data(folder)
+            else save_dataset(prepare_data(settings, data_root(settings)), folder)
         )
     )
     dataset = load_dataset(folder)
+    check_parts(dataset, settings)
     before = found[1]["tasks"] if found else {}
     seed_everything(settings.seed)
     tasks, rules = build_tasks(dataset, settings, choose_hardware(settings), group, before)

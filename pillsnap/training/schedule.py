@@ -27,9 +27,7 @@ def samples_to_see(
 ) -> int:  # samples seen at the end of the run, a multiple of the batch size
     """Length of a run; raises `TrainingError` without samples."""
     if not samples:
-        raise TrainingError(
-            "There is no usable training photo: the data report in the run folder says where they went."
-        )
+        raise TrainingError("There is no usable training photo: the first lines of the log say where they went.")
     return max(-(-epochs * samples // batch_size), min_steps, 1) * batch_size
 
 # %% ../../nbs/training/00_schedule.ipynb #a8de8b62

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from pillsnap.data.manifest import Dataset
 
 # %% auto #0
-__all__ = ['TASKS', 'open_samples', 'build_networks', 'check_reused_network', 'own_hardware', 'build_tasks']
+__all__ = ['TASKS', 'open_samples', 'build_networks', 'check_reused_network', 'own_hardware', 'check_validation', 'build_tasks']
 
 # %% ../../nbs/training/09_setup.ipynb #ea49a655
 def open_samples(
@@ -74,17 +74,19 @@ def build_networks(
 
     With train.only the other network is left out.
     """
-    names = settings.model.classifier
+    names, earlier = settings.model.classifier, earlier_weights(settings)
     networks: dict[str, nn.Module] = (
         {} if settings.train.only == "classifier" else {"detector": build_detector(settings.model.detector.name)}
     )
     if settings.train.only != "detector":
         networks["classifier"] = build_classifier(
-            names.name, len(dataset.class_map), names.pretrained and settings.train.start_from is None, names.drop_rate
+            names.name,
+            len(dataset.class_map),
+            names.pretrained and "classifier" not in (earlier or {}),
+            names.drop_rate,
         )
-    earlier = earlier_weights(settings)
     for name, network in networks.items():
-        if earlier and settings.train.start_from is not None:
+        if earlier and name in earlier and settings.train.start_from is not None:
             same_drugs = Rules.from_json(earlier["rules"]).class_map.hash == dataset.class_map.hash
             last_layer = cast(Any, network).get_classifier() if name == "classifier" and not same_drugs else None
             _load_earlier_weights(network, earlier[name], name, settings.train.start_from, last_layer)
@@ -98,7 +100,10 @@ def check_reused_network(
     rules: Rules,  # of this run
     settings: Settings,  # train.only names the network that is trained; the other one is reused
 ) -> None:
-    """Raise `CheckpointError` when the reused network was trained for other drugs or other image sizes."""
+    """Raise `CheckpointError` when the reused network, if any, was trained for other drugs or other image sizes."""
+    reused = {"detector": "classifier", "classifier": "detector"}.get(settings.train.only or "")
+    if reused not in earlier:
+        return
     before = Rules.from_json(earlier["rules"])
     used = {"detector": ("classifier_size", "margin", "mean", "std", "color"), "classifier": ("detector_size",)}.get(
         settings.train.only or "", ()
@@ -165,6 +170,18 @@ def own_hardware(
     )
 
 
+def check_validation(
+    samples: Samples,  # of the validation split
+    name: str,  # detector or classifier
+) -> None:
+    """Raise `TrainingError` where none of the validation photos can be decoded: the run would end at its evaluation."""
+    if len(samples) and all(samples.store[number] is None for number in range(len(samples))):
+        raise TrainingError(
+            f"None of the {len(samples)} validation photos of the {name} can be decoded, for example: "
+            f"{next(iter(samples.store.damaged.values()))}"
+        )
+
+
 def build_tasks(
     dataset: Dataset,  # manifest and class map
     settings: Settings,  # data, model and train are read
@@ -190,6 +207,7 @@ def build_tasks(
 
     tasks = {}
     for name, network in networks.items():
+        check_validation(samples[f"{name} validation"], name)
         chosen, began = getattr(settings.train, name), (before or {}).get(name, {})
         copied = partial(_task_of_copy, make, name, network)
         if "way_at_start" in began:
@@ -209,8 +227,9 @@ def build_tasks(
                 "or start fewer processes."
             )
         tasks[name] = make(name, network, batch_size, own, micro_batches, group.size)
-    rules = _rules(dataset, settings, normal)
-    if earlier := earlier_weights(settings):
+    earlier = earlier_weights(settings)
+    rules = _rules(dataset, settings, normal, detector="detector" in {*tasks, *(earlier or {})})
+    if earlier:
         check_reused_network(earlier, rules, settings)
     return tasks, rules
 
@@ -220,13 +239,16 @@ def _task_of_copy(make: Callable[..., Task], name: str, network: nn.Module, coun
     return make(name, copy.deepcopy(network), count, own)
 
 
-def _rules(dataset: Dataset, settings: Settings, normal: tuple[tuple[float, ...], tuple[float, ...]]) -> Rules:
+def _rules(
+    dataset: Dataset, settings: Settings, normal: tuple[tuple[float, ...], tuple[float, ...]], detector: bool
+) -> Rules:
+    """The rules of a run; without a detector they have no size for one."""
     names = settings.model
     mean, std = cast(tuple[tuple[float, float, float], tuple[float, float, float]], normal)
     return Rules(
         class_map=dataset.class_map,
         classifier_size=names.classifier.image_size,
-        detector_size=names.detector.image_size,
+        detector_size=names.detector.image_size if detector else None,
         margin=settings.data.margin,
         mean=mean,
         std=std,

@@ -253,7 +253,7 @@ def check_loss(
         named = ", ".join(photos[:8]) + (f" and {len(photos) - 8} more" if len(photos) > 8 else "")
         raise TrainingError(
             f"The {task.name} loss is {value} at step {task.progress.step}, with {named}: look at these photos, lower "
-            f"train.{task.name}.lr, or set train.amp=off if that does not help; the last checkpoint is good."
+            f"train.{task.name}.lr, or start anew with train.amp=off if it does not help; the last checkpoint is good."
         )
 
 # %% ../../nbs/training/05_step.ipynb #38bc47d0

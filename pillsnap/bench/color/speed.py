@@ -18,6 +18,7 @@ from .corrections import Correction
 from ...color.export import bake
 from ...color.networks.files import load_model
 from ...color.networks.nilut import Nilut, style_weights
+from ...runtime.boxes import Box
 from ...runtime.color.apply import fast_lut
 from ...runtime.color.lut import Grid, Lut, identity_table
 from ...runtime.color.spaces import delta_e76, to_lab
@@ -79,6 +80,9 @@ def pillow_times(
     return milliseconds({"ours": lambda: ours(photo), "pillow": lambda: picture.filter(theirs)}, rounds)
 
 
+_WHOLE = Box(*(float("nan"),) * 4)  # no pill is known
+
+
 def correction_times(
     correct: Correction,
     size: tuple[int, int] = (4000, 3000),  # width and height, pixels
@@ -86,7 +90,7 @@ def correction_times(
 ) -> list[float]:  # milliseconds
     """Time the estimate and the correction of a whole photo."""
     photo = drawn_photo(*size)
-    return milliseconds({"both": lambda: correct(photo, ())(photo)}, rounds)["both"]
+    return milliseconds({"both": lambda: correct(photo, [_WHOLE])[0](photo)}, rounds)["both"]
 
 # %% ../../../nbs/bench/color/03_speed.ipynb #7d37a2f0
 def bake_difference(

@@ -17,7 +17,7 @@ from ...answer.identify import Identifier
 from ...atomic import write_json
 from ..report import goal, goal_lines, report_head, spread
 from ...config.schema import Settings
-from ...data.manifest import load_dataset
+from ...data.moved import dataset_of_run
 from pillsnap.evaluation.request_timing import (
     ENGINE_PACKAGES,
     TORCH_BACKENDS,
@@ -35,7 +35,7 @@ from ...export.onnx import ExportError
 from ...export.report import Comparison, sources_of
 from ...export.samples import crop_samples, frame_samples
 from ...runlog import decide
-from ...runtime.engines import DEFAULT_ENGINE, ENGINE_FILE, ENGINES, TASKS, this_machine, why_unavailable
+from ...runtime.engines import DEFAULT_ENGINE, ENGINE_FILE, ENGINES, this_machine, why_unavailable
 from ...runtime.session import ModelError
 from ...training.checkpoint import load_trained
 
@@ -51,10 +51,10 @@ def comparisons(
     settings: Settings,  # export is read
 ) -> dict[str, Comparison]:  # classifier, detector
     """Outputs of the trained networks on held-out photos, as many as formats with fewer bits need."""
-    trained, dataset = load_trained(run), load_dataset(run)
+    trained, dataset = load_trained(run), dataset_of_run(run, settings.paths.data_root)
+    sample = {"classifier": crop_samples, "detector": frame_samples}
     samples: dict[str, Samples] = {
-        "classifier": crop_samples(dataset, trained.rules, settings, wide=True),
-        "detector": frame_samples(dataset, trained.rules, settings, wide=True),
+        task: sample[task](dataset, trained.rules, settings, wide=True) for task in trained.networks()
     }
     return {
         task: Comparison(source, samples[task], trained.rules, settings)
@@ -70,13 +70,15 @@ def compare_backend(
 ) -> dict[str, Any]:  # passes_comparison, failures, comparison: metrics by network
     """Compare the outputs of a backend with those of the trained networks."""
     found: dict[str, Any] = {}
-    for task, call in (("classifier", identifier.classify), ("detector", identifier.detect)):
-        assert call is not None  # an exported run has both networks
+    calls = {"classifier": identifier.classify, "detector": identifier.detect}
+    for task in compared:
+        call = calls[task]
+        assert call is not None  # a run exports all of its networks
         metadata = getattr(call, "metadata", compared[task].source.metadata)  # of the exported file, if there is one
         metrics = compared[task].metrics((call, metadata))
         found[task] = {key: value for key, value in metrics.items() if key != "worst"}
     fewer_bits = name in ENGINES and ENGINES[name].fewer_bits
-    reasons = [reason for task in TASKS for reason in failures(task, found[task], settings.export, fewer_bits)]
+    reasons = [reason for task in compared for reason in failures(task, found[task], settings.export, fewer_bits)]
     return {"passes_comparison": not reasons, "failures": reasons, "comparison": found}
 
 # %% ../../../nbs/bench/engines/00_infer.ipynb #fdfa324f
@@ -184,9 +186,10 @@ def bench_run(
     """
     _check(run, names)
     began = time.perf_counter()
-    (photos, several, on_disk), threads = timed_photos(run), settings.serve.threads
+    (photos, several, on_disk), threads = timed_photos(run, root=settings.paths.data_root), settings.serve.threads
     opened, missing = open_backends(run, threads, names or backends())
     compared = comparisons(run, settings)
+    several = several if "detector" in compared else []
     engines = {name: compare_backend(name, identifier, compared, settings) for name, identifier in opened.items()}
     timings = measure(opened, photos, several, settings)
     for name, identifier in opened.items():
@@ -263,7 +266,9 @@ def _setup(
     return {
         "run": run.name,
         "classifier": f"{settings.model.classifier.name} {rules.classifier_size} px",
-        "detector": f"{settings.model.detector.name} {rules.detector_size} px, {rules.single_size} px for one pill",
+        "detector": f"{settings.model.detector.name} {rules.detector_size} px, {rules.single_size} px for one pill"
+        if rules.detector_size
+        else "no detector",
         "classes": len(rules.class_map),
         "warmup_runs": settings.latency.warmup_runs,
         "runs": settings.latency.runs,

@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ...answer.color.balance import NO_CORRECTION, Balance, estimate_balance
+from ...answer.color.balance import NO_CORRECTION, Balance, estimate_balances
 from ...answer.crops import crop_pill
 from ..reading.photo_files import decode_photo
 from ...runtime.boxes import Box
-from ...runtime.images import ImageError
+from ...runtime.images import ImageError, Photo
 from ...runtime.letterbox import letterbox
 
 # %% auto #0
@@ -29,15 +29,15 @@ class Crop:
 
 
 def crop_photo(
-    image: np.ndarray,  # RGB, uint8, (height, width, 3)
+    photo: Photo,  # decoded
     crop: Crop,  # the region to take
     size: int,  # side of the result, pixels
     margin: float,  # fraction of the longer side added around a box
 ) -> np.ndarray:  # RGB, uint8, (size, size, 3)
     """Crop or letterbox; raises `ValueError` for a box outside the image."""
     if crop.box is None:
-        return letterbox(image, size)[0]
-    return crop_pill(image, crop.box, margin, size)
+        return letterbox(photo.pixels, size)[0]
+    return crop_pill(photo.pixels, photo.reduced(crop.box), margin, size)
 
 # %% ../../../nbs/data/cache/00_crop_store.ipynb #8532bff3
 class Crops(Sequence[Crop]):
@@ -100,11 +100,13 @@ class Crops(Sequence[Crop]):
             return ""
         return f"{self.color}|" + ("" if photo is None else f"{self.boxes[self.of_photo(photo)].tolist()}|")
 
-    def balance(self, photo: int, image: np.ndarray) -> Balance | None:
-        """What takes the light out of the crops of a photo, estimated from the whole photo without its pills."""
+    def balances(self, photo: int, decoded: Photo) -> dict[int, Balance]:
+        """What takes the light out of each crop of a photo, estimated from the whole photo without its pills."""
         if self.color == NO_CORRECTION:
-            return None
-        return estimate_balance(image, self.color, self.boxes[self.of_photo(photo)])
+            return {}
+        numbers = self.of_photo(photo)
+        boxes = [decoded.reduced(Box(*box.tolist())) for box in self.boxes[numbers]]
+        return dict(zip(numbers.tolist(), estimate_balances(decoded.pixels, self.color, boxes), strict=True))
 
 # %% ../../../nbs/data/cache/00_crop_store.ipynb #f4930a1e
 class Note(NamedTuple):
@@ -125,7 +127,7 @@ class CropStore:
         crops: Sequence[Crop],  # what to crop
         size: int,  # side of a crop, pixels
         margin: float,  # fraction of the longer side added around a box
-        max_pixels: int,  # pixels above which a photo is refused
+        max_pixels: int,  # pixels of a photo that are decoded at most
     ):
         self.crops, self.size, self.margin, self.max_pixels = Crops.of(crops), size, margin, max_pixels
         self.damaged: dict[int, str] = {}  # number of the crop -> reason
@@ -227,16 +229,16 @@ class _MissingCrops:
         """Decode a photo and crop it."""
         store, reference, numbers = self.store, self.store.crops.photo(photo), self.store.crops.of_photo(photo)
         try:
-            image = decode_photo(reference, store.max_pixels)
+            decoded = decode_photo(reference, store.max_pixels)
         except (ImageError, OSError) as error:
             store.damaged.update(dict.fromkeys(numbers.tolist(), str(error)))
             return
-        balance = store.crops.balance(photo, image)
+        balances = store.crops.balances(photo, decoded)
         kept = set(store.wanted(numbers).tolist())
         for number in sorted(kept | set(self.numbers[positions].tolist())):
             try:
-                pixels = crop_photo(image, store.crops[number], store.size, store.margin)
-                pixels = pixels if balance is None else balance(pixels)
+                pixels = crop_photo(decoded, store.crops[number], store.size, store.margin)
+                pixels = balances[number](pixels) if balances else pixels
             except ValueError as error:
                 store.damaged[number] = f"{reference}: {error}"
                 continue

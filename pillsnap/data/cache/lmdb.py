@@ -111,7 +111,7 @@ class LmdbStore(SharedStore):
         crops: Sequence[Crop],  # what to crop
         size: int,  # side of a crop, pixels
         margin: float,  # fraction of the longer side added around a box
-        max_pixels: int,  # pixels above which a photo is refused
+        max_pixels: int,  # pixels of a photo that are decoded at most
         folder: Path,  # where the database lies
         map_size: int,  # bytes that it may grow to
     ):

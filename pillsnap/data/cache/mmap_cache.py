@@ -83,7 +83,7 @@ class MmapStore(SharedStore):
         crops: Sequence[Crop],  # what to crop
         size: int,  # side of a crop, pixels
         margin: float,  # fraction of the longer side added around a box
-        max_pixels: int,  # pixels above which a photo is refused
+        max_pixels: int,  # pixels of a photo that are decoded at most
         path: Path,  # of the files, without suffix; its name is the crops' fingerprint
         slots: int,  # crops that may be kept, the first ones; at least 1
     ):

@@ -34,7 +34,7 @@ def open_store(
     crops: Sequence[Crop],  # what to crop
     size: int,  # side of a crop, pixels
     margin: float,  # fraction of the longer side added around a box
-    max_pixels: int,  # pixels above which a photo is refused
+    max_pixels: int,  # pixels of a photo that are decoded at most
     cache: str = "none",  # none, hotset or lmdb
     folder: Path | None = None,  # folder of the cache; None: no cache
     budget: Budget | None = None,  # what the caches of this run may take, reduced by this call; None: half the memory

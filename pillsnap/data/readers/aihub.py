@@ -115,6 +115,9 @@ def _record(
         drug.print_front,
         drug.print_back,
         drug.company,
+        drug.name_en,
+        drug.company_en,
+        drug.form,
         drug.length_mm,
         drug.width_mm,
         drug.thick_mm,
@@ -171,11 +174,13 @@ def read_aihub(
             records, repeated = photo_records(photo, own, shard.facts["split"])
         except LabelError as error:
             result.quarantined.append(Quarantined(photo.reference, error.reason, str(error), files=1 + len(own)))
+            result.missed.update(parse_photo_name(stem)[0] or codes_in(photo.folder))
             continue
         result.records.extend(records)
         result.skipped["repeated_label"] += repeated
         result.files_used += 1 + len(own) - repeated
     for stem, own in sorted(labels.items()):
+        result.missed.update(parse_photo_name(stem)[0])
         result.quarantined.append(
             Quarantined(own[0].reference, Reason.IMAGE_MISSING, f"no photo is named {stem}", files=len(own))
         )

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .aihub_layout import is_archive, members_of
-from ..reading.archives import Member, ZipError
+from ..reading.archives import Member, ZipError, describe_parts
 from ..reading.photo_files import is_member, member_reference
 from ..reading.records import Quarantined, Reason, ScanResult, Shard, entries_of
 
@@ -111,6 +111,17 @@ def _skipped(name: str, stem: str, suffix: str, wanted: tuple[str, ...]) -> str:
     return "index_image" if suffix != "json" and stem[-5:].lower() == "index" else ""
 
 
+def _skip(found: Found, reason: str, result: ScanResult) -> None:
+    """Count a file as skipped; a part of an archive that nobody joined is quarantined, with a note on its archive."""
+    described = describe_parts(found.reference) if reason == "other_file" and not is_member(found.reference) else ""
+    if not described:
+        result.skipped[reason] += 1
+        return
+    result.quarantined.append(Quarantined(found.reference, Reason.ARCHIVE_IN_PARTS, described))
+    if (note := f"{described} Nothing in them can be used.") not in result.notes:
+        result.notes.append(note)
+
+
 def _usable(
     shard: Shard, paths: tuple[str, ...], wanted: tuple[str, ...], result: ScanResult
 ) -> Iterator[tuple[str, Found]]:
@@ -127,7 +138,7 @@ def _usable(
         for found in listed:
             stem, _, suffix = found.name.rpartition(".")
             if reason := _skipped(found.name, stem, suffix.lower(), wanted):
-                result.skipped[reason] += 1
+                _skip(found, reason, result)
             elif entry := _unusable(found):
                 result.quarantined.append(entry)
             else:

@@ -67,6 +67,9 @@ class DrugFacts(NamedTuple):
     print_front: str
     print_back: str
     company: str
+    name_en: str
+    company_en: str
+    form: str  # of the product: tablet, film-coated tablet, capsule
     length_mm: float | None  # longer side, mm
     width_mm: float | None  # shorter side, mm
     thick_mm: float | None  # mm
@@ -91,6 +94,8 @@ def _drug_facts(
     print_front: Any,
     print_back: Any,
     company: Any,
+    company_en: Any,
+    form: Any,
     length: Any,
     width: Any,
     thick: Any,
@@ -105,6 +110,9 @@ def _drug_facts(
         print_front=as_text(print_front),
         print_back=as_text(print_back),
         company=as_text(company),
+        name_en=as_text(name_en),
+        company_en=as_text(company_en),
+        form=as_text(form),
         length_mm=_millimetres(length),
         width_mm=_millimetres(width),
         thick_mm=_millimetres(thick),
@@ -125,6 +133,8 @@ class _Facts(msgspec.Struct, gc=False):
     print_front: Any = None
     print_back: Any = None
     dl_company: Any = None
+    dl_company_en: Any = None
+    form_code_name: Any = None
     leng_long: Any = None
     leng_short: Any = None
     thick: Any = None
@@ -253,6 +263,8 @@ def _common(facts: _Facts) -> tuple[int | None, int | None, Session, DrugFacts]:
         facts.print_front,
         facts.print_back,
         facts.dl_company,
+        facts.dl_company_en,
+        facts.form_code_name,
         facts.leng_long,
         facts.leng_short,
         facts.thick,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from .aihub_names import codes_in
-from ..reading.archives import Member, ZipError, list_archive
+from ..reading.archives import Member, ZipError, archive_of_part, list_archive
 from ..reading.photo_files import photo_stamp
 from ..reading.photo_folders import OFFICIAL_SPLITS
 from ..reading.records import OfficialSplit, ScanError, Shard, entries_of, walk
@@ -57,10 +57,15 @@ def is_archive(
     return path[-4:].lower() == ".zip" and not os.path.isdir(path)
 
 
+def _official(name: str) -> re.Match[str] | None:
+    """What the official name of an archive, of its folder, or of one of its parts says."""
+    return _ARCHIVE_NAME.fullmatch((archive_of_part(name) or name).removesuffix(".zip"))
+
+
 def _content(name: str, parent: str) -> tuple[OfficialSplit, Content] | None:
     """Split and content of a file or folder, from its name and that of its parent; None where unknown."""
     normalized = _normalized(name)
-    archive = _ARCHIVE_NAME.fullmatch(normalized.removesuffix(".zip"))
+    archive = _official(normalized)
     if archive:
         return "train" if archive[1] == "t" else "val", "images" if archive[2] == "s" else "labels"
     split = _SPLITS.get(_normalized(parent))
@@ -75,7 +80,8 @@ def _search(waiting: list[str], parts: dict[OfficialSplit, Part]) -> list[str]:
     for folder in waiting:
         for entry in entries_of(folder):
             is_folder = entry.is_dir()
-            content = _content(entry.name, os.path.basename(folder)) if is_folder or is_archive(entry.path) else None
+            known = is_folder or is_archive(entry.path) or archive_of_part(entry.name)
+            content = _content(entry.name, os.path.basename(folder)) if known else None
             if content:
                 getattr(parts.setdefault(content[0], Part(content[0])), content[1]).append(entry.path)
             elif is_folder and not entry.name.startswith((".", "__", "$")) and _normalized(entry.name) not in _OTHERS:
@@ -117,8 +123,7 @@ def looks_like_aihub(
         listed = part.images + part.labels
         inside = {_normalized(entry.name) for path in listed if os.path.isdir(path) for entry in entries_of(path)}
         if inside & _KINDS or any(
-            _ARCHIVE_NAME.fullmatch(name.removesuffix(".zip"))
-            for name in inside.union(_normalized(os.path.basename(path)) for path in listed)
+            _official(name) for name in inside.union(_normalized(os.path.basename(path)) for path in listed)
         ):
             return True
         if any(_any_json(folder) for folder in part.labels):
@@ -171,6 +176,9 @@ def _shard_paths(path: str) -> Iterator[tuple[int, str]]:
         except ZipError:
             numbers = [_WITHOUT_CODE]  # the reader reports the error
         yield from ((number, path) for number in numbers)
+        return
+    if archive_of_part(os.path.basename(path)):
+        yield _WITHOUT_CODE, path  # the reader says how to join the parts
         return
     for entry in entries_of(path):
         if is_archive(entry.path) or entry.is_dir() and not codes_in(entry.name):

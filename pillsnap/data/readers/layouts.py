@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 
 from ...config.plugins import pick
@@ -13,6 +14,7 @@ from .aihub import AIHUB
 from .coco import COCO
 from .folders import FOLDERS
 from .yolo import YOLO
+from ..reading.archives import describe_parts
 from ..reading.reader import Reader
 from ..reading.records import DataError, ScanError, ScanResult, printable
 
@@ -50,13 +52,28 @@ def check_root(
     return folder
 
 
+_UNPACK = {".zip": "unzip -n {} -d {}", ".tar": "mkdir -p {1} && tar -xf {0} -C {1}", ".7z": "7z x {} -o{}"}
+
+
 def _hint(root: Path) -> str:
-    """A sentence on a dataset in a subfolder or an unknown archive, "" where there is neither."""
+    """A sentence on a dataset in a subfolder, an archive or labels without names; "" where there is none of them."""
     for path in sorted(root.glob("*/")):
         if YOLO.looks_like(path) or COCO.looks_like(path):
             return f" {path.name} in it is a dataset of its own: name that folder."
-    for path in sorted(root.glob("*.zip")) + sorted(root.glob("*/*.zip")):
-        return f" It holds the archive {path.name}, whose name is none of the collection's: unpack it first."
+    for path in sorted(path for pattern in ("*", "*/*") for path in root.glob(pattern) if path.is_file()):
+        if parts := describe_parts(str(path)):
+            return f" {parts}"
+        if command := _UNPACK.get(path.suffix.lower()):
+            unpacked = path.with_suffix("")
+            command = command.format(shlex.quote(str(path)), shlex.quote(str(unpacked)))
+            return (
+                f" It holds the archive {path.name}, whose name is none of the collection's: unpack it first "
+                f"(`{command}`) and name the folder {unpacked}."
+            )
+    if any(next(root.glob(pattern), None) for pattern in ("labels/**/*.txt", "*/labels/*.txt", "obj_*_data/*.txt")):
+        return " It holds labels as of YOLO, but no data.yaml and no classes.txt: write the names of their drugs there."
+    for path in (path for form in ("xml", "json") for level in ("*", "*/*") for path in root.glob(f"{level}.{form}")):
+        return f" It holds labels in another form, such as {path.name}: export or convert them to YOLO or COCO."
     return ""
 
 
@@ -100,6 +117,7 @@ def read_all(
         total.records.extend(result.records)
         total.quarantined.extend(result.quarantined)
         total.skipped.update(result.skipped)
+        total.missed |= result.missed
         total.files_found += result.files_found
         total.files_used += result.files_used
         total.notes.extend(note for note in result.notes if note not in total.notes)

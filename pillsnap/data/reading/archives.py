@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import struct
 from typing import NamedTuple
 
@@ -27,7 +29,53 @@ class Member(NamedTuple):
     problem: str  # why it cannot be read, "" where it can
 
 # %% auto #0
-__all__ = ['ZipError', 'Member', 'list_archive']
+__all__ = ['ZipError', 'Member', 'archive_of_part', 'describe_parts', 'list_archive']
+
+# %% ../../../nbs/data/reading/04_archives.ipynb #ed8db171
+_PART = re.compile(r"(.+\.zip)\.(part)?\d+|(.+)\.z\d{2,}", re.IGNORECASE)
+
+
+def archive_of_part(
+    name: str,  # of a file
+) -> str:  # file name of the archive; "" for a file that is no part
+    """The archive that a file is a part of, by its name."""
+    found = _PART.fullmatch(name)
+    return "" if found is None else found[1] or f"{found[3]}.zip"
+
+
+def _whole(archive: str) -> str:
+    """Name of an archive that `zip -s 0` joined: it can't replace its last part."""
+    return f"{archive[:-4]}_whole.zip"
+
+
+def _join_command(path: str) -> str:
+    """How to join the parts of an archive."""
+    folder, _, name = path.rpartition("/")
+    found = _PART.fullmatch(name)
+    archive = archive_of_part(name) or name
+    here, target = f"cd {shlex.quote(folder or '/')}", shlex.quote(archive)
+    if found is None or not found[1]:
+        return (
+            f"join them with `{here} && zip -s 0 {target} --out {shlex.quote(_whole(archive))}` "
+            "and move the parts to another place"
+        )
+    pattern = f"{target}.{found[2] or ''}[0-9]*"
+    return f"join them with `{here} && ls -v {pattern} | xargs -d '\\n' cat > {target}`"
+
+
+def describe_parts(
+    path: str,  # absolute path of a file
+) -> str:  # a sentence, "" for a file that is no part, or whose archive is there
+    """Say that an archive was left in parts, and how to join them."""
+    folder, _, name = path.rpartition("/")
+    found = _PART.fullmatch(name)
+    if found is None:
+        return ""
+    archive = archive_of_part(name)
+    if os.path.exists(f"{folder}/{archive if found[1] else _whole(archive)}"):
+        return ""
+    count = sum(archive_of_part(other) == archive for other in os.listdir(folder or "/"))
+    return f"{archive} in {folder} lies there in {count} parts that were not joined: {_join_command(path)}."
 
 # %% ../../../nbs/data/reading/04_archives.ipynb #2f7e8764
 # Sections of APPNOTE.TXT.
@@ -54,7 +102,7 @@ def _find_directory(descriptor: int, path: str) -> tuple[int, int, int]:
     if zip64 is not None:
         end, size, offset = zip64
     elif disk or directory_disk:
-        raise ZipError(f"{path} is one of several parts of an archive: join the parts first.")
+        raise ZipError(f"{path} is the last of several parts of an archive: {_join_command(path)}.")
     shift = end - size - offset
     if shift < 0 or size > end:
         raise ZipError(

@@ -14,7 +14,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from ...runtime.images import DamagedImage, ImageError, decode_image
+from ...runtime.images import DamagedImage, ImageError, Photo, open_photo
 
 # %% auto #0
 __all__ = ['member_reference', 'is_member', 'photo_name', 'member_name', 'read_photo', 'decode_photo', 'photo_stamp']
@@ -183,10 +183,10 @@ def read_photo(
 
 def decode_photo(
     reference: str,  # path of a file, or a member
-    max_pixels: int = 50_000_000,  # width x height allowed
-) -> np.ndarray:  # RGB, uint8, (height, width, 3), upright
+    max_pixels: int = 50_000_000,  # width x height allowed; larger JPEGs are decoded at a smaller size
+) -> Photo:  # labels are in pixels of its full size
     """Read and decode a photo; raises `ImageError`, whose message contains the reference."""
-    return decode_image(read_photo(reference), max_pixels, name=reference)
+    return open_photo(read_photo(reference), max_pixels, name=reference)
 
 
 def photo_stamp(

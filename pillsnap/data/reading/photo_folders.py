@@ -5,7 +5,7 @@
 # %% ../../../nbs/data/reading/03_photo_folders.ipynb #478501ec
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,8 +19,9 @@ from pillsnap.data.reading.records import (
     ScanResult,
     walk,
 )
+from ...runtime.images import SUFFIXES
 
-PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+PHOTO_SUFFIXES = SUFFIXES  # what such a file is, its content says
 OFFICIAL_SPLITS: dict[str, OfficialSplit] = {  # by the names that folders and files have, in lower case
     "train": "train",
     "training": "train",
@@ -32,8 +33,8 @@ OFFICIAL_SPLITS: dict[str, OfficialSplit] = {  # by the names that folders and f
 }
 
 # %% auto #0
-__all__ = ['PHOTO_SUFFIXES', 'OFFICIAL_SPLITS', 'files_below', 'check_name', 'capture_group', 'pill_records', 'quarantining',
-           'use_photo']
+__all__ = ['PHOTO_SUFFIXES', 'OFFICIAL_SPLITS', 'files_below', 'check_name', 'capture_group', 'shared_sources', 'pill_records',
+           'quarantining', 'use_photo']
 
 # %% ../../../nbs/data/reading/03_photo_folders.ipynb #1c7b3a30
 def files_below(
@@ -56,15 +57,34 @@ def check_name(
             ) from error
 
 # %% ../../../nbs/data/reading/03_photo_folders.ipynb #2aaa66c4
+_VERSION = ".rf."  # between the name of a photo and that of its augmented version
+
+
 def capture_group(
-    path: str,  # of a photo relative to its dataset, with forward slashes and without suffix
-    scope: str = "",  # within which names are unique, such as the folder of a drug; "" = the whole dataset
+    path: str,  # of a photo relative to its dataset, with forward slashes
 ) -> str:  # name of its capture group
-    """One group for all augmented versions of a photo, across folders; every other photo is a group of its own."""
-    source, marked, _ = path.rpartition("/")[2].partition(".rf.")
-    if not marked:
-        return path
-    return f"{scope}/{source}" if scope else source
+    """One group for the augmented versions of a photo in one folder; every other photo is a group of its own."""
+    folder, slash, name = path.rpartition("/")
+    source, marked, _ = name.partition(_VERSION)
+    return f"{folder}{slash}{source}" if marked else path
+
+
+def shared_sources(
+    records: Iterable[PillRecord],  # of a dataset
+) -> list[str]:  # one sentence, or none
+    """Name the held-out photos whose name is that of an augmented training photo, without its version."""
+    names: dict[str, set[str]] = {"train": set(), "val": set(), "test": set()}
+    for record in records:
+        source, marked, _ = record.image.rpartition("/")[2].partition(_VERSION)
+        if marked and record.official_split:
+            names[record.official_split].add(source)
+    shared = sorted((names["val"] | names["test"]) & names["train"])
+    if not shared:
+        return []
+    return [
+        f"{len(shared)} photos, such as {shared[0]}, have augmented versions in the training split and held-out ones "
+        "under the same name: they count as different photos, except where their pictures are nearly the same"
+    ]
 
 # %% ../../../nbs/data/reading/03_photo_folders.ipynb #26a4e78f
 def pill_records(

@@ -17,19 +17,19 @@ from enum import StrEnum
 from operator import attrgetter, itemgetter
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from PIL import Image, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 
 from .photo_files import is_member, read_photo
 from ...errors import PillsnapError
-from ...runtime.images import FORMATS, ImageError, exif_orientation
+from ...runtime.images import KINDS, ImageError, exif_orientation, open_header
 
 if TYPE_CHECKING:
     import polars as pl
 
 # %% auto #0
-__all__ = ['PhotoKind', 'OfficialSplit', 'Reason', 'Quarantined', 'printable', 'LabelError', 'check_box', 'header_size',
-           'PillRecord', 'DataError', 'ScanError', 'ScanResult', 'listing_once', 'entries_of', 'walk', 'Shard',
-           'record_schema', 'records_table']
+__all__ = ['PhotoKind', 'OfficialSplit', 'Reason', 'Quarantined', 'printable', 'LabelError', 'check_box', 'upright_size',
+           'header_size', 'photo_header', 'PillRecord', 'DataError', 'ScanError', 'ScanResult', 'listing_once',
+           'entries_of', 'walk', 'Shard', 'record_schema', 'records_table']
 
 # %% ../../../nbs/data/reading/01_records.ipynb #0e3aa4a3
 class Reason(StrEnum):
@@ -49,7 +49,9 @@ class Reason(StrEnum):
     IMAGE_MISSING = "image_missing"  # a label without photo
     IMAGE_DAMAGED = "image_damaged"  # the header of the image cannot be read
     IMAGE_DUPLICATE = "image_duplicate"  # a second photo of the same name
+    ORIENTATION_UNKNOWN = "orientation_unknown"  # nothing tells whether the boxes are of the photo before it is turned
     ARCHIVE_DAMAGED = "archive_damaged"  # an archive, or something in it, cannot be unpacked
+    ARCHIVE_IN_PARTS = "archive_in_parts"  # one piece of an archive whose pieces were not joined
     NAME_UNREADABLE = "name_unreadable"  # the path is not valid UTF-8, so it cannot be stored in a table
 
 
@@ -100,23 +102,38 @@ def check_box(
     return inside
 
 
+def upright_size(
+    stored: tuple[int, int],  # width, height in pixels, as stored
+    orientation: int,  # EXIF orientation, 1 to 8
+) -> tuple[int, int]:  # width, height in pixels, as displayed
+    """Image size after the turn that the EXIF orientation asks for."""
+    return stored[::-1] if orientation in (5, 6, 7, 8) else stored
+
+
 def header_size(
     reference: str,  # path of a photo, or a member of an archive
 ) -> tuple[int, int]:  # width, height in pixels, as displayed
     """Image size from the header, without decoding; raises `LabelError` for an unreadable header."""
+    return upright_size(*photo_header(reference))
+
+
+def photo_header(
+    reference: str,  # path of a photo, or a member of an archive
+) -> tuple[tuple[int, int], int]:  # width, height in pixels, as stored; EXIF orientation, 1 to 8
+    """Image size and orientation from the header, without decoding; raises `LabelError` for an unreadable header."""
     try:
         with (
             io.BytesIO(read_photo(reference)) if is_member(reference) else open(reference, "rb") as file,
-            Image.open(file, formats=FORMATS) as image,
+            open_header(file) as image,
         ):
-            return image.size[::-1] if exif_orientation(image, file) in (5, 6, 7, 8) else image.size
+            return image.size, exif_orientation(image, file)
     except ImageError as error:
         raise LabelError(Reason.ARCHIVE_DAMAGED, str(error)) from error
     except UnidentifiedImageError as error:
         raise LabelError(
-            Reason.IMAGE_DAMAGED, "the file does not begin like a JPEG, PNG, WebP or BMP picture"
+            Reason.IMAGE_DAMAGED, f"the file is no whole picture in a format that can be read: {KINDS}"
         ) from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, RuntimeError, EOFError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise LabelError(Reason.FILE_UNREADABLE, f"the file cannot be read: {error.strerror}") from error
         raise LabelError(Reason.IMAGE_DAMAGED, f"the header of the image cannot be read: {error}") from error
@@ -152,6 +169,9 @@ class PillRecord(NamedTuple):
     print_front: str = ""  # imprint on the front
     print_back: str = ""  # imprint on the back
     company: str = ""  # maker
+    name_en: str = ""  # name in English
+    company_en: str = ""  # maker in English
+    form: str = ""  # of the product, such as a film-coated tablet, as written in the label
     length_mm: float | None = None  # longer side of the pill, mm
     width_mm: float | None = None  # shorter side of the pill, mm
     thick_mm: float | None = None  # thickness of the pill, mm
@@ -178,6 +198,7 @@ class ScanResult:
     files_found: int = 0  # photos, labels and other files below the scanned folders
     files_used: int = 0  # photos with records, and their labels
     notes: list[str] = field(default_factory=list)  # sentences on folders that are not as declared
+    missed: set[str] = field(default_factory=set)  # class keys of photos that are not used, as far as they are known
 
     def quarantined_by_reason(self) -> dict[str, int]:
         """Entries in quarantine, counted by reason code."""
@@ -302,6 +323,9 @@ def record_schema() -> dict[str, Any]:  # column -> type
         "print_front": pl.String,
         "print_back": pl.String,
         "company": pl.String,
+        "name_en": pl.String,
+        "company_en": pl.String,
+        "form": pl.String,
         "length_mm": pl.Float32,
         "width_mm": pl.Float32,
         "thick_mm": pl.Float32,

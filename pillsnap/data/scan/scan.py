@@ -93,6 +93,7 @@ class ScanReport:
     seconds: float
     manifest: str  # table of all pills
     quarantine: str  # table of what cannot be used
+    drugs_without_photo: list[str]  # class keys of photos of which none can be used
 
 
 def _summed(shards: Sequence[dict[str, Any]], key: str) -> dict[str, int]:
@@ -110,15 +111,17 @@ def _report(shards: list[dict[str, Any]], **facts: Any) -> ScanReport:
     }
     if files["found"] != files["used"] + files["skipped"] + files["quarantined"]:
         raise ScanError(f"The scan lost track of files: {files}. Please report this as a fault of the scan.")
+    used, missed = ({code for shard in shards for code in shard[name]} for name in ("codes", "missed"))
     return ScanReport(
         files=files,
         photos=sum(shard["photos"] for shard in shards),
         pills=sum(shard["pills"] for shard in shards),
-        classes=len({code for shard in shards for code in shard["codes"]}),
+        classes=len(used),
         quarantined=_summed(shards, "quarantined"),
         skipped=_summed(shards, "skipped"),
         notes=list(dict.fromkeys(note for shard in shards for note in shard["notes"])),
         buckets=len(shards),
+        drugs_without_photo=sorted(missed - used),
         **facts,
     )
 
@@ -210,8 +213,10 @@ def check_usable(
 ) -> None:
     """Raise `DataError` where no photo can be used, with the counts by reason."""
     if not report.photos:
+        notes = "".join(f"{note.removesuffix('.')}. " for note in report.notes[:3])
         raise DataError(
             f"No photo below {report.root} can be used: {report.files['found']} files found as {report.layout}; "
             f"in quarantine: {_counted(report.quarantined)}; skipped: {_counted(report.skipped)}. "
+            f"{notes}"
             f"Check that photos and labels are both there; {report.quarantine} names each file that was put aside."
         )

@@ -39,7 +39,7 @@ __all__ = ['CACHE_VERSION', 'QUARANTINE_SCHEMA', 'shard_fingerprint', 'writing_b
            'merge_tables']
 
 # %% ../../../nbs/data/scan/00_scan_cache.ipynb #fbeb8e63
-CACHE_VERSION = 2  # increment when a reader returns something else for the same files
+CACHE_VERSION = 3  # increment when a reader returns something else for the same files
 
 
 def _stamp(file: os.DirEntry[str] | Path) -> str:
@@ -208,6 +208,7 @@ def _counts(result: ScanResult) -> dict[str, Any]:
         "photos": summary["photos"],
         "pills": summary["pills"],
         "codes": sorted({record.code for record in result.records}),
+        "missed": sorted(printable(code) for code in result.missed),
         "quarantined": summary["quarantined"],
         "skipped": summary["skipped"],
         "notes": [printable(note) for note in result.notes],

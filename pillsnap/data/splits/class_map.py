@@ -16,10 +16,10 @@ from ..reading.records import DataError
 from ...runlog import Decision, decide
 
 # %% auto #0
-__all__ = ['describe_drugs', 'make_class_map', 'read_class_map']
+__all__ = ['describe_drugs', 'report_names', 'make_class_map', 'read_class_map']
 
 # %% ../../../nbs/data/splits/02_class_map.ipynb #35b5f730
-_ATTRIBUTES = ("shape", "colors", "print_front", "print_back", "company")
+_ATTRIBUTES = ("shape", "colors", "print_front", "print_back", "company", "name_en", "company_en", "form")
 
 
 def _most_common(records: pl.LazyFrame, column: str) -> dict[str, str]:
@@ -54,22 +54,39 @@ def describe_drugs(
         )
     return drugs
 
+# %% ../../../nbs/data/splits/02_class_map.ipynb #c567bc7d
+def report_names(
+    records: pl.LazyFrame,  # of any class, as in `record_schema`
+    codes: Iterable[str],  # class keys of the run
+) -> list[Decision]:  # one, or none
+    """Report the drugs that their labels call by several names."""
+    known = pl.col("code").is_in(pl.Series(sorted(codes), dtype=pl.String).implode())
+    named = records.filter(known, pl.col("name") != "").group_by("code").agg(pl.col("name").unique().sort())
+    rows = named.filter(pl.col("name").list.len() > 1).sort("code").collect().rows()
+    if not rows:
+        return []
+    listed = "; ".join(f"{code} is called {', '.join(names[:3])}" for code, names in rows[:3])
+    why = f"{listed}{' ...' if len(rows) > 3 else ''}: the code counts, and the most frequent name is shown"
+    return [decide("drugs with several names", str(len(rows)), why, fallback=True)]
+
 # %% ../../../nbs/data/splits/02_class_map.ipynb #d90d1257
 def make_class_map(
     records: pl.LazyFrame,  # of any class, as in `record_schema`
     trained: Iterable[str],  # class keys of the run that have training photos
     earlier: ClassMap | None = None,  # whose numbers are kept; None = numbered anew, sorted by code
+    fewest: int = 2,  # drugs that a run needs: 2 for a classifier, 1 for a detector alone
+    advice: str = "add photos of more drugs",  # what to do where there are fewer
 ) -> tuple[ClassMap, list[Decision]]:  # the class map of the run, and what was decided about earlier classes
-    """Number the drugs of a run; raises `DataError` for fewer than two with training photos."""
+    """Number the drugs of a run; raises `DataError` for fewer than `fewest` with training photos."""
     drugs = describe_drugs(records, trained)
-    if len(drugs) < 2:
+    if len(drugs) < fewest:
         raise DataError(
             f"Only {len(drugs)} class is left to train on ({', '.join(drug.code for drug in drugs) or 'none'}), "
-            "and a classifier needs two: lower data.min_class_images, raise data.classes or data.images, "
-            "or add photos of more drugs."
+            f"and a {'classifier needs two' if fewest > 1 else 'detector needs one'}: {advice}."
         )
+    several = report_names(records, [drug.code for drug in drugs])
     if earlier is None:
-        return ClassMap(drugs), []
+        return ClassMap(drugs), several
     extended = earlier.extended(drugs)
     decisions = [
         decide(
@@ -85,7 +102,7 @@ def make_class_map(
             f"{', '.join(gone[:8])}{' ...' if len(gone) > 8 else ''}"
         )
         decisions.append(decide("drugs that vanished", str(len(gone)), why, fallback=True))
-    return extended, decisions
+    return extended, decisions + several
 
 
 def read_class_map(

@@ -17,32 +17,40 @@ import cv2
 import numpy as np
 import polars as pl
 import xxhash
-from PIL import Image
 from tqdm import tqdm
 
 from ...atomic import replacing
 from ..reading.photo_files import photo_stamp, read_photo
 from ...progress import progress_stream
 from ...runlog import decide
-from ...runtime.images import DamagedImage, ImageError, TooManyPixels, decode_image
+from pillsnap.runtime.images import (
+    DamagedImage,
+    ImageError,
+    decode_image,
+    exif_orientation,
+    open_header,
+    turn_upright,
+)
+from ...runtime.jpeg import decode_whole_jpeg
 
 # %% auto #0
 __all__ = ['SIDE', 'NEAR_BITS', 'INSPECTED_SCHEMA', 'decode_reduced', 'perceptual_hash', 'hash_words', 'distance',
            'fingerprint_photo', 'fingerprint_photos']
 
 # %% ../../../nbs/data/splits/00_fingerprints.ipynb #c69e44c8
-_GREY = {
-    1: cv2.IMREAD_GRAYSCALE,
-    2: cv2.IMREAD_REDUCED_GRAYSCALE_2,
-    4: cv2.IMREAD_REDUCED_GRAYSCALE_4,
-    8: cv2.IMREAD_REDUCED_GRAYSCALE_8,
-}
-_COLOUR = {
-    1: cv2.IMREAD_COLOR,
-    2: cv2.IMREAD_REDUCED_COLOR_2,
-    4: cv2.IMREAD_REDUCED_COLOR_4,
-    8: cv2.IMREAD_REDUCED_COLOR_8,
-}
+def _reduced_jpeg(
+    data: bytes,  # a JPEG
+    size: tuple[int, int],  # width and height in its header, pixels
+    colorspace: str,  # BGR or GRAY
+    fine: int,  # smallest shorter side after the reduction, pixels
+    name: str,  # in messages
+) -> np.ndarray:  # uint8, (height, width), or (height, width, 3); as stored
+    factor = next((factor for factor in (8, 4, 2) if min(size) // factor >= fine), 1)
+    try:
+        image = decode_whole_jpeg(data, size, factor, colorspace)
+    except ValueError as error:
+        raise DamagedImage(f"{name} is damaged or cut off ({error}): save it again.") from error
+    return image[:, :, 0] if colorspace == "GRAY" else image
 
 
 def decode_reduced(
@@ -50,21 +58,27 @@ def decode_reduced(
     name: str,  # its name in messages
     colour: bool = False,  # False: grey
     fine: int = 256,  # smallest shorter side after the reduction, pixels
-    max_pixels: int = 50_000_000,  # width x height allowed
+    max_pixels: int = 50_000_000,  # width x height allowed; larger JPEGs are decoded at a smaller size
 ) -> np.ndarray:  # uint8, (height, width), or (height, width, 3) as blue, green, red; upright, large JPEGs reduced
     """Decode at a reduced size; raises `ImageError` for an image that cannot be used."""
     try:
-        with Image.open(io.BytesIO(data)) as header:
-            (width, height), jpeg = header.size, header.format in ("JPEG", "MPO")
-    except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        with open_header(io.BytesIO(data)) as header:
+            size, kind, mode = header.size, header.format, header.mode
+            orientation = exif_orientation(header, io.BytesIO(data))
+    except ImageError:
+        raise
+    except (OSError, ValueError, SyntaxError, EOFError, RuntimeError, struct.error) as error:
         raise DamagedImage(f"{name} is damaged in its header, or no picture: save it again.") from error
-    if width * height > max_pixels:
-        raise TooManyPixels(f"{name} has {width} x {height} pixels, {max_pixels:,} are allowed: make it smaller first.")
-    factor = next((factor for factor in (8, 4, 2) if jpeg and min(width, height) // factor >= fine), 1)
-    try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), (_COLOUR if colour else _GREY)[factor])
-    except cv2.error:
-        image = None
+    image = None
+    if size[0] * size[1] <= max_pixels and 0 not in size:
+        if kind in ("JPEG", "MPO") and mode in ("RGB", "L"):
+            return turn_upright(_reduced_jpeg(data, size, "BGR" if colour else "GRAY", fine, name), orientation)
+        if kind in ("PNG", "BMP"):
+            try:
+                flag = cv2.IMREAD_COLOR if colour else cv2.IMREAD_GRAYSCALE
+                image = cv2.imdecode(np.frombuffer(data, np.uint8), flag)
+            except cv2.error:
+                image = None
     if image is None:
         image = cv2.cvtColor(decode_image(data, max_pixels, name), cv2.COLOR_RGB2BGR if colour else cv2.COLOR_RGB2GRAY)
     return image
@@ -138,7 +152,7 @@ def fingerprint_photo(
         return reference, content, "", str(error)
 
 # %% ../../../nbs/data/splits/00_fingerprints.ipynb #d6031c60
-_VERSION = "1"  # of the hashes; another one invalidates the cache
+_VERSION = "2"  # of the hashes; another one invalidates the cache
 _BLOCK = 1000  # photos between two checks of the time
 _SAVE_EVERY = 30.0  # seconds
 

@@ -15,9 +15,12 @@ from ..reading.records import DataError
 from .sampling import sampling_key
 
 # %% auto #0
-__all__ = ['held_out_count', 'GroupSplit', 'split_groups', 'check_groups']
+__all__ = ['LEAST_TO_HOLD_OUT', 'held_out_count', 'GroupSplit', 'split_groups', 'check_groups']
 
 # %% ../../../nbs/data/splits/04_group_split.ipynb #85f37b2e
+LEAST_TO_HOLD_OUT = 3  # capture groups of a drug from which one is held out for each split
+
+
 def held_out_count(
     groups: int,  # capture groups in all
     fraction: float,  # fraction to hold out, 0 to 1
@@ -25,7 +28,7 @@ def held_out_count(
     """A rounded fraction of the groups, at least one where there are three or more."""
     if fraction <= 0:
         return 0
-    return max(1 if groups >= 3 else 0, round(groups * fraction))
+    return max(1 if groups >= LEAST_TO_HOLD_OUT else 0, round(groups * fraction))
 
 # %% ../../../nbs/data/splits/04_group_split.ipynb #057682a2
 class GroupSplit:
@@ -80,7 +83,7 @@ class GroupSplit:
         """Hold out a fraction of the combination groups, first those with classes that `target` does not have yet."""
         if fraction <= 0:
             return
-        missing = {code for code, count in self.groups_of.items() if count >= 3}
+        missing = {code for code, count in self.groups_of.items() if count >= LEAST_TO_HOLD_OUT}
         for group, split in self.split.items():
             if split == target:
                 missing -= self.codes[group]

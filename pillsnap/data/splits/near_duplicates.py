@@ -94,10 +94,13 @@ def same_detail(
 _BLOCK = 1000  # pairs whose detail thumbnails are in memory at once
 
 
+_ACCEPTED = 1 << 40  # pixels: only photos that were within `data.max_pixels` have a perceptual hash
+
+
 def _decoded(reference: str, colour: bool, fine: int) -> np.ndarray | None:
     """A photo, reduced; None for one that cannot be read."""
     try:
-        return decode_reduced(read_photo(reference), reference, colour, fine)
+        return decode_reduced(read_photo(reference), reference, colour, fine, _ACCEPTED)
     except ImageError:
         return None
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
 
+from ..scan.summary import listed
 from ...runlog import Decision, decide
 
 # %% auto #0
@@ -73,12 +74,6 @@ def sampling_order(
     return pl.Series("order", np.frombuffer(digests, ">u8").astype(np.uint64))
 
 # %% ../../../nbs/data/splits/03_sampling.ipynb #6daea308
-def _listed(names: Sequence[str], limit: int = 8) -> str:
-    """Names for a message, the first few in full."""
-    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + rest
-
-
 def choose_classes(
     counts: dict[str, int],  # training photos of each class
     classes: int,  # classes wanted at most
@@ -96,15 +91,16 @@ def choose_classes(
     fill = [code for code in chosen if counts[code] < class_images]
     decisions = []
     if too_small:
-        listed = _listed([f"{code} ({counts[code]})" for code in too_small])
-        why = f"fewer than {min_class_images} training photos (data.min_class_images): {listed}"
+        names = listed([f"{code} ({counts[code]})" for code in too_small], most=8)
+        why = f"fewer than {min_class_images} training photos (data.min_class_images): {names}"
         decisions.append(decide("classes left out", str(len(too_small)), why, fallback=True))
     if len(chosen) < classes:
         decisions.append(
             decide(
                 "classes",
                 str(len(chosen)),
-                f"data.classes asks for {classes}, the data has no more with enough photos",
+                f"data.classes asks for {classes}, no others have {min_class_images} training photos that can be used "
+                "(data.min_class_images)",
                 fallback=True,
             )
         )
@@ -194,14 +190,14 @@ def report_shortfall(
             decide(
                 "photos",
                 str(total),
-                f"data.images asks for {images}, the data has no more of the chosen classes",
+                f"data.images asks for {images}, the data has no more of the chosen classes that can be used",
                 fallback=True,
             )
         )
     fraction = combinations / total if total else 0.0
     if combinations < round(total * combination_fraction):
         why = (
-            f"data.combination_fraction asks for {combination_fraction:.0%}, the data has no more; "
+            f"data.combination_fraction asks for {combination_fraction:.0%}, the data has no more that can be used; "
             f"they are {fraction:.1%} of the photos"
         )
         decisions.append(decide("combination photos", str(combinations), why, fallback=True))

@@ -12,7 +12,7 @@ import polars as pl
 
 from ...config.schema import Settings
 from ..readers.layouts import READERS
-from .group_split import split_groups
+from .group_split import LEAST_TO_HOLD_OUT, split_groups
 from pillsnap.data.splits.sampling import (
     SampledPhotos,
     choose_classes,
@@ -25,7 +25,7 @@ from ...runlog import Decision, decide
 
 # %% auto #0
 __all__ = ['PARTS', 'Splits', 'single_of', 'assign_splits', 'codes_of', 'choose_run_classes', 'leave_out_untrained',
-           'allocate_photos', 'sample_run', 'split_run', 'split_fractions', 'report_untested']
+           'advice_on_classes', 'allocate_photos', 'sample_run', 'split_run', 'split_fractions', 'report_untested']
 
 # %% ../../../nbs/data/splits/05_splits.ipynb #d422c0aa
 PARTS = ("train", "validation", "test", "unseen")  # none may hold a near-duplicate of an earlier one
@@ -143,6 +143,26 @@ def leave_out_untrained(
         f"their class has no training photo: {names}",
     )
 
+# %% ../../../nbs/data/splits/05_splits.ipynb #318b0c0e
+def advice_on_classes(
+    splits: Splits,  # with the photos of small classes left out
+    settings: Settings,  # data and train.only are read
+) -> str:  # the end of a sentence
+    """What to do where too few drugs are left to train on."""
+    small = splits.photos.filter(pl.col("left_out") == "class_too_small", pl.col("part") == "train")
+    counts = sorted(small.group_by(_first_code().alias("code")).len()["len"].to_list(), reverse=True)
+    if not counts:
+        alone = "" if settings.train.only else ", or train the detector alone with train.only=detector"
+        return f"raise data.classes or data.images, or add photos of more drugs{alone}"
+    number = counts[min(1, len(counts) - 1)]  # lets two drugs in
+    left = f"{len(counts)} drugs have fewer than data.min_class_images={settings.data.min_class_images} training photos"
+    if number >= LEAST_TO_HOLD_OUT or "validation" in splits.names():
+        return f"{left}, so add photos, or set data.min_class_images={number}"
+    return (
+        f"{left} and most of them {number} or fewer, where it takes {LEAST_TO_HOLD_OUT} to hold one out, so add "
+        f"photos, or set data.min_class_images={number} data.validation_fraction=0 to train without validation"
+    )
+
 # %% ../../../nbs/data/splits/05_splits.ipynb #8693264e
 def allocate_photos(
     available: Mapping[str, int],  # photos that can be sampled, by part; "train" among them
@@ -249,6 +269,9 @@ def report_untested(
         untested = sorted(set(chosen) - codes_of(selected.filter(pl.col("split") == name)))
         if fraction > 0 and untested:
             more = " ..." if len(untested) > 8 else ""
-            why = f"too few capture groups to hold one out: {', '.join(untested[:8])}{more}"
+            why = (
+                "they have too few capture groups to hold one out, or those held out were left out: "
+                f"{', '.join(untested[:8])}{more}"
+            )
             decisions.append(decide(f"classes without {name} photo", str(len(untested)), why, fallback=True))
     return decisions

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -21,15 +22,15 @@ import httpx
 from tabulate import tabulate
 from tqdm import tqdm
 
-from ...answer.identify import IdentifyError
+from ...answer.identify import IdentifyError, percent
 from ...atomic import write_text
 from ...errors import PillsnapError
-from ...runtime.images import ImageError, decode_image
+from ...runtime.images import KINDS, SUFFIXES, ImageError, is_photo, open_photo
 from ..inference.model_manager import LoadedModels
 from ..schemas import prediction_response
 
 # %% auto #0
-__all__ = ['LOGGER', 'TIMEOUT', 'SUFFIXES', 'ClientError', 'ServerUnusable', 'read_photo', 'seconds_to_wait', 'predict_remote',
+__all__ = ['LOGGER', 'TIMEOUT', 'ClientError', 'ServerUnusable', 'read_photo', 'server_url', 'seconds_to_wait', 'predict_remote',
            'predict_local', 'find_photos', 'as_table', 'predict_photos']
 
 # %% ../../../nbs/service/client/00_client.ipynb #9186e4ad
@@ -61,6 +62,20 @@ TIMEOUT = httpx.Timeout(120, connect=10)  # seconds; a server responds within a 
 _FATAL_STATUSES = (401, 403, 404, 405, 429, 503)
 
 
+def server_url(
+    text: str,  # as the user wrote it
+) -> str:  # without the path of an endpoint
+    """The address of a server, also from that of one of its endpoints; raises `ServerUnusable` for no address."""
+    try:
+        url = httpx.URL(text.strip())
+        valid = url.scheme in ("http", "https") and bool(url.host) and (url.port or 1) <= 65_535
+    except httpx.InvalidURL:
+        valid = False
+    if not valid or url.query or url.fragment or re.search(r"\s", text.strip()):
+        raise ServerUnusable(f"{text!r} is no address of a server: write it like http://localhost:8000.")
+    return re.sub(r"/+(predict|batch|docs|health|ready)?/*$", "", text.strip())
+
+
 def seconds_to_wait(
     response: httpx.Response,  # of a server
 ) -> float | None:  # seconds; None = no retry requested
@@ -89,11 +104,7 @@ def _post(
         raise ServerUnusable("The API key has characters that no key has: check API_KEY.")
     headers = {"X-API-Key": key} if key else {}
     try:
-        return client.post(
-            f"{url.rstrip('/')}/predict", params=parameters, headers=headers, files={"image": ("photo", photo)}
-        )
-    except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
-        raise ServerUnusable(f"{url} is no address of a server: write it like http://localhost:8000.") from error
+        return client.post(f"{url}/predict", params=parameters, headers=headers, files={"image": ("photo", photo)})
     except (httpx.ConnectError, httpx.ConnectTimeout) as error:
         raise ServerUnusable(
             f"{url} can't be reached ({error}): is the server running, and is the address right?"
@@ -125,15 +136,18 @@ def _parse_response(
             f"{url} answered with status {response.status_code} and without a reason: "
             "is it the address of a pillsnap server?"
         )
+    advice = ""
+    if response.status_code in (401, 403):
+        advice = f": {url} takes the keys of its own API_KEY: set API_KEY in .env or the environment to one of them"
     suffix = f" (status {response.status_code}, request {body.get('request_id', 'without a number')})"
     kind = ServerUnusable if response.status_code in _FATAL_STATUSES else ClientError
-    raise kind(body["detail"].rstrip(".") + suffix + ".")
+    raise kind(body["detail"].rstrip(".") + suffix + advice + ".")
 
 
 def predict_remote(
     url: str,  # of the server, such as http://localhost:8000
     key: str,  # one of its API keys; "" = none
-    photo: Path | bytes,  # a JPEG, PNG, WebP or BMP file, or its content
+    photo: Path | bytes,  # a picture in a format of `runtime.images`, or its content
     pipeline: str = "single",  # "single" = one pill, "combo" = several
     top_k: int = 5,  # candidates of each pill, 1 to 20
     patience: float = 120.0,  # seconds; requests to a busy server are repeated until then
@@ -146,7 +160,7 @@ def predict_remote(
     if client is None:
         with httpx.Client(timeout=TIMEOUT) as client:
             return predict_remote(url, key, photo, pipeline, top_k, patience, client)
-    data, waited = read_photo(photo), 0.0
+    url, data, waited = server_url(url), read_photo(photo), 0.0
     while True:
         response = _post(client, url, key, data, {"pipeline": pipeline, "top_k": top_k})
         wait = seconds_to_wait(response)
@@ -159,48 +173,72 @@ def predict_remote(
 # %% ../../../nbs/service/client/00_client.ipynb #1f0741fc
 def predict_local(
     loaded: LoadedModels,  # the models, from `pillsnap.service.inference.model_manager.load`
-    photo: Path | bytes,  # a JPEG, PNG, WebP or BMP file, or its content
+    photo: Path | bytes,  # a picture in a format of `runtime.images`, or its content
     pipeline: str = "single",  # "single" = one pill, "combo" = several
     top_k: int = 5,  # candidates of each pill
     max_pixels: int = 50_000_000,  # of a photo
 ) -> dict[str, Any]:  # the JSON that a server returns
     """Identify the pills of a photo; raises `ClientError`, `ImageError` or `IdentifyError`."""
     data, begun = read_photo(photo), perf_counter()
-    image = decode_image(data, max_pixels)
+    opened = open_photo(data, max_pixels)
     decode_ms = (perf_counter() - begun) * 1000
-    identification = loaded.identifier.identify(image, pipeline, top_k=top_k)
-    return prediction_response(identification, image.shape, decode_ms, loaded.model, None)
+    identification = loaded.identifier.identify(opened.pixels, pipeline, None, top_k, opened.size)
+    return prediction_response(identification, opened.size, decode_ms, loaded.model, None)
 
 # %% ../../../nbs/service/client/00_client.ipynb #8d62cbbe
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+_CALLED_PHOTO = (*SUFFIXES, *".jxl .jp2 .dng .cr2 .cr3 .nef .arw .orf .rw2 .raf .pef".split())  # raw photos, too
+_NAMED = 10  # other files
+
+
+def _begins_like_a_photo(
+    path: Path,  # of a file
+) -> bool:  # True for one that can't be read: its prediction says why
+    try:
+        with path.open("rb") as file:
+            return is_photo(file.read(64))
+    except OSError:
+        return True
 
 
 def find_photos(
     paths: Iterable[Path],  # photos and folders
-) -> list[Path]:  # photos, those of a folder sorted
-    """List photos; raises `ClientError` for a folder without any.
+) -> tuple[list[Path], list[tuple[Path, str]], list[Path]]:  # photos; skipped, and why; files of folders that are none
+    """List photos, those of a folder sorted, by their content; raises `ClientError` for a folder without any.
 
-    A file that is named explicitly is taken whatever its suffix is.
+    A file that is named explicitly is taken as it is.
     """
     photos: list[Path] = []
+    skipped: list[tuple[Path, str]] = []
+    others: list[Path] = []
     for root in map(Path, paths):
-        found = [root]
-        if root.is_dir():
-            found = sorted(
-                path
-                for path in root.rglob("*")
-                if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
-            )
-        if not found:
-            raise ClientError(f"There is no photo in {root}: its files would have to end with {', '.join(SUFFIXES)}.")
-        photos += found
-    return photos
+        if not root.is_dir():
+            photos.append(root)
+            continue
+        before = len(photos) + len(skipped)
+        for path in sorted(path for path in root.rglob("*") if not path.name.startswith(".") and path.is_file()):
+            if _begins_like_a_photo(path):
+                photos.append(path)
+            elif path.suffix.lower() in _CALLED_PHOTO:
+                skipped.append((path, f"it is called {path.suffix} but is no {KINDS}, or it is empty"))
+            else:
+                others.append(path)
+        if len(photos) + len(skipped) == before:
+            raise ClientError(f"There is no photo in {root}: none of its files is a {KINDS}.")
+    return photos, skipped, others
 
 
 def _text(
     photo: Path,  # its name may be invalid UTF-8
 ) -> str:  # printable
     return os.fsencode(photo).decode("utf-8", "replace")
+
+
+def _found(
+    prediction: dict[str, Any],  # as in /docs of the server
+) -> list[dict[str, Any]]:  # its pills
+    """The pills that the detector has found; a guess from a photo without any is none."""
+    detector = prediction.get("model", {}).get("detector")
+    return [pill for pill in prediction["pills"] if not detector or pill["box_confidence"] is not None]
 
 
 def as_table(
@@ -212,18 +250,19 @@ def as_table(
     for photo, prediction in predictions:
         hint = [prediction["hint"]["reason"]] if prediction.get("hint") else []
         notes += [f"{_text(photo)}: {note}" for note in [*prediction.get("notes", []), *hint]]
-        for number, pill in enumerate(prediction["pills"], 1):
+        pills = _found(prediction)
+        for number, pill in enumerate(pills, 1):
             rows.append(
                 (
                     _text(photo),
                     number,
                     pill["code"],
                     pill["name"],
-                    f"{pill['confidence']:.0%}",
+                    percent(pill["confidence"]),
                     "yes" if pill["sure"] else "no",
                 )
             )
-        if not prediction["pills"]:
+        if not pills:
             rows.append((_text(photo), "-", "-", "no pill was found", "-", "-"))
     table = tabulate(
         rows,
@@ -241,14 +280,29 @@ def _line(
     return json.dumps({"file": _text(photo), **prediction}, ensure_ascii=False)
 
 
+def _print_left_out(
+    left_out: Sequence[tuple[Path, str]],  # photos without a prediction, and why
+    others: Sequence[Path],  # files of folders that are no photos
+) -> None:
+    """Name on the error stream what has no prediction."""
+    sys.stdout.flush()
+    if left_out:
+        print(f"Without a prediction: {len(left_out)}", file=sys.stderr)
+    for path, reason in left_out:
+        print(f"{_text(path)}: {reason}", file=sys.stderr)
+    if others:
+        names = ", ".join(_text(Path(path.name)) for path in others[:_NAMED]) + (", ..." if others[_NAMED:] else "")
+        print(f"Files that are no photos, left out: {len(others)} ({names})", file=sys.stderr)
+
+
 def predict_photos(
     paths: Iterable[Path],  # photos and folders
     predict: Callable[[Path], dict[str, Any]],  # predicts one photo, such as a `partial` of predict_remote
     as_json: bool = False,  # one line of JSON per photo instead of a table
     out: Path | None = None,  # output file; None = standard output
-) -> int:  # exit status: 0 good, 1 a photo failed, 2 the server can't be used
-    """Predict photos one after the other and print the results."""
-    photos = find_photos(paths)
+) -> int:  # exit status: 0 good, 1 a photo has no prediction, 2 the server can't be used
+    """Predict photos one after the other and print the results, and on the error stream what has none."""
+    photos, left_out, others = find_photos(paths)
     predictions: list[tuple[Path, dict[str, Any]]] = []
     try:
         for photo in tqdm(photos, unit="photo", file=sys.stderr, disable=len(photos) < 2):
@@ -258,14 +312,15 @@ def predict_photos(
                 tqdm.write(f"pillsnap: {error}", file=sys.stderr)
                 return 2
             except (ClientError, ImageError, IdentifyError) as error:
-                tqdm.write(f"{_text(photo)}: {error}", file=sys.stderr)
+                left_out.append((photo, str(error)))
                 continue
             if as_json and out is None:
                 tqdm.write(_line(*predictions[-1]), file=sys.stdout)
     finally:
-        if out is not None:
+        if out is not None and predictions:
             lines = "".join(f"{_line(*item)}\n" for item in predictions)
             write_text(out, lines if as_json else f"{as_table(predictions)}\n")
         elif predictions and not as_json:
             print(as_table(predictions))
-    return 0 if len(predictions) == len(photos) else 1
+        _print_left_out(left_out, others)
+    return 1 if left_out else 0

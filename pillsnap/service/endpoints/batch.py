@@ -19,9 +19,9 @@ from pillsnap.service.endpoints.predict import (
     load_models,
     predict_parameters,
     predict_photo,
+    read_request,
 )
 from ..errors import ApiError
-from ..guard.uploads import read_photos
 from ..inference.model_manager import LoadedModels
 from ..schemas import Prediction
 
@@ -65,19 +65,18 @@ async def _item(service: Service, loaded: LoadedModels, data: bytes, parameters:
 @batch_router.post(
     "/batch",
     response_model=BatchResponse,
+    response_model_exclude_unset=True,
     openapi_extra=form_schema("images", {"type": "array", "items": FILE_SCHEMA, "minItems": 1, "maxItems": 16}),
 )
 async def batch(
     request: Request,  # multipart form with one or more file fields `images`
     key_name: str = Depends(require_key),  # whose photos are counted
-    parameters: PredictParameters = Depends(predict_parameters),  # noqa: B008
+    query: PredictParameters = Depends(predict_parameters),  # noqa: B008
 ) -> Any:
     """Identify the pills of several photos."""
     service: Service = request.app.state.service
     async with service.work_queue.admit():
         loaded = await load_models(service)
-        photos = await read_photos(
-            request, "images", service.max_batch, service.max_bytes, service.max_batch_bytes, service.upload_seconds
-        )
+        photos, parameters = await read_request(request, "images", service.max_batch, query)
         service.rate_limiter.check(key_name, len(photos))
         return {"answers": await asyncio.gather(*(_item(service, loaded, photo, parameters) for photo in photos))}

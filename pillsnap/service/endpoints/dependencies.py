@@ -36,7 +36,8 @@ class Service:
     max_pixels: int  # of a photo
     model_root: Path | None  # models may be reloaded from its subfolders
     several_processes: bool = False  # serve the same address; a request reaches one of them
-    upload_seconds: float = 30.0  # time limit of an upload
+    upload_idle_seconds: float = 10.0  # longest silence of an upload
+    upload_seconds: float = 180.0  # time limit of an upload
     pipelines: tuple[str, ...] = ("single", "combo")  # that are active
     max_batch: int = 16  # photos of one request
     max_batch_bytes: int = 100_000_000  # of all files of a request

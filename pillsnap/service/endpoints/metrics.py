@@ -72,7 +72,7 @@ class ServiceMetrics:
     def collect(self) -> Iterator[Metric]:
         """Yield the gauges of this process, for `text`."""
         loaded = self._service.model_manager.loaded
-        yield GaugeMetricFamily("pillsnap_inside", "requests that have a place", self._service.work_queue.admitted)
+        yield GaugeMetricFamily("pillsnap_inside", "requests that hold a slot", self._service.work_queue.admitted)
         yield GaugeMetricFamily("pillsnap_ready", "1 = there is a model", int(loaded is not None))
         if loaded is not None:
             model = GaugeMetricFamily(

@@ -6,70 +6,98 @@
 from __future__ import annotations
 
 import base64
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from time import perf_counter
 from typing import Annotated, Any
 
-import numpy as np
 from fastapi import APIRouter, Depends, Query, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ...answer.identify import PIPELINES, IdentifyError, PillCrops
-from ...runtime.images import ImageError, NotAnImage, TooManyPixels, decode_image
+from ...answer.color.balance import Balance
+from ...answer.identify import PIPELINES, IdentifyError, Pill, PillCrops
+from ...runtime.images import KINDS, ImageError, NotAnImage, Photo, TooManyPixels, open_photo
 from ...runtime.session import ModelError
 from .dependencies import Service, count_photo
 from ..errors import ApiError
-from ..guard.uploads import read_photos
+from ..guard.uploads import UploadLimits, read_form
 from ..inference.model_manager import LoadedModels
 from ..schemas import Prediction, prediction_response
 
 # %% auto #0
-__all__ = ['predict_router', 'FILE_SCHEMA', 'PredictParameters', 'predict_parameters', 'predict_photo', 'load_models',
-           'form_schema', 'predict']
+__all__ = ['predict_router', 'FILE_SCHEMA', 'PredictParameters', 'predict_parameters', 'read_request', 'predict_photo',
+           'load_models', 'form_schema', 'predict']
 
 # %% ../../../nbs/service/endpoints/03_predict.ipynb #ad629dcf
-@dataclass(frozen=True)
-class PredictParameters:
+class PredictParameters(BaseModel):
     """Parameters of a prediction."""
 
-    pipeline: str  # single or combo
-    confidence: float | None  # boxes below it are left out, 0 to 1; None = as the model was trained
-    top_k: int  # candidates of each pill
-    annotate: bool  # whether to return the photo with boxes and names
+    model_config = ConfigDict(frozen=True)
+
+    pipeline: str = Field("single", description="single = one pill, combo = several; never switched by the server")
+    conf_threshold: float | None = Field(
+        None, ge=0, le=1, description="boxes below it are left out; not given: as the model was trained"
+    )
+    top_k: int = Field(5, ge=1, le=20, description="drugs named for each pill")
+    annotate: bool = Field(False, description="also the photo with boxes and names")
+    picture: bool = Field(False, description="also the photo as the boxes lie on it: decoded and upright")
+    corrected: bool = Field(False, description="also the photo in the colours that were compared")
+
+    def drawn(self) -> bool:
+        """Whether a picture is asked for."""
+        return self.annotate or self.picture or self.corrected
 
 
 async def predict_parameters(
     request: Request,
-    pipeline: Annotated[
-        str, Query(description="single = one pill, combo = several; never switched by the server")
-    ] = "single",
-    conf_threshold: Annotated[
-        float | None, Query(ge=0, le=1, description="boxes below it are left out; not given: as the model was trained")
-    ] = None,
-    top_k: Annotated[int, Query(ge=1, le=20, description="drugs named for each pill")] = 5,
-    annotate: Annotated[bool, Query(description="also the photo with boxes and names")] = False,
+    query: Annotated[PredictParameters, Query()],
 ) -> PredictParameters:
-    """Read the parameters of a request; raises `ApiError` 422 for what this service can't do."""
+    """Read the parameters in the address; raises `ApiError` 422 for what this service can't do."""
     active = request.app.state.service.pipelines
-    if pipeline not in PIPELINES:
+    if query.pipeline not in PIPELINES:
         raise ApiError(
             422,
             "unknown_pipeline",
-            f"The pipeline {pipeline[:40]!r} is unknown: use single (one pill) or combo (several pills).",
+            f"The pipeline {query.pipeline[:40]!r} is unknown: use single (one pill) or combo (several pills).",
         )
-    if pipeline not in active:
+    if query.pipeline not in active:
         raise ApiError(
             422,
             "not_active",
-            f"The pipeline {pipeline} is not active in this service: "
+            f"The pipeline {query.pipeline} is not active in this service: "
             f"use {' or '.join(active)}, or set serve.features to more.",
         )
-    if annotate and "combo" not in active:
+    if query.annotate and "combo" not in active:
         raise ApiError(
             422,
             "not_active",
             "Pictures with boxes are not active in this service: leave out annotate, or set serve.features to more.",
         )
-    return PredictParameters(pipeline, conf_threshold, top_k, annotate)
+    return query
+
+
+async def read_request(
+    request: Request,  # multipart form
+    field: str,  # name of its file fields
+    max_photos: int,  # of the request
+    query: PredictParameters,  # of the address
+) -> tuple[list[bytes], PredictParameters]:  # the photos, and the parameters of address and form
+    """Read a form with photos and parameters; raises `ApiError`."""
+    service: Service = request.app.state.service
+    all_bytes = service.max_bytes if max_photos == 1 else service.max_batch_bytes
+    limits = UploadLimits(max_photos, service.max_bytes, all_bytes, service.upload_idle_seconds, service.upload_seconds)
+    photos, fields = await read_form(request, field, limits, list(PredictParameters.model_fields))
+    try:
+        form = PredictParameters.model_validate(fields)
+    except ValidationError as error:
+        raise RequestValidationError([{**first, "loc": ("form", *first["loc"])} for first in error.errors()]) from error
+    for name in sorted(form.model_fields_set & query.model_fields_set):
+        if getattr(form, name) != getattr(query, name):
+            both = f"{getattr(query, name)} in the address and {fields[name][:40]} in the form"
+            raise ApiError(422, "contradiction", f"The parameter {name} is {both}: send it once.")
+    return photos, await predict_parameters(request, query.model_copy(update=form.model_dump(exclude_unset=True)))
 
 # %% ../../../nbs/service/endpoints/03_predict.ipynb #ac7b2943
 _ERRORS = (
@@ -86,14 +114,34 @@ def _decode_and_crop(
     loaded: LoadedModels,  # the models
     data: bytes,  # an image file
     parameters: PredictParameters,  # of the request
-) -> tuple[PillCrops, tuple[int, ...], np.ndarray | None, float]:
-    """Return the crops, the photo's shape, its pixels if they are annotated later, and milliseconds of decoding."""
+) -> tuple[PillCrops, tuple[int, int], Photo | None, float]:
+    """Return the crops, the photo's size, the photo if it is drawn later, and milliseconds of decoding."""
     with service.work_queue.decode_slots:
         begun = perf_counter()
-        image = decode_image(data, service.max_pixels)
+        photo = open_photo(data, service.max_pixels)
         decode_ms = (perf_counter() - begun) * 1000
-        crops = loaded.identifier.crop_pills(image, parameters.pipeline, parameters.confidence)
-        return crops, image.shape, image if parameters.annotate else None, decode_ms
+        crops = loaded.identifier.crop_pills(photo.pixels, parameters.pipeline, parameters.conf_threshold, photo.size)
+        return crops, photo.size, photo if parameters.drawn() else None, decode_ms
+
+
+def _pictures(
+    photo: Photo,  # as decoded
+    pills: Sequence[Pill],  # to draw, in pixels of the photo as it was sent
+    balance: Balance,  # of the photo
+    font: Path | None,  # as in Service
+    parameters: PredictParameters,  # of the request
+) -> dict[str, str]:  # the pictures that it asks for, JPEGs as data: addresses
+    from pillsnap.service.page.annotate import annotate_photo, upright_photo
+
+    pictures = {}
+    if parameters.annotate:
+        reduced = [replace(pill, box=photo.reduced(pill.box)) for pill in pills]
+        pictures["annotated"] = annotate_photo(photo.pixels, reduced, font)
+    if parameters.picture:
+        pictures["picture"] = upright_photo(photo.pixels)
+    if parameters.corrected:
+        pictures["corrected"] = upright_photo(balance(photo.pixels))
+    return {name: "data:image/jpeg;base64," + base64.b64encode(jpeg).decode() for name, jpeg in pictures.items()}
 
 
 def predict_photo(
@@ -104,18 +152,14 @@ def predict_photo(
 ) -> dict[str, Any]:  # as Prediction
     """Identify the pills of a photo; raises `ApiError`."""
     try:
-        crops, shape, image, decode_ms = _decode_and_crop(service, loaded, data, parameters)
+        crops, size, photo, decode_ms = _decode_and_crop(service, loaded, data, parameters)
         identification = loaded.identifier.classify_crops(crops, parameters.top_k)
     except tuple(kind for kind, _, _ in _ERRORS) as error:
         status, code = next((status, code) for kind, status, code in _ERRORS if isinstance(error, kind))
         raise ApiError(status, code, str(error)) from error
-    annotated = None
-    if image is not None:
-        from pillsnap.service.page.annotate import annotate_photo
-
-        jpeg = annotate_photo(image, identification.pills, service.font)
-        annotated = "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
-    response = prediction_response(identification, shape, decode_ms, loaded.model, annotated)
+    response = prediction_response(identification, size, decode_ms, loaded.model, None)
+    if photo is not None:
+        response |= _pictures(photo, identification.pills, crops.balance, service.font, parameters)
     if service.metrics is not None:
         service.metrics.count_prediction(response)
     return response
@@ -146,29 +190,35 @@ def form_schema(
             "required": True,
             "content": {
                 "multipart/form-data": {
-                    "schema": {"type": "object", "required": [field], "properties": {field: schema}}
+                    "schema": {
+                        "type": "object",
+                        "required": [field],
+                        "properties": {field: schema},
+                        "description": "the query parameters may be fields of the form instead",
+                    }
                 }
             },
         }
     }
 
 
-FILE_SCHEMA = {"type": "string", "format": "binary", "description": "JPEG, PNG, WebP or BMP"}
+FILE_SCHEMA = {"type": "string", "format": "binary", "description": KINDS}
 
 
 @predict_router.post(
     "/predict",
     response_model=Prediction,
+    response_model_exclude_unset=True,
     dependencies=[Depends(count_photo)],
     openapi_extra=form_schema("image", FILE_SCHEMA),
 )
 async def predict(
     request: Request,  # multipart form with the file field `image`
-    parameters: PredictParameters = Depends(predict_parameters),  # noqa: B008
+    query: PredictParameters = Depends(predict_parameters),  # noqa: B008
 ) -> Any:
     """Identify the pills of a photo."""
     service: Service = request.app.state.service
     async with service.work_queue.admit():
         loaded = await load_models(service)
-        photos = await read_photos(request, "image", 1, service.max_bytes, service.max_bytes, service.upload_seconds)
+        photos, parameters = await read_request(request, "image", 1, query)
         return await service.work_queue.run(predict_photo, service, loaded, photos[0], parameters)

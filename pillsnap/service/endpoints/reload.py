@@ -11,11 +11,12 @@ from typing import Any
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.concurrency import run_in_threadpool
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ...runtime.session import ModelError
 from .dependencies import Service, require_admin_key
 from ..errors import ApiError
+from ..guard.parameters import refuse_unknown
 from ..inference.model_manager import folder_inside
 from ..schemas import ModelResponse
 
@@ -28,12 +29,22 @@ __all__ = ['LOGGER', 'reload_router', 'ReloadRequest', 'ReloadResponse', 'reload
 class ReloadRequest(BaseModel):
     """The models to serve."""
 
+    model_config = ConfigDict(extra="forbid")
+
     folder: str | None = Field(
         None,
         max_length=1000,
         description="below serve.model_root; null = the same folder again, whose files may be new",
         examples=["served-v4"],
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, body: Any) -> Any:
+        """Refuse an unknown name: without `folder` the same models would be opened again."""
+        if isinstance(body, dict):
+            refuse_unknown(body, cls.model_fields, "field")
+        return body
 
 
 class ReloadResponse(BaseModel):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from fastapi import APIRouter, FastAPI
 
 from .predict import predict_router
+from .shared_metrics import share_metrics
 from .status import status_router
 from ..page.docs import docs_router
 from ..page.page import page_router
@@ -31,6 +32,7 @@ class Endpoint:
 
 
 def _metrics(app: FastAPI) -> APIRouter:
+    share_metrics()  # prometheus_client looks for the folder when it is imported
     from pillsnap.service.endpoints.metrics import RequestCounter, ServiceMetrics, metrics_router
 
     app.state.service.metrics = ServiceMetrics(app.state.service)

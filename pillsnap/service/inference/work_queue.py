@@ -30,7 +30,7 @@ class WorkQueue:
         self,
         workers: int,  # threads
         max_requests: int,  # admitted at the same time, waiting and running
-        seconds: float,  # time limit of a request, from admission to response
+        seconds: float,  # time limit of a request, from the end of its upload to its response
     ) -> None:
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="worker")
         self._workers, self._max_requests, self._seconds = workers, max(max_requests, workers), seconds
@@ -40,34 +40,36 @@ class WorkQueue:
 
     @asynccontextmanager
     async def admit(self) -> AsyncIterator[None]:
-        """Hold a slot of the queue; raises `ApiError` 503 when all are taken, or when the time is over."""
+        """Hold a slot of the queue; raises `ApiError` 503 when all are taken."""
         if self.admitted >= self._max_requests:
-            raise self._busy(503, "queue_full", f"All {self._max_requests} places are taken")
+            raise self._busy("queue_full", f"All {self._max_requests} slots of serve.queue are taken")
         self.admitted += 1
         try:
-            async with asyncio.timeout(self._seconds):
-                yield
-        except TimeoutError:
-            sentence = f"The request was not answered within {self._seconds:g} seconds"
-            raise self._busy(503, "too_slow", sentence) from None
+            yield
         finally:
             self.admitted -= 1
 
-    def _busy(self, status: int, code: str, sentence: str) -> ApiError:
+    def _busy(self, code: str, sentence: str) -> ApiError:
         seconds = max(1, math.ceil(self._average_seconds * self.admitted / self._workers))
-        return ApiError(status, code, f"{sentence}: ask again in {seconds} seconds.", {"Retry-After": str(seconds)})
+        return ApiError(503, code, f"{sentence}: ask again in {seconds} seconds.", {"Retry-After": str(seconds)})
 
     async def run(
         self,
         function: Callable[..., Result],  # to be run
         *arguments: Any,  # for it
     ) -> Result:
-        """Run a function in a worker thread; raises what the function raises."""
+        """Run a function in a worker thread; raises what it raises, and `ApiError` 503 when the time is over."""
         begun = time.perf_counter()
         run = copy_context().run  # the log needs the request id of this context
         future: Future[Result] = self._threads.submit(run, function, *arguments)
         try:
-            return await asyncio.wrap_future(future)
+            async with asyncio.timeout(self._seconds):
+                return await asyncio.wrap_future(future)
+        except TimeoutError:
+            if not future.cancelled() and future.done():
+                raise  # by the function itself
+            sentence = f"The request was not answered within {self._seconds:g} seconds"
+            raise self._busy("too_slow", sentence) from None
         finally:
             self._average_seconds += 0.1 * (time.perf_counter() - begun - self._average_seconds)
 

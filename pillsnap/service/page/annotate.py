@@ -15,11 +15,12 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ...answer.identify import Pill
+from ...answer.identify import Pill, percent
 from ...runlog import decide
 
 # %% auto #0
-__all__ = ['HANGUL_FONTS', 'SURE', 'UNSURE', 'MIN_SIDE', 'shows', 'find_font', 'label_of', 'place_labels', 'annotate_photo']
+__all__ = ['HANGUL_FONTS', 'SURE', 'UNSURE', 'MIN_SIDE', 'shows', 'find_font', 'label_of', 'place_labels', 'upright_photo',
+           'annotate_photo']
 
 # %% ../../../nbs/service/page/02_annotate.ipynb #b576b6f6
 HANGUL_FONTS = (
@@ -107,7 +108,7 @@ def label_of(
     """Text of a label, in characters that the font has."""
     names = (" ".join(unicodedata.normalize("NFC", name).split())[:120] for name in (pill.name, pill.code))
     name = next((name for name in names if name and shows(file, name)), "?")
-    suffix = f"{'' if pill.sure else '?'} {pill.confidence:.0%}"
+    suffix = f"{'' if pill.sure else '?'} {percent(pill.confidence)}"
     font = _font(file, size)
     if font.getlength(name + suffix) <= max_width:
         return name + suffix
@@ -164,16 +165,36 @@ SURE, UNSURE = (24, 128, 66), (190, 82, 14)  # green and orange, dark enough for
 MIN_SIDE = 640  # pixels; longest side of an annotated photo at least
 
 
+def _resized(
+    image: np.ndarray,  # RGB, uint8, (height, width, 3)
+    shortest: int,  # longest side at least, pixels
+    longest: int,  # longest side at most, pixels
+) -> tuple[Image.Image, float]:  # the same photo, its pixels per pixel of `image`
+    height, width = image.shape[:2]
+    scale = float(np.clip(max(width, height), shortest, longest)) / max(width, height)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    # Pillow's resize would first copy the whole photo with four bytes per pixel.
+    method = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+    return Image.fromarray(cv2.resize(image, size, interpolation=method)), scale
+
+
+def upright_photo(
+    image: np.ndarray,  # RGB, uint8, (height, width, 3), as decoded
+    longest: int = 1600,  # longest side of the result at most, pixels
+    quality: int = 85,  # of the JPEG, 1 to 95
+) -> bytes:  # a JPEG file
+    """The photo as the boxes lie on it, for browsers that can't show its file, or show it unturned."""
+    buffer = io.BytesIO()
+    _resized(image, 1, longest)[0].save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
+
+
 def _resized_canvas(
     image: np.ndarray,  # RGB, uint8, (height, width, 3)
     longest: int,  # longest side, pixels
 ) -> tuple[Image.Image, float, int]:  # canvas, canvas pixels per photo pixel, size of the text
-    height, width = image.shape[:2]
-    scale = float(np.clip(max(width, height), min(MIN_SIDE, longest), longest)) / max(width, height)
-    text = max(12, round(scale * max(width, height) / 48))
-    size = max(1, round(width * scale)), max(1, round(height * scale))
-    # Pillow's resize would first copy the whole photo with four bytes per pixel.
-    photo = Image.fromarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR))
+    photo, scale = _resized(image, min(MIN_SIDE, longest), longest)
+    text = max(12, round(scale * max(image.shape[:2]) / 48))
     min_side = 4 * text  # a narrow strip needs space for its labels
     if min(photo.size) >= min_side:
         return photo, scale, text

@@ -146,6 +146,9 @@ def gather(
         "stage": settings.stage,
         "measured_on": split,
         "outdated": bool(record.evaluation) and not evaluated,
+        "without_validation": [
+            task for task in record.tasks if _latest(record, f"{task} validation").get("choice") == "none"
+        ],
         "figures": metrics,
         "tasks": {task: task_facts(record, task) for task in record.tasks},
         "latency": latency if isinstance(latency, dict) else None,
@@ -157,6 +160,11 @@ def gather(
         else None,
         "problems": record.problems,
     }
+
+
+def _latest(record: RunRecord, what: str) -> dict[str, Any]:
+    """The last decision about something; empty where there is none."""
+    return next((item for item in reversed(record.decisions) if item.get("what") == what), {})
 
 
 def _quarantined_share(folder: Path) -> float | None:

@@ -1,79 +1,16 @@
 // The page of the service: photos go in, names come out. What the server says only ever becomes text, never markup.
 
-const TEXT = {
-  en: {
-    skip: "Skip to the results", title: "Which pill is it?",
-    intro: "Photograph a pill, or a handful: each one is named, with how sure the answer is. " +
-      "An imprint is often on one side only, so take the front and the back.",
-    notice: "This is no medical advice: ask a pharmacist or a doctor before you take anything.",
-    pipeline: "Pills in a photo", single: "One pill", combo: "Several pills",
-    single_about: "The clearest pill of the photo is named.",
-    combo_about: "Every pill of the photo is found and named.",
-    choose: "Choose photos", shoot: "Take a photo", drop: "or drop photos here, or paste them",
-    key: "API key", key_use: "Use this key",
-    key_about: "It is kept until this tab is closed, and goes to this server only.",
-    results: "Results", none_yet: "No photo yet.",
-    private: "Your photos are sent to this server for their answers; otherwise they stay in this tab.",
-    docs: "For programs: the API",
-    waiting: "Waiting for its turn", asking: "Asking",
-    pills: (count) => (count === 1 ? "1 pill" : `${count || "no"} pills`),
-    sure: "Sure", unsure: "Not sure", compare: "Not sure: compare the imprint, and look at the other candidates",
-    confidence: "Confidence", candidates: (count) => `The ${count} most likely drugs`, detection: "Detection",
-    whole: "none, the whole photo was taken",
-    code: "K-code", edi: "EDI codes", maker: "Maker", shape: "Shape", colors: "Colours", front: "Imprint, front",
-    back: "Imprint, back", none: "none",
-    time: "Time on the server", decode: "open", detect: "find", crop: "cut out", classify: "name", total: "total",
-    notes: "Note", hint: "Recommendation", again: "Ask again", again_single: "Ask again for one pill",
-    again_combo: "Ask again for several pills",
-    remove: "Remove", remove_this: (name) => `Remove ${name}`,
-    countdown: (seconds) => `Asks again by itself in ${seconds} s`,
-    wait: (seconds) => `You can ask again in ${seconds} s`,
-    unreachable: "The server can't be reached: check the connection, then ask again.",
-    late: "No answer within two minutes: ask again.",
-    silent: "There was an answer, but not one of this service: ask again later.",
-    key_wanted: "The server wants an API key, or another one: type it here.",
-    key_odd: "This key holds characters that no key has: copy it again.",
-    request: "Request number", failed: "No answer", problems: {},
-  },
-  ko: {
-    skip: "결과로 건너뛰기", title: "이 알약은 무엇일까요?",
-    intro: "알약 하나 또는 여러 알을 찍으면 하나하나 이름과 확신도를 알려 드립니다. 글자는 한쪽에만 있는 경우가 많으니 앞면과 뒷면을 모두 찍어 주세요.",
-    notice: "의학적 조언이 아닙니다. 약을 드시기 전에 약사나 의사에게 확인하세요.",
-    pipeline: "사진 속 알약", single: "한 알", combo: "여러 알",
-    single_about: "사진에서 가장 뚜렷한 한 알의 이름을 찾습니다.", combo_about: "사진의 모든 알약을 찾아 이름을 댑니다.",
-    choose: "사진 고르기", shoot: "사진 찍기", drop: "또는 사진을 여기에 끌어다 놓거나 붙여 넣으세요",
-    key: "API 키", key_use: "이 키 사용", key_about: "이 탭을 닫을 때까지만 보관하며 이 서버에만 보냅니다.",
-    results: "결과", none_yet: "아직 사진이 없습니다.",
-    private: "사진은 답을 얻기 위해 이 서버로만 보내며, 그 밖에는 이 탭을 벗어나지 않습니다.", docs: "프로그램을 위한 API",
-    waiting: "차례를 기다리는 중", asking: "묻는 중",
-    pills: (count) => (count ? `알약 ${count}개` : "알약 없음"),
-    sure: "확실함", unsure: "확실하지 않음", compare: "확실하지 않음: 글자를 비교하고 다른 후보도 살펴보세요",
-    confidence: "확신도", candidates: (count) => `가능성이 높은 약 ${count}개`, detection: "알약 검출", whole: "없음, 사진 전체를 사용",
-    code: "K-코드", edi: "EDI 코드", maker: "제조사", shape: "모양", colors: "색", front: "앞면 글자", back: "뒷면 글자", none: "없음",
-    time: "서버 처리 시간", decode: "열기", detect: "찾기", crop: "자르기", classify: "이름 찾기", total: "전체",
-    notes: "참고", hint: "추천", again: "다시 묻기", again_single: "한 알로 다시 묻기", again_combo: "여러 알로 다시 묻기",
-    remove: "지우기", remove_this: (name) => `${name} 지우기`, countdown: (seconds) => `${seconds}초 뒤에 저절로 다시 묻습니다`,
-    wait: (seconds) => `${seconds}초 뒤에 다시 물을 수 있습니다`,
-    unreachable: "서버에 연결할 수 없습니다. 연결을 확인하고 다시 물어 주세요.",
-    late: "2분 안에 답이 오지 않았습니다. 다시 물어 주세요.",
-    silent: "답이 왔지만 이 서비스의 답이 아닙니다. 나중에 다시 물어 주세요.",
-    key_wanted: "API 키가 없거나 맞지 않습니다. 여기에 입력해 주세요.", key_odd: "키에 쓸 수 없는 문자가 있습니다. 키를 다시 복사해 주세요.",
-    request: "요청 번호", failed: "답 없음",
-    problems: { // what the server says in English, by its code
-      key_missing: "API 키가 필요합니다.", key_wrong: "API 키가 맞지 않습니다.", too_large: "사진이 너무 큽니다.",
-      too_many_pixels: "사진의 픽셀이 너무 많습니다.",
-      not_an_image: "읽을 수 있는 사진이 아닙니다. JPEG, PNG, WebP, BMP를 보내 주세요.", damaged_image: "사진이 손상되었거나 잘렸습니다.",
-      too_many_requests: "요청이 너무 많습니다.", no_model: "서버에 아직 모델이 없습니다.", pipeline_unavailable: "이 서버의 모델로는 할 수 없는 방식입니다.",
-      not_active: "이 서버에서 쓰지 않는 방식입니다.", queue_full: "서버가 바쁩니다.", too_slow: "제시간에 답을 마치지 못했습니다.",
-      upload_too_slow: "사진이 제시간에 도착하지 않았습니다.",
-      upload_ended: "전송이 도중에 끝났습니다. 다시 보내 주세요.", internal_error: "서버에서 예상하지 못한 문제가 생겼습니다.",
-    },
-  },
-};
+import { TEXT, WORDS } from "./texts.js";
+
 const AT_ONCE = 2;        // requests at the same time
 const BY_ITSELF = 3;      // times that a photo is sent again after a countdown
-const PATIENCE = 120_000; // milliseconds until an answer counts as lost
-const KEY = "pillsnap-key", LANGUAGE = "pillsnap-language";
+const PATIENCE = 120_000; // milliseconds of silence until an answer counts as lost
+const MAY_CHANGE = [408, 425, 429, 502, 503, 504]; // statuses that the same photo may not get again
+const LONG_SIDE = 2560;   // pixels that are sent at most
+const SMALL = 2_000_000;  // bytes that are sent as they are
+const QUALITY = 0.92;     // of the JPEG that is sent instead of a large photo
+const KEPT_SIDE = 1024;   // pixels of a picture that survives a reload
+const KEY = "pillsnap-key", LANGUAGE = "pillsnap-language", RESULTS = "pillsnap-results";
 
 const byId = (id) => document.getElementById(id);
 const recall = (storage, name) => {
@@ -86,6 +23,7 @@ const cards = []; // one for each photo, newest first
 const queue = []; // cards that wait for their turn
 let language = [recall("localStorage", LANGUAGE), navigator.language.slice(0, 2)].find((name) => name in TEXT) ?? "en";
 let asking = 0;   // requests under way
+let keeping = 0;  // how often results were kept
 let several = true; // whether the server names several pills of a photo
 
 function say(name, ...values) {
@@ -97,10 +35,46 @@ function number(value, options) {
   return new Intl.NumberFormat(language, options).format(value);
 }
 
-function percent(share) {
-  const limit = 0.999; // nobody is 100 % sure
-  const text = number(Math.min(share, limit), { style: "percent", minimumFractionDigits: 1, maximumFractionDigits: 1 });
-  return share > limit ? `> ${text}` : text;
+function percent(share) { // nobody is 100 % sure; the Python client rounds alike
+  return number(Math.min(99, Math.floor(100 * share + 0.5)) / 100, { style: "percent" });
+}
+
+function translated(sentence) { // a note or a hint, null where it has no translation
+  if (language === "en") return sentence;
+  for (const [pattern, meaning] of TEXT[language].sentences) {
+    const found = pattern.exec(sentence);
+    if (found) return meaning(...found.slice(1));
+  }
+  return null;
+}
+
+function sentence(text) {
+  const known = translated(text);
+  return known ? make("p", {}, known) : make("p", { lang: "en" }, text);
+}
+
+function words(text) { // of a label; unknown ones stay
+  const [from, to] = language === "en" ? [0, 1] : [1, 0];
+  const word = (part) => WORDS.find((pair) => pair[from] === part.trim())?.[to];
+  return word(text) ?? text.split(/(\s*[,|/]\s*)/).map((part) => word(part) ?? part).join("");
+}
+
+function imprint(text) { // "M분할선25" of a label is "M | 25"
+  const named = [];
+  const sign = (pattern, shown, name) => (all) => all.replace(pattern, () => { named.push(name); return shown; });
+  const signs = [
+    sign(/십자\s*분할선/g, " + ", "cross"), sign(/분할선/g, " | ", "score"),
+    sign(/마크|로고/g, ` [${say("logo")}] `, null),
+  ];
+  const shown = signs.reduce((all, one) => one(all), text).replace(/\s+/g, " ").trim();
+  const meaning = [...new Set(named)].filter(Boolean).map((name) => say(name));
+  return meaning.length ? `${shown} (${meaning.join(", ")})` : shown;
+}
+
+const nameOf = ({ name, details }) => (language === "en" && details.name_en) || name;
+
+function found({ pills, model }) { // where the detector found nothing, the rest is a guess from the whole photo
+  return pills.filter((one) => one.box_confidence !== null || model.detector === null);
 }
 
 // ---- Building the page: strings become text nodes.
@@ -117,21 +91,54 @@ const make = (tag, attributes = {}, ...children) => fill(document.createElement(
 const draw = (tag, attributes = {}, ...children) =>
   fill(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
 
-function boxes({ photo, pills }) {
-  const across = (x) => `${(100 * x) / photo.width}%`, down = (y) => `${(100 * y) / photo.height}%`;
+function boxes({ photo }, pills) {
   const around = ({ box, sure }) => draw("rect", {
-    class: sure ? "sure" : "unsure", rx: 4,
-    x: across(box.x1), y: down(box.y1), width: across(box.x2 - box.x1), height: down(box.y2 - box.y1)
+    class: sure ? "sure" : "unsure", x: box.x1, y: box.y1, width: box.x2 - box.x1, height: box.y2 - box.y1
   });
-  const label = ({ box, sure, name }, index) => {
-    const right = box.x1 + box.x2 > photo.width, high = box.y1 < photo.height * 0.1; // the words stay inside the photo
-    const short = name.length > 16 ? `${name.slice(0, 15)}…` : name;
-    return draw("text", {
-      x: across(right ? box.x2 : box.x1), y: down(box.y1),
-      dx: right ? -4 : 4, dy: high ? 18 : -6, "text-anchor": right ? "end" : "start"
-    }, `${index + 1} ${short}${sure ? "" : " ?"}`);
+  const radius = Math.max(photo.width, photo.height) / 30;
+  const places = placeBadges(photo, pills.map(({ box }) => box), radius);
+  const badge = ({ sure, box }, index) => {
+    const { x, y, away } = places[index];
+    const end = { x2: Math.min(Math.max(x, box.x1), box.x2), y2: Math.min(Math.max(y, box.y1), box.y2) };
+    return draw("g", { class: sure ? "sure" : "unsure" }, away ? draw("line", { x1: x, y1: y, ...end }) : null,
+      draw("circle", { cx: x, cy: y, r: radius }),
+      draw("text", { x, y, dy: "0.36em", "font-size": 1.1 * radius }, `${index + 1}${sure ? "" : "?"}`));
   };
-  return draw("svg", { "aria-hidden": "true" }, pills.map(around), pills.map(label));
+  const whole = `0 0 ${photo.width} ${photo.height}`;
+  return draw("svg", { "aria-hidden": "true", viewBox: whole, preserveAspectRatio: "none" },
+    pills.map(around), pills.map(badge));
+}
+
+function placeBadges(photo, boxes, radius) { // beside their boxes, and where they cover neither a pill nor a badge
+  const overlap = (x, y, size, other) =>
+    Math.max(0, Math.min(x + size, other.x2) - Math.max(x - size, other.x1)) *
+    Math.max(0, Math.min(y + size, other.y2) - Math.max(y - size, other.y1));
+  const within = (value, size) => Math.min(Math.max(value, radius), Math.max(size - radius, radius));
+  const placed = [];
+  for (const box of boxes) {
+    let best = null;
+    for (const step of [1.15, 2.3, 3.5, 5, 7, 9]) {
+      const away = step * radius, middle = [(box.x1 + box.x2) / 2, (box.y1 + box.y2) / 2];
+      const columns = [box.x1 + radius, box.x2 - radius, middle[0]];
+      const rows = [box.y1 + radius, box.y2 - radius, middle[1]];
+      const around = [
+        ...[box.y1 - away, box.y2 + away].flatMap((y) => columns.map((x) => [x, y])),
+        ...[box.x1 - away, box.x2 + away].flatMap((x) => rows.map((y) => [x, y])),
+        ...[box.y1 - away, box.y2 + away].flatMap((y) => [box.x1 - away, box.x2 + away].map((x) => [x, y])),
+        [box.x1 + radius, box.y1 + radius], [box.x2 - radius, box.y1 + radius], // inside, at a corner
+        [box.x1 + radius, box.y2 - radius], [box.x2 - radius, box.y2 - radius],
+      ];
+      for (const [wishedX, wishedY] of around) {
+        const x = within(wishedX, photo.width), y = within(wishedY, photo.height);
+        const covered = boxes.reduce((sum, other) => sum + overlap(x, y, 1.05 * radius, other), 0) +
+          20 * placed.reduce((sum, other) => sum + overlap(x, y, 1.1 * radius, other), 0);
+        const cost = covered / radius ** 2 + 0.01 * step;
+        if (!best || cost < best.cost - 1e-9) best = { x, y, cost, away: step > 2 };
+      }
+    }
+    placed.push({ ...best, x1: best.x - radius, y1: best.y - radius, x2: best.x + radius, y2: best.y + radius });
+  }
+  return placed;
 }
 
 function pairs(kind, rows) {
@@ -140,9 +147,12 @@ function pairs(kind, rows) {
 }
 
 function facts({ code, edi_codes, maker, details }, more = []) {
+  const english = language === "en";
   const known = {
-    code, edi: edi_codes.join(", ") || say("none"), maker, shape: details.shape, colors: details.colors,
-    front: details.print_front, back: details.print_back
+    code, edi: edi_codes.join(", ") || say("none"),
+    maker: (english && details.company_en) || maker, shape: words(details.shape ?? ""),
+    colors: words(details.colors ?? ""), form: words(details.form ?? ""),
+    front: imprint(details.print_front ?? ""), back: imprint(details.print_back ?? "")
   };
   const rows = Object.entries(known).filter(([, value]) => value).map(([name, value]) => [say(name), value]);
   return pairs("facts", [...rows, ...more]);
@@ -158,76 +168,107 @@ function confidence(share) {
     make("span", {}, percent(share)));
 }
 
-function pill(answer, index) {
-  const where = answer.box_confidence === null ? say("whole") : percent(answer.box_confidence);
+function pill(answer, index, all) {
+  const whole = answer.box_confidence === null;
   return make("li", { class: answer.sure ? "pill" : "pill unsure" },
-    make("h4", {}, make("span", { class: "number" }, String(index + 1)), answer.name),
-    make("p", { class: "verdict" }, say(answer.sure ? "sure" : "compare")),
-    confidence(answer.confidence),
-    facts(answer, [[say("detection"), where]]),
-    make("details", { open: !answer.sure }, make("summary", {}, say("candidates", answer.candidates.length)),
+    make("h4", {}, make("span", { class: "number" }, String(index + 1)), nameOf(answer)),
+    make("div", { class: "level" },
+      make("p", { class: "verdict" }, say(answer.sure ? "sure" : "compare")), confidence(answer.confidence)),
+    facts(answer, whole ? [[say("detection"), say("whole")]] : []),
+    make("details", { open: !answer.sure && all.length < 3 },
+      make("summary", {}, say("candidates", answer.candidates.length)),
       make("ol", {}, answer.candidates.map((candidate) =>
-        make("li", {}, make("b", {}, candidate.name), confidence(candidate.confidence), facts(candidate))))));
+        make("li", {}, make("b", {}, nameOf(candidate)), confidence(candidate.confidence), facts(candidate))))));
 }
 
 function recommendation(card, { pipeline, reason }) {
   return make("div", { class: "hint" },
-    make("p", {}, make("b", {}, say("hint"))), make("p", { lang: "en" }, reason),
-    make("button", { type: "button", class: "main", onclick: () => askAgain(card, pipeline) },
-      say(`again_${pipeline}`)));
+    make("p", {}, make("b", {}, say("hint"))), sentence(reason), repeat(card, pipeline, "main"));
+}
+
+function repeat(card, pipeline, look) { // a button, where the photo is still there
+  if (!card.file) return make("p", {}, say("gone"));
+  const again = () => askAgain(card, pipeline);
+  return make("button", { type: "button", class: look, onclick: again }, say(`again_${pipeline}`));
+}
+
+function recolor(card) { // the photo in the colours that were compared, or as it was
+  const again = () => {
+    card.corrected = !card.corrected;
+    askAgain(card, card.pipeline);
+  };
+  return make("button", { type: "button", "aria-pressed": String(Boolean(card.corrected)), onclick: again },
+    say(card.corrected ? "original" : "corrected"));
+}
+
+function internals({ timings_ms, model, pills }) {
+  const times = Object.entries(timings_ms).map(([step, time]) =>
+    [say(step) ?? step, `${number(time, { maximumFractionDigits: time < 10 ? 1 : 0 })} ms`]);
+  const networks = [model.classifier, model.detector, model.version].filter(Boolean).join(", ");
+  const seen = pills.map((one) => (one.box_confidence === null ? "–" : percent(one.box_confidence))).join(", ");
+  const other = pills.filter((one) => nameOf(one) !== one.name).map((one) => one.name).join(", ");
+  const korean = other ? [[say("korean"), other]] : [];
+  return make("details", { class: "internals" }, make("summary", {}, say("details")),
+    make("small", {}, say("time")), pairs("timings", times),
+    pairs("facts", [[say("detection"), seen || "–"], ...korean, [say("model"), networks]]));
 }
 
 function result(card) {
-  const { pills, notes, hint, timings_ms, notice, model } = card.answer;
+  const { notes, hint, notice } = card.answer, pills = found(card.answer);
   const other = card.pipeline === "single" ? "combo" : "single";
-  const times = Object.entries(timings_ms).map(([step, time]) =>
-    [say(step) ?? step, `${number(time, { maximumFractionDigits: time < 10 ? 1 : 0 })} ms`]);
+  const told = pills.length ? notes : notes.filter((note) => !note.startsWith("No pill was found"));
+  const offered = hint?.pipeline === other || !several || !pills.length || !card.file;
   return [
+    pills.length ? make("ol", { class: "pills" }, pills.map(pill))
+      : make("div", { class: "notes nothing" }, make("b", {}, say("nothing")), make("p", {}, say("nothing_about"))),
     hint ? recommendation(card, hint) : null,
-    notes.length ? make("div", { class: "notes" }, make("b", {}, say("notes")),
-      notes.map((note) => make("p", { lang: "en" }, note))) : null,
-    make("ol", { class: "pills" }, pills.map(pill)),
-    make("div", {}, make("small", {}, say("time")), pairs("timings", times)),
-    make("small", { lang: "en" },
-      `${notice} ${model.classifier}${model.detector ? `, ${model.detector}` : ""}, ${model.version}`),
-    hint?.pipeline === other || !several ? null : make("div", { class: "actions" },
-      make("button", { type: "button", onclick: () => askAgain(card, other) }, say(`again_${other}`))),
+    told.length ? make("div", { class: "notes" }, make("b", {}, say("notes")), told.map(sentence)) : null,
+    language === "en" ? make("small", { lang: "en" }, notice) : make("small", {}, say("notice")),
+    offered ? null : make("div", { class: "actions" }, repeat(card, other, "")),
+    card.file && card.answer.model.color !== "none" ? make("div", { class: "actions" }, recolor(card)) : null,
+    internals(card.answer),
   ];
 }
 
 function failure(card) {
-  const { own, code, detail, request } = card.problem, seconds = secondsLeft(card);
-  const translated = own ? say(own) : TEXT[language].problems[code];
+  const { own, code, detail, request, retry } = card.problem, seconds = secondsLeft(card);
+  const known = own ? say(own) : TEXT[language].problems[code];
+  const shown = known ? make("p", {}, make("b", {}, known)) : say("refused") ? make("p", {}, say("refused")) : null;
   return [
-    make("div", { class: "problem", role: "alert" },
-      translated ? make("p", {}, make("b", {}, translated)) : null,
-      detail ? make("p", { lang: "en" }, detail) : null,
+    make("div", { class: "problem", role: "alert" }, shown,
+      detail && !known ? make("p", { lang: "en" }, detail) : null,
       request ? make("small", {}, `${say("request")}: `, make("code", {}, request)) : null),
-    make("div", { class: "actions" },
+    retry ? make("div", { class: "actions" },
       make("button", { type: "button", disabled: seconds > 0, onclick: () => askAgain(card, card.pipeline) },
         say("again")),
-      make("span", { role: "timer" }, seconds > 0 ? countdown(card, seconds) : "")),
+      make("span", { role: "timer" }, seconds > 0 ? countdown(card, seconds) : "")) : null,
   ];
 }
 
 function summary(card) {
-  const named = card.answer.pills.map((one, index) =>
-    `${index + 1}: ${one.name}, ${say(one.sure ? "sure" : "unsure")}, ${percent(one.confidence)}`);
-  return [`${card.file.name}: ${say("pills", named.length)}`, ...named].join(". ");
+  const pills = found(card.answer);
+  const named = pills.map((one, index) =>
+    `${index + 1}: ${nameOf(one)}, ${say(one.sure ? "sure" : "unsure")}, ${percent(one.confidence)}`);
+  return [`${card.name}: ${say("pills", named.length)}`, ...named].join(". ");
+}
+
+function busy(card) {
+  return [make("div", { class: "busy" }, make("span", {}, say(card.state)),
+    card.state === "sending" ? make("progress", { max: 1, value: 0, "aria-label": say("sent") }) : null)];
 }
 
 function render(card) {
   const focused = card.node.contains(document.activeElement);
-  const about = card.state === "done" ? say("pills", card.answer.pills.length)
+  const about = card.state === "done" ? say("pills", found(card.answer).length)
     : card.state === "failed" ? say("failed") : "";
-  card.picture.alt = card.state === "done" ? summary(card) : card.file.name;
-  card.title = make("h3", { tabindex: -1 }, card.file.name,
+  card.picture.alt = card.state === "done" ? summary(card) : card.name;
+  card.title = make("h3", { tabindex: -1 }, card.name,
     make("small", {}, [say(card.pipeline), about].filter(Boolean).join(" · ")));
   const remove = make("button",
-    { type: "button", "aria-label": say("remove_this", card.file.name), onclick: () => discard(card) }, say("remove"));
-  const body = { done: result, failed: failure }[card.state] ?? (() => [make("p", { class: "busy" }, say(card.state))]);
+    { type: "button", "aria-label": say("remove_this", card.name), onclick: () => discard(card) }, say("remove"));
+  const body = { done: result, failed: failure }[card.state] ?? busy;
   const photo = card.broken ? null : make("div", { class: "photo" },
-    card.picture, card.state === "done" ? boxes(card.answer) : null);
+    card.picture, card.state === "done" && found(card.answer).length ? boxes(card.answer, found(card.answer)) : null);
   card.node.replaceChildren(
     make("header", {}, card.title, remove),
     make("div", { class: "sides" },
@@ -235,31 +276,80 @@ function render(card) {
   if (focused) card.title.focus({ preventScroll: true });
 }
 
+// ---- What is sent: a small photo as it is, a large one shrunk, both as they are shown.
+
+// What only the server knows how to turn: orientation in XMP, or in the EXIF of anything but a JPEG.
+const TURNED = /tiff:Orientation/;
+const TURNED_ELSEWHERE = /tiff:Orientation|Exif\0\0|EXIF|eXIf|XMP |com\.adobe\.xmp|^.{4}ftyp/s;
+
+async function prepare(file) { // the file to send, and whether the server has to show how it sees it
+  const bitmap = await createImageBitmap(file).catch(() => null);
+  if (!bitmap) return { sent: file, unseen: true };
+  const bytes = new TextDecoder("latin1").decode(await file.arrayBuffer()), jpeg = bytes.startsWith("\xff\xd8");
+  if ((jpeg ? TURNED : TURNED_ELSEWHERE).test(bytes)) return { sent: file, unseen: true };
+  const scale = Math.min(1, LONG_SIDE / Math.max(bitmap.width, bitmap.height));
+  if ((scale === 1 && file.size <= SMALL) || (jpeg && mayBeCut(bytes, bitmap))) return { sent: file, unseen: false };
+  return { sent: await shrink(bitmap, scale), unseen: false };
+}
+
+// A browser shows a JPEG that ends early; sent anew it would look whole, so the server gets the file itself.
+function mayBeCut(bytes, bitmap) {
+  const progressive = /\xff\xc2\0[\x08-\x20]\x08/.test(bytes); // where it ends early, it is only less sharp
+  if (progressive || bytes.lastIndexOf("\xff\xd9") < bytes.lastIndexOf("\xff\xda")) return true;
+  const row = canvasOf(bitmap.width, 1).getContext("2d");
+  row.drawImage(bitmap, 0, 1 - bitmap.height);
+  const { data } = row.getImageData(0, 0, bitmap.width, 1);
+  return data.every((value, index) => index % 4 === 3 || Math.abs(value - 128) < 3); // the grey of what is missing
+}
+
+function canvasOf(width, height) {
+  return Object.assign(document.createElement("canvas"), { width, height });
+}
+
+async function shrink(bitmap, scale, quality = QUALITY) { // a JPEG in sRGB, upright
+  const width = Math.max(1, Math.round(bitmap.width * scale)), height = Math.max(1, Math.round(bitmap.height * scale));
+  const small = await createImageBitmap(bitmap, { resizeWidth: width, resizeHeight: height, resizeQuality: "high" });
+  const canvas = canvasOf(width, height), brush = canvas.getContext("2d");
+  brush.fillStyle = "white"; // below what is transparent, as the server does
+  brush.fillRect(0, 0, width, height);
+  brush.drawImage(small, 0, 0);
+  return new Promise((resolve) => { canvas.toBlob(resolve, "image/jpeg", quality); });
+}
+
+function show(card, source) {
+  URL.revokeObjectURL(card.picture.src);
+  card.broken = false;
+  card.picture.src = source;
+}
+
 // ---- Asking the server.
 
+function cardOf(name, pipeline, file, source) {
+  const card = { name, pipeline, file, tries: 0, node: make("article", { class: "card" }), picture: make("img", {}) };
+  // The browser can't show this file.
+  card.picture.addEventListener("error", () => { card.broken = true; render(card); });
+  card.picture.src = source;
+  return card;
+}
+
 function add(files) {
+  byId("drop-problem")?.remove();
   const pipeline = document.querySelector("[name=pipeline]:checked").value;
-  const added = files.map((file) => ({
-    file, pipeline, tries: 0, node: make("article", { class: "card" }),
-    picture: make("img", { src: URL.createObjectURL(file) })
-  }));
+  const added = files.map((file) => cardOf(file.name, pipeline, file, URL.createObjectURL(file)));
   cards.unshift(...added);
   byId("cards").prepend(...added.map((card) => card.node));
   byId("none-yet").hidden = cards.length > 0;
-  for (const card of added) {
-    // The browser can't show this file.
-    card.picture.addEventListener("error", () => { card.broken = true; render(card); });
-    enqueue(card);
-  }
+  added.forEach(enqueue);
   added[0]?.node.scrollIntoView({ block: "start" });
 }
 
 function discard(card) {
-  card.stop?.abort();
+  card.stop?.();
   clearInterval(card.clock);
   URL.revokeObjectURL(card.picture.src);
   for (const list of [cards, queue]) if (list.includes(card)) list.splice(list.indexOf(card), 1);
   card.node.remove();
+  keep();
   byId("none-yet").hidden = cards.length > 0;
   (cards[0]?.title ?? byId("choose")).focus();
 }
@@ -282,7 +372,7 @@ async function next() {
   if (asking >= AT_ONCE || queue.length === 0) return;
   const card = queue.shift();
   asking += 1;
-  card.state = "asking";
+  card.state = "preparing";
   render(card);
   Object.assign(card, await ask(card));
   asking -= 1;
@@ -292,7 +382,10 @@ async function next() {
 
 function settle(card) { // the answer is here, or it never will be
   render(card);
-  if (card.state === "done") announce(summary(card));
+  if (card.state === "done") {
+    announce(summary(card));
+    keep();
+  }
   if (card.problem?.key) wantKey();
   if (card.until > Date.now()) card.clock = setInterval(() => tick(card), 250);
 }
@@ -301,29 +394,66 @@ async function ask(card) {
   const failed = (problem, until = 0) => ({ state: "failed", problem, until });
   const key = byId("key").value.trim();
   if (/[^\x21-\x7e]/.test(key)) return failed({ own: "key_odd", key: true });
-  const form = new FormData();
-  form.append("image", card.file);
-  card.stop = new AbortController();
-  const signal = AbortSignal.any([card.stop.signal, AbortSignal.timeout(PATIENCE)]);
-  try {
-    const response = await fetch(`predict?pipeline=${card.pipeline}`, {
-      method: "POST", body: form, headers: key ? { "X-API-Key": key } : {}, signal
-    });
-    // Something between here and the server may answer with a page.
-    const told = await response.json().catch(() => ({}));
-    if (response.ok && told.photo) return { state: "done", answer: told, problem: null };
-    const until = waitUntil(response);
-    card.tries += until ? 1 : 0;
-    const reason = typeof told.detail === "string" ? { detail: told.detail, code: told.code } : { own: "silent" };
-    const request = told.request_id ?? response.headers.get("X-Request-ID");
-    return failed({ ...reason, request, key: [401, 403].includes(response.status) }, until);
-  } catch {
-    return failed({ own: signal.reason?.name === "TimeoutError" ? "late" : "unreachable" });
+  card.prepared ??= await prepare(card.file);
+  if (!cards.includes(card)) return {};
+  if (card.prepared.sent !== card.file) show(card, URL.createObjectURL(card.prepared.sent));
+  const { own, status, text, header } = await post(card, key);
+  if (own) return failed({ own, retry: true });
+  const told = parse(text);
+  if (status === 200 && told.photo) {
+    const shown = told.corrected || told.picture;
+    if (shown) show(card, shown);
+    else if (card.recolored) show(card, URL.createObjectURL(card.prepared.sent));
+    card.recolored = Boolean(told.corrected);
+    return { state: "done", answer: { ...told, picture: null, corrected: null }, problem: null };
   }
+  const until = waitUntil(status, header("Retry-After"));
+  card.tries += until ? 1 : 0;
+  const reason = typeof told.detail === "string" ? { detail: told.detail, code: told.code } : { own: "silent" };
+  const retry = reason.own || MAY_CHANGE.includes(status) || told.code === "upload_ended";
+  const request = told.request_id ?? header("X-Request-ID");
+  return failed({ ...reason, request, retry, key: [401, 403].includes(status) }, until);
 }
 
-function waitUntil({ status, headers }) { // milliseconds since 1970, 0 = no need to wait
-  const wanted = headers.get("Retry-After");
+function parse(text) { // something between here and the server may answer with a page
+  try { return JSON.parse(text) ?? {}; } catch { return {}; }
+}
+
+function post(card, key) { // only XMLHttpRequest tells how much is sent
+  const { sent, unseen } = card.prepared, form = new FormData(), request = new XMLHttpRequest();
+  form.append("image", sent, card.name);
+  return new Promise((resolve) => {
+    let clock = 0;
+    const end = (answer) => { clearTimeout(clock); resolve(answer); };
+    const wait = () => {
+      clearTimeout(clock);
+      clock = setTimeout(() => { end({ own: "late" }); request.abort(); }, PATIENCE);
+    };
+    request.upload.addEventListener("progress", ({ loaded, total }) => { wait(); progress(card, loaded / total); });
+    request.upload.addEventListener("load", () => { wait(); card.state = "asking"; render(card); });
+    request.addEventListener("load", () => end({
+      status: request.status, text: request.responseText, header: (name) => request.getResponseHeader(name)
+    }));
+    for (const kind of ["error", "abort"]) request.addEventListener(kind, () => end({ own: "unreachable" }));
+    const wanted = [unseen ? "&picture=true" : "", card.corrected ? "&corrected=true" : ""].join("");
+    request.open("POST", `predict?pipeline=${card.pipeline}${wanted}`);
+    if (key) request.setRequestHeader("X-API-Key", key);
+    card.stop = () => request.abort();
+    card.state = "sending";
+    render(card);
+    wait();
+    request.send(form);
+  });
+}
+
+function progress(card, share) {
+  const bar = card.node.querySelector("progress");
+  if (!bar) return;
+  bar.value = share;
+  bar.previousSibling.textContent = `${say("sending")}: ${number(share, { style: "percent" })}`;
+}
+
+function waitUntil(status, wanted) { // milliseconds since 1970, 0 = no need to wait
   if (!wanted || ![429, 503].includes(status)) return 0;
   return Math.max(
     Date.now() + 1000, /^\d+$/.test(wanted) ? Date.now() + 1000 * Number(wanted) : Date.parse(wanted) || 0);
@@ -346,6 +476,42 @@ function tick(card) {
   clearInterval(card.clock);
   if (card.tries <= BY_ITSELF) enqueue(card);
   else render(card);
+}
+
+// ---- Results outlive a reload, in this tab.
+
+async function keep() {
+  const turn = ++keeping, done = cards.filter((card) => card.state === "done");
+  const kept = await Promise.all(done.map(async (card) =>
+    ({ name: card.name, pipeline: card.pipeline, answer: card.answer, source: await thumbnail(card) })));
+  if (turn !== keeping) return; // a later one holds more
+  for (; kept.length; kept.pop()) { // the oldest go where the storage is full
+    try { sessionStorage.setItem(RESULTS, JSON.stringify(kept)); return; } catch { /* one less */ }
+  }
+  try { sessionStorage.removeItem(RESULTS); } catch { /* forbidden: then nothing was kept */ }
+}
+
+async function thumbnail(card) {
+  if (card.kept?.of === card.picture.src) return card.kept.source;
+  const { picture } = card, of = picture.src;
+  await picture.decode().catch(() => null);
+  const scale = Math.min(1, KEPT_SIDE / Math.max(picture.naturalWidth, picture.naturalHeight, 1));
+  const canvas = canvasOf(Math.round(picture.naturalWidth * scale), Math.round(picture.naturalHeight * scale));
+  canvas.getContext("2d").drawImage(picture, 0, 0, canvas.width, canvas.height);
+  card.kept = { of, source: card.broken ? "" : canvas.toDataURL("image/jpeg", 0.85) };
+  return card.kept.source;
+}
+
+function restore() {
+  for (const { name, pipeline, answer, source } of JSON.parse(recall("sessionStorage", RESULTS) ?? "[]")) {
+    const card = Object.assign(cardOf(name, pipeline, null, source), { state: "done", answer, problem: null });
+    card.broken = !source;
+    card.kept = { of: card.picture.src, source };
+    render(card);
+    cards.push(card);
+    byId("cards").append(card.node);
+  }
+  byId("none-yet").hidden = cards.length > 0;
 }
 
 function announce(text) {
@@ -391,20 +557,27 @@ for (const [button, input] of [["choose", "photos"], ["shoot", "camera"]]) {
   // An empty value lets the same file be chosen again.
   byId(input).addEventListener("change", ({ target }) => { add([...target.files]); target.value = ""; });
 }
-document.addEventListener("paste", (event) => {
-  if (event.clipboardData.files.length === 0) return;
+function take(event, { files }) { // what is dropped or pasted
+  if (event.target === byId("key") && files.length === 0) return;
   event.preventDefault();
-  add([...event.clipboardData.files]);
-});
+  if (files.length) add([...files]);
+  else refuse();
+}
+
+function refuse() {
+  byId("drop-problem")?.remove();
+  const named = { id: "drop-problem", class: "problem", role: "alert", "data-text": "no_file" };
+  const problem = make("p", named, say("no_file"));
+  document.querySelector(".drop").after(problem);
+  problem.scrollIntoView({ block: "nearest" });
+}
+
+document.addEventListener("paste", (event) => take(event, event.clipboardData));
 const area = document.querySelector(".drop");
 // A drop beside the area must not leave the page.
 document.addEventListener("dragover", (event) => { event.preventDefault(); area.classList.add("over"); });
 document.addEventListener("dragleave", (event) => { if (!event.relatedTarget) area.classList.remove("over"); });
-document.addEventListener("drop", (event) => {
-  event.preventDefault();
-  area.classList.remove("over");
-  add([...event.dataTransfer.files]);
-});
+document.addEventListener("drop", (event) => { area.classList.remove("over"); take(event, event.dataTransfer); });
 byId("key").value = recall("sessionStorage", KEY) ?? "";
 byId("key").addEventListener("input", ({ target }) => {
   target.removeAttribute("aria-invalid");
@@ -416,4 +589,5 @@ byId("key-form").addEventListener("submit", (event) => {
   cards.filter((card) => card.state === "failed" && card.problem.key).forEach((card) => askAgain(card, card.pipeline));
 });
 speak(language);
+try { restore(); } catch { remember("sessionStorage", RESULTS, "[]"); } // kept by another release
 learnWhatIsOffered();
