@@ -14,11 +14,10 @@ import numpy as np
 from .learned import LEARNED_RULE, learned_color
 from .surroundings import Surroundings, surroundings
 from ...runtime.boxes import Box
-from ...runtime.color.lut import Curves
 from ...runtime.color.spaces import to_encoded, to_linear
 
 # %% auto #0
-__all__ = ['NO_CORRECTION', 'Rule', 'COLOR_RULES', 'grey_mean', 'Balance', 'estimate_balances', 'estimate_balance']
+__all__ = ['NO_CORRECTION', 'Rule', 'COLOR_RULES', 'grey_mean', 'gain_table', 'Balance', 'estimate_balances', 'estimate_balance']
 
 # %% ../../../nbs/answer/color/02_balance.ipynb #9ac97a89
 _GREY = 0.5  # linear light that the surroundings get
@@ -40,6 +39,17 @@ COLOR_RULES: dict[str, Rule] = {
     "shades_of_gray": lambda around, box: grey_mean(around.unclipped(), 6) / _GREY,
     LEARNED_RULE: learned_color,
 }
+
+
+_LEVELS = to_linear(np.arange(256) / 255)[:, None]
+
+
+def gain_table(
+    gains: Sequence[float] | np.ndarray,  # factors of linear red, green and blue
+) -> np.ndarray:  # uint8 (256, 3): the levels that come out
+    """What gains make of each level."""
+    table: np.ndarray = np.rint(255 * to_encoded(np.clip(_LEVELS * np.asarray(gains), 0, 1))).astype(np.uint8)
+    return table
 
 
 _FAR_CAST = 1.5  # beyond it, a channel has too few levels left
@@ -72,12 +82,7 @@ class Balance:
         image: np.ndarray,  # RGB, uint8, (height, width, 3)
     ) -> np.ndarray:  # RGB, uint8, (height, width, 3)
         """Correct a photo, or a crop of it."""
-        return cv2.LUT(image, np.rint(255 * self.curves().table).astype(np.uint8)[:, None])
-
-    def curves(self) -> Curves:
-        """The same as curves, a point for each of 256 levels."""
-        levels = to_linear(np.arange(256) / 255)[:, None] * self.gains
-        return Curves(to_encoded(np.clip(levels, 0, 1)))
+        return cv2.LUT(image, gain_table(self.gains)[:, None])
 
 
 def estimate_balances(

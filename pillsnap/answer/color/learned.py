@@ -13,14 +13,20 @@ from .surroundings import Surroundings
 from ...runtime.boxes import Box
 
 # %% auto #0
-__all__ = ['FEATURES', 'LEARNED_RULE', 'LEARNED', 'light_features', 'LightWeights', 'learned_color']
+__all__ = ['EDGES', 'FEATURES', 'LEARNED_RULE', 'LEARNED', 'light_features', 'LightWeights', 'mixed_color', 'learned_color']
 
-# %% ../../../nbs/answer/color/01_learned.ipynb #39d5c71a
-_QUANTILES = (0.25, 0.5, 0.75, 0.9)
+# %% ../../../nbs/answer/color/01_learned.ipynb #dd7b2e7c
+_QUANTILES = (0.5, 0.75, 0.9)
 _POWERS = (1, 6)  # grey world, shades of grey
 _REACHES = (0.25, 0.8)  # around a pill, fractions of its longer side
 _ENOUGH = 24  # pixels
-FEATURES = (*(f"quantile {part}" for part in _QUANTILES), "mean", "mean, power 6", "next to the pill", "near the pill")
+EDGES = "edges"
+FEATURES = (
+    *(f"quantile {part}" for part in _QUANTILES),
+    *(f"mean, power {power}" for power in _POWERS),
+    EDGES,
+    *(f"within {reach} of the pill" for reach in _REACHES),
+)
 
 
 def light_features(
@@ -28,22 +34,23 @@ def light_features(
     box: Box | None = None,  # of the pill, pixels of the photo; None: for the whole photo
 ) -> np.ndarray:  # (features, 3): log2 of linear red, green and blue
     """Describe the light of a photo, or of a pill in it."""
-    light = np.maximum(around.light(), 1e-4)
+    light, edges = around.light(), around.edges()
     rows = [*np.quantile(light, _QUANTILES, axis=0)]
     rows += [np.mean(light**power, axis=0) ** (1 / power) for power in _POWERS]
+    rows.append(edges.mean(axis=0) if len(edges) >= _ENOUGH else light.mean(axis=0))
     for reach in _REACHES:
         near = light[:0] if box is None else around.near(box, reach)
-        rows.append(np.median(near, axis=0) if len(near) >= _ENOUGH else rows[1])
+        rows.append(np.median(near, axis=0) if len(near) >= _ENOUGH else rows[0])
     features: np.ndarray = np.log2(np.maximum(rows, 1e-4))
     return features
 
-# %% ../../../nbs/answer/color/01_learned.ipynb #c385afd8
+# %% ../../../nbs/answer/color/01_learned.ipynb #78315311
 LEARNED_RULE = "learned"  # value of identify.color
 
 
 @dataclass(frozen=True)
 class LightWeights:
-    """What `pillsnap color fit` learns."""
+    """What is learned."""
 
     brightness: tuple[float, ...]  # of each feature; their sum is 1
     color: tuple[float, ...]  # of each feature; their sum is 1
@@ -55,20 +62,26 @@ class LightWeights:
 
 
 LEARNED = LightWeights(
-    brightness=(0.0, 0.5, 0.0, 0.0, 0.0, 0.0, 0.25, 0.25),
-    color=(0.0, 0.5, 0.0, 0.0, 0.0, 0.0, 0.25, 0.25),
-    level=-1.0,
+    brightness=(0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
+    color=(0.0, 0.0, 0.0, 0.0, 0.0, 0.5, 0.0, 0.5),
+    level=-1.5,
 )
+
+
+def mixed_color(
+    features: np.ndarray,  # (features, 3), from `light_features`
+    weights: LightWeights = LEARNED,
+) -> np.ndarray:  # (3,): linear light of the colour 1
+    """Mix the numbers."""
+    brightness = features.mean(axis=1, keepdims=True)
+    mixed = np.asarray(weights.color) @ (features - brightness) + np.asarray(weights.brightness) @ brightness
+    color: np.ndarray = 2 ** (mixed - weights.level)
+    return color
 
 
 def learned_color(
     around: Surroundings,
     box: Box | None = None,  # of the pill, pixels of the photo; None: for the whole photo
-    weights: LightWeights = LEARNED,
-) -> np.ndarray:  # (3,): linear light of a grey of the brightness 1
+) -> np.ndarray:  # (3,): linear light of the colour 1
     """Estimate the light."""
-    features = light_features(around, box)
-    brightness = features.mean(axis=1, keepdims=True)
-    mixed = np.asarray(weights.color) @ (features - brightness) + np.asarray(weights.brightness) @ brightness
-    color: np.ndarray = 2 ** (mixed - weights.level)
-    return color
+    return mixed_color(light_features(around, box))

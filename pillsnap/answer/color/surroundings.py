@@ -47,6 +47,15 @@ class Surroundings:
         kept = pixels.max(axis=1) < _CLIPPED
         return _light(pixels[kept] if kept.any() else pixels)
 
+    def edges(self) -> np.ndarray:
+        """How much the light changes from pixel to pixel, linear (n, 3), where nothing is clipped."""
+        kept = (self.seen & (self.small.max(axis=2) < _CLIPPED)).astype(np.uint8)
+        inside = cv2.erode(kept, np.ones((5, 5), np.uint8))[1:-1, 1:-1] > 0
+        soft = cv2.GaussianBlur(_LINEAR.astype(np.float32)[self.small], (0, 0), 1)
+        across, down = soft[1:-1, 2:] - soft[1:-1, :-2], soft[2:, 1:-1] - soft[:-2, 1:-1]
+        edges: np.ndarray = np.hypot(across[inside], down[inside])
+        return edges
+
     def near(
         self,
         box: Box,  # of a pill, pixels of the photo

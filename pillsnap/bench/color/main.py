@@ -103,9 +103,9 @@ def measure_photos(
         name: {rule: light_differences(read_photos(folder, "val"), each) for rule, each in CORRECTIONS.items()}
         for name, folder in folders.items()
     }
-    train = [photo for folder in folders.values() for photo in read_photos(folder, "train")]
+    train = [light_samples(read_photos(folder, "train")) for folder in folders.values()]
     brightness = [] if studio is None else [studio_brightness(studio)]
-    fitted = fit_light(light_samples(train), *brightness)
+    fitted = fit_light(train, *brightness)
     values = {
         "top1": {name: each.top1() for name, each in found.items()},
         "intervals": intervals(found),
