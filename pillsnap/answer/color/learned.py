@@ -62,9 +62,9 @@ class LightWeights:
 
 
 LEARNED = LightWeights(
-    brightness=(0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
+    brightness=(0.5, 0.0, 0.0, 0.0, 0.0, 0.0, 0.5, 0.0),
     color=(0.0, 0.0, 0.0, 0.0, 0.0, 0.5, 0.0, 0.5),
-    level=-1.5,
+    level=-1.199,
 )
 
 
