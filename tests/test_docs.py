@@ -295,7 +295,7 @@ def test_example_of_an_endpoint(monkeypatch: pytest.MonkeyPatch):
     example("An endpoint")
     client = TestClient(create_app(Settings(), Environment((RIGHT,))))
     assert client.get("/limits").status_code == 401
-    assert client.get("/limits", headers=KEY).json() == {"image_mb": 20.0, "megapixels": 50.0}
+    assert client.get("/limits", headers=KEY).json() == {"image_mb": 20.0, "megapixels": 65.0}
 
 
 def test_example_of_a_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):

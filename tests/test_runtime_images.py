@@ -468,12 +468,17 @@ def tall_jpeg(width: int, rows: int, **options) -> bytes:
     return head + b"".join(strip[scan:-2] + mark for mark in [*marks, b"\xff\xd9"])
 
 
-@pytest.mark.parametrize("width, rows", [(8176, 383), (12_000, 563)])  # 50.1 and 108 megapixels
-def test_photos_of_large_phones_are_decoded(width: int, rows: int) -> None:
-    photo = open_photo(tall_jpeg(width, rows))
-    assert photo.size == (width, 16 * rows) and photo.pixels.shape == (8 * rows, width // 2, 3)
-    expected = np.asarray(textured(width, 16).resize((width // 2, 8), Image.Resampling.BOX))
-    assert difference(photo.pixels[:8], expected) < 6 and difference(photo.pixels[-8:], expected) < 6
+@pytest.mark.parametrize("width, rows, factor", [(9248, 434, 1), (12_000, 563, 2)])  # 64 and 108 megapixels
+def test_photos_of_large_phones_are_decoded(width: int, rows: int, factor: int) -> None:
+    photo, height = open_photo(tall_jpeg(width, rows)), 16 // factor
+    assert photo.size == (width, 16 * rows) and photo.pixels.shape == (height * rows, width // factor, 3)
+    strip = Image.open(io.BytesIO(saved(textured(width, 16), "JPEG", quality=60, restart_marker_rows=1)))
+    expected = np.asarray(strip.resize((width // factor, height), Image.Resampling.BOX))
+    assert difference(photo.pixels[:height], expected) < 6 and difference(photo.pixels[-height:], expected) < 6
+
+
+def test_sixty_four_megapixels_are_decoded_in_formats_that_are_never_reduced() -> None:
+    assert open_photo(one_bit_png(9248, 6944)).pixels.shape == (6944, 9248, 3)
 
 
 @pytest.mark.parametrize("orientation, most", [(1, 165_000), (6, 315_000)])  # the pixels take 149.8 MB, turned twice

@@ -104,7 +104,7 @@ class Data(Section):
     cache: Literal["none", "hotset", "lmdb"] = "hotset"
     cache_memory_fraction: Fraction = 0.5
     cache_lmdb_gb: Positive = 64.0
-    max_pixels: Count = 50_000_000
+    max_pixels: Count = 65_000_000
 
     @field_validator("test_fraction")
     @classmethod

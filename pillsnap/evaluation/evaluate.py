@@ -135,7 +135,7 @@ def held_out(
 def evaluate_single(
     identifier: Identifier,  # called with pipeline="single"
     photos: Sequence[TruePhoto],  # photos of one pill each
-    max_pixels: int = 50_000_000,  # width x height allowed, as `data.max_pixels`
+    max_pixels: int = 65_000_000,  # width x height allowed, as `data.max_pixels`
 ) -> tuple[
     dict[str, float], np.ndarray
 ]:  # top1, top5, macro_f1, images, without_box; (photos, 2) true and predicted class
@@ -179,7 +179,7 @@ def decoded(
 def evaluate_combo(
     identifier: Identifier,  # called with pipeline="combo"
     photos: Sequence[TruePhoto],  # photos with any number of pills
-    max_pixels: int = 50_000_000,  # width x height allowed, as `data.max_pixels`
+    max_pixels: int = 65_000_000,  # width x height allowed, as `data.max_pixels`
 ) -> dict[str, float]:  # map50, map50_95, precision, recall, end_to_end_top1: 0 to 1; images, pills: counts
     """Detection and end-to-end metrics."""
     codes = identifier.rules.class_map.codes
@@ -205,7 +205,7 @@ def evaluate_combo(
 def evaluate_boxes(
     identifier: Identifier,  # its detector is called
     photos: Sequence[TruePhoto],  # photos with any number of pills
-    max_pixels: int = 50_000_000,  # width x height allowed, as `data.max_pixels`
+    max_pixels: int = 65_000_000,  # width x height allowed, as `data.max_pixels`
 ) -> dict[str, float]:  # map50, map50_95, precision, recall: 0 to 1; images, pills: counts
     """Detection metrics."""
     truth, detections, found, matched, pills = [], [], 0, 0, 0

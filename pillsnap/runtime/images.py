@@ -222,7 +222,7 @@ class Photo(NamedTuple):
 
 def open_photo(
     source: bytes | Path,  # the bytes of an image file, or its path
-    max_pixels: int = 50_000_000,  # width x height allowed; larger JPEGs are decoded at a smaller size
+    max_pixels: int = 65_000_000,  # width x height allowed; larger JPEGs are decoded at a smaller size
     name: str = "",  # in messages; "" = the path, or "The image"
 ) -> Photo:
     """Decode a photo; raises `NotAnImage`, `DamagedImage` or `TooManyPixels`, all `ImageError`."""
@@ -244,7 +244,7 @@ def open_photo(
 
 def decode_image(
     source: bytes | Path,  # the bytes of an image file, or its path
-    max_pixels: int = 50_000_000,  # width x height allowed; larger JPEGs are decoded at a smaller size
+    max_pixels: int = 65_000_000,  # width x height allowed; larger JPEGs are decoded at a smaller size
     name: str = "",  # in messages; "" = the path, or "The image"
 ) -> np.ndarray:  # sRGB, uint8, (height, width, 3), upright
     """The pixels of a photo alone; raises as `open_photo` does."""

@@ -183,7 +183,7 @@ def read_photo(
 
 def decode_photo(
     reference: str,  # path of a file, or a member
-    max_pixels: int = 50_000_000,  # width x height allowed; larger JPEGs are decoded at a smaller size
+    max_pixels: int = 65_000_000,  # width x height allowed; larger JPEGs are decoded at a smaller size
 ) -> Photo:  # labels are in pixels of its full size
     """Read and decode a photo; raises `ImageError`, whose message contains the reference."""
     return open_photo(read_photo(reference), max_pixels, name=reference)

@@ -58,7 +58,7 @@ def decode_reduced(
     name: str,  # its name in messages
     colour: bool = False,  # False: grey
     fine: int = 256,  # smallest shorter side after the reduction, pixels
-    max_pixels: int = 50_000_000,  # width x height allowed; larger JPEGs are decoded at a smaller size
+    max_pixels: int = 65_000_000,  # width x height allowed; larger JPEGs are decoded at a smaller size
 ) -> np.ndarray:  # uint8, (height, width), or (height, width, 3) as blue, green, red; upright, large JPEGs reduced
     """Decode at a reduced size; raises `ImageError` for an image that cannot be used."""
     try:
@@ -135,7 +135,7 @@ INSPECTED_SCHEMA: dict[str, type[pl.DataType]] = {
 def fingerprint_photo(
     reference: str,  # path of a photo, or a member of an archive
     decode: bool = True,  # also decode it; False: its bytes only
-    max_pixels: int = 50_000_000,  # width x height allowed
+    max_pixels: int = 65_000_000,  # width x height allowed
 ) -> tuple[str, str, str | None, str]:  # as in INSPECTED_SCHEMA
     """Both hashes of one photo; damage is returned, not raised."""
     content = ""
@@ -210,7 +210,7 @@ def fingerprint_photos(
     cache_file: Path,  # Parquet file that caches the results, created if missing
     workers: int = 0,  # threads; 0 = as many as there are cores
     decode: bool = True,  # also decode them; False: their bytes only
-    max_pixels: int = 50_000_000,  # width x height allowed
+    max_pixels: int = 65_000_000,  # width x height allowed
 ) -> pl.DataFrame:  # one row per photo as in INSPECTED_SCHEMA, in the order of `images`
     """Content hash and perceptual hash of many photos.
 

@@ -176,7 +176,7 @@ def predict_local(
     photo: Path | bytes,  # a picture in a format of `runtime.images`, or its content
     pipeline: str = "single",  # "single" = one pill, "combo" = several
     top_k: int = 5,  # candidates of each pill
-    max_pixels: int = 50_000_000,  # of a photo
+    max_pixels: int = 65_000_000,  # of a photo
 ) -> dict[str, Any]:  # the JSON that a server returns
     """Identify the pills of a photo; raises `ClientError`, `ImageError` or `IdentifyError`."""
     data, begun = read_photo(photo), perf_counter()
