@@ -65,7 +65,7 @@ def small_photos(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_everything_in_small(data: Path, capsys: pytest.CaptureFixture[str]):
     given = ["--data", f"tray={data / 'tray'}", "--studio", str(data / "studio.zip"), "--phone", str(data / "phone")]
-    assert bench.main([*given, "--draws", "2", "--out", str(data / "out"), *FAST]) == 0
+    assert bench.main([*given, "--fit", "--draws", "2", "--out", str(data / "out"), *FAST]) == 0
     report = json.loads((data / "out" / "color.json").read_text())
     assert report["benchmark"] == "color" and report["seconds"] > 0
     goals = {item["name"]: item for item in report["goals"]}
@@ -90,6 +90,7 @@ def test_everything_in_small(data: Path, capsys: pytest.CaptureFixture[str]):
     assert set(report["values"]["top1"]["tray"]) == {"none", "gray_world", "shades_of_gray", "learned"}
     found = report["values"]["lights"]["tray"]
     assert found["learned"]["warm"]["median"] < found["none"]["warm"]["median"] / 2, "a uniform light is taken out"
+    assert set(report["values"]["fitted"]) == set(report["values"]["learned"]) == {"brightness", "color", "level"}
     low, high = report["values"]["intervals"]["tray"]["light_loss"]
     assert low <= goals["tray_light_loss"]["value"] <= high
     assert "nilut kilobytes" in capsys.readouterr().out

