@@ -34,7 +34,6 @@ REPORTS = {  # name in results/ -> where the command writes it
     "train": "runs/bench/train.json",
     "infer": "runs/bench/infer.json",
     "serve": "runs/bench/serve.json",
-    "color": "runs/bench/color.json",
 }
 HEAD = ("benchmark", "revision", "date", "machine", "versions", "goals", "seconds")
 

@@ -11,7 +11,7 @@ from typing import Any
 # %% auto #0
 __all__ = ['Report', 'Rows', 'TABLES', 'markdown', 'machine_text', 'value_of', 'demo_rows', 'demo_rows_korean',
            'demo_seconds_rows', 'loader_rows', 'label_rows', 'training_rows', 'accuracy_rows', 'engine_rows',
-           'server_rows', 'service_rows', 'color_rows', 'phone_rows', 'goal_rows']
+           'server_rows', 'service_rows']
 
 # %% ../../nbs/bench/03_tables.ipynb #47c96541
 Report = Mapping[str, Any]
@@ -258,43 +258,7 @@ def service_rows(
     drift = f"{soak['memory_slope_mb_per_minute']:.2f} MB a minute, {soak['answers']:,} responses"
     return [*rows, [label, drift, ""]]
 
-# %% ../../nbs/bench/03_tables.ipynb #bb689d90
-def color_rows(
-    report: Report,  # of the colour benchmark
-) -> Rows:
-    """Top-1 of each dataset and correction, in its own light and in the others."""
-    lights = list(next(iter(next(iter(report["values"]["top1"].values())).values())))
-    rows = [["photos, rule", *lights, "mean"]]
-    for name, rules in report["values"]["top1"].items():
-        for rule, found in rules.items():
-            values = [found[light] for light in lights]
-            rows.append(
-                [f"{name}, `{rule}`", *(f"{value:.3f}" for value in values), f"{sum(values) / len(values):.3f}"]
-            )
-    return rows
-
-
-def phone_rows(
-    report: Report,  # of the colour benchmark
-) -> Rows:
-    """Phone photos next to studio photos, with each correction."""
-    rows = [["phone photos, rule", "median dE2000 of the pill", "top-1", "top-5", "top-20"]]
-    for rule, found in report["values"]["phone"].items():
-        rows.append([f"`{rule}`", f"{found['median']:.1f}", *(f"{found[f'top{top}']:.3f}" for top in (1, 5, 20))])
-    return rows
-
-
-def goal_rows(
-    report: Report,  # of any benchmark
-) -> Rows:
-    """All goals and their values."""
-    rows = [["goal", "measured", "wanted"]]
-    for item in report["goals"]:
-        bound = f"at least {item['at_least']:g}" if "at_least" in item else f"at most {item['at_most']:g}"
-        rows.append([item["name"].replace("_", " "), f"{item['value']:.4g}", bound])
-    return rows
-
-# %% ../../nbs/bench/03_tables.ipynb #5bb881fb
+# %% ../../nbs/bench/03_tables.ipynb #c116871d
 TABLES: dict[str, tuple[str, Callable[[Report], Rows]]] = {  # name -> report, function
     "demo": ("demo", demo_rows),
     "demo-korean": ("demo", demo_rows_korean),
@@ -306,7 +270,4 @@ TABLES: dict[str, tuple[str, Callable[[Report], Rows]]] = {  # name -> report, f
     "engines": ("infer", engine_rows),
     "servers": ("serve", server_rows),
     "service": ("serve", service_rows),
-    "color-lights": ("color", color_rows),
-    "color-phones": ("color", phone_rows),
-    "color-goals": ("color", goal_rows),
 }

@@ -55,7 +55,8 @@ class Surroundings:
         soft = cv2.GaussianBlur(_LINEAR.astype(np.float32)[self.small], (0, 0), 1)
         across, down = soft[1:-1, 2:] - soft[1:-1, :-2], soft[2:, 1:-1] - soft[:-2, 1:-1]
         edges: np.ndarray = np.hypot(across[inside], down[inside])
-        return edges[edges.mean(axis=1) >= _EDGE * soft[1:-1, 1:-1][inside].mean(axis=1)]
+        strong: np.ndarray = edges[edges.mean(axis=1) >= _EDGE * soft[1:-1, 1:-1][inside].mean(axis=1)]
+        return strong
 
     def near(
         self,
