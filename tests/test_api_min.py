@@ -158,6 +158,12 @@ def test_predict_schema(client: TestClient, jpeg: bytes, query: str, pipeline: s
     assert prediction["model"]["class_map_hash"] == DRUGS.hash
 
 
+def test_the_photo_in_the_colours_that_were_compared_is_sent_on_request(client: TestClient, jpeg: bytes) -> None:
+    assert "corrected" not in post_photo(client, jpeg).json()
+    shown = post_photo(client, jpeg, "?corrected=true").json()["corrected"]
+    assert shown.startswith("data:image/jpeg;base64,")
+
+
 def test_api_key_is_required(client: TestClient, models: Path, jpeg: bytes) -> None:
     check_error(post_photo(client, jpeg, headers={}), 401, "X-API-Key")
     check_error(post_photo(client, jpeg, headers={"X-API-Key": ""}), 401)

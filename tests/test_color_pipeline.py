@@ -78,6 +78,13 @@ def test_the_light_is_gone(photo: Path):
     assert estimate_balance(np.zeros((50, 50, 3), np.uint8), "gray_world") == Balance()
 
 
+def test_the_whole_photo_can_be_shown_as_it_was_compared(photo: Path):
+    pixels = np.asarray(Image.open(photo))
+    assert np.array_equal(identifier_of(NO_CORRECTION).crop_pills(pixels, "combo").balance(pixels), pixels)
+    shown = identifier_of("gray_world").crop_pills(pixels, "combo").balance(pixels)
+    assert np.ptp(shown[:60].reshape(-1, 3).mean(axis=0)) < 4
+
+
 def test_a_photo_without_surroundings_is_canonical():
     cut_out = np.zeros((90, 90, 3), np.uint8)
     cv2.ellipse(cut_out, (45, 45), (30, 20), 20, 0, 360, (200, 90, 40), -1)

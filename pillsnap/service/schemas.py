@@ -104,7 +104,9 @@ class ModelResponse(BaseModel):
     class_map_hash: str
     classifier_size: int = Field(description="side of a crop, pixels", examples=[384])
     detector_size: int | None = Field(description="side of the photo as the detector sees it, pixels", examples=[640])
-    color: str = Field(description="rule that takes the light out of the colours; none = no rule", examples=["learned"])
+    color: str = Field(
+        default="none", description="rule that takes the light out of the colours; none = no rule", examples=["learned"]
+    )
 
 
 class Prediction(BaseModel):
