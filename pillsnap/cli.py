@@ -15,10 +15,23 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .color_commands import COLOR_ACTIONS, color
-from .commands import bench, cache, evaluate, export, gate, refuse, runs, sample, scan, show_config, train
+from pillsnap.commands import (
+    bench,
+    cache,
+    compose,
+    evaluate,
+    export,
+    gate,
+    refuse,
+    runs,
+    sample,
+    scan,
+    show_config,
+    train,
+)
 from .config.load import load_plugins_of
 from .errors import PillsnapError
-from .model_commands import archive, demo, models, predict, ship, watch
+from .model_commands import archive, catalog, demo, models, predict, search, ship, watch
 from .runlog import setup_logging
 
 # %% auto #0
@@ -46,6 +59,13 @@ OPTIONS = {  # of each command, in addition to the settings
         ),
         _option("--workers", type=int, metavar="N", default=0, help="reading processes (default: one per core)"),
         _option("--dry-run", action="store_true", help="only list what would be read"),
+    ],
+    "compose": [
+        _option("--cutouts", type=Path, metavar="ZIP", required=True, help="pills on black, a folder for each drug"),
+        _option("--out", type=Path, metavar="DIR", required=True, help="folder of the dataset to make"),
+        _option("--photos", type=int, metavar="N", default=2000, help="photos to train on (default: %(default)s)"),
+        _option("--held-out", type=int, metavar="N", default=300, help="of other drugs and backgrounds (%(default)s)"),
+        _option("--size", type=int, metavar="PIXELS", default=320, help="side of a photo (default: %(default)s)"),
     ],
     "cache": [
         _option(
@@ -206,8 +226,40 @@ OPTIONS = {  # of each command, in addition to the settings
         _option(
             "--top-k", type=int, default=5, metavar="N", help="candidates of each pill in JSON, 1 to 20 (default: 5)"
         ),
+        _option(
+            "--expected",
+            metavar="CODES",
+            help="drugs of a prescription, K-codes or EDI codes with commas, or the file of an order",
+        ),
         _option("--json", action="store_true", help="a line of JSON per photo instead of a table"),
         _option("--out", type=Path, metavar="FILE", help="write to this file instead of standard output"),
+    ],
+    "catalog": [
+        _option(
+            "what",
+            choices=("import", "show"),
+            metavar="{import,show}",
+            help="import takes the file of a register; a later edition takes the place of an earlier one",
+        ),
+        _option("file", nargs="?", type=Path, metavar="FILE", help="CSV, XLSX or JSON as the register publishes it"),
+        _option("--catalog", type=Path, metavar="FILE", help="the catalogue (default: paths.catalog)"),
+    ],
+    "search": [
+        _option("--imprint", default="", metavar="TEXT", help="letters and numbers of one side, or of both"),
+        _option("--back", default="", metavar="TEXT", help="those of the other side"),
+        _option("--color", default="", metavar="NAMES", help="colours on the pill, with commas"),
+        _option("--shape", default="", metavar="NAMES", help="its shape, or several with commas"),
+        _option("--score", default="", metavar="NAME", help="its score line: none, line or cross"),
+        _option("--length", type=float, metavar="MM", help="its longer side, millimetres"),
+        _option("--limit", type=int, default=20, metavar="N", help="records to show (default: 20)"),
+        _option("--json", action="store_true", help="as JSON, as the service answers"),
+        _option("--catalog", type=Path, metavar="FILE", help="the catalogue (default: paths.catalog)"),
+        _option(
+            "--model",
+            type=Path,
+            metavar="DIR",
+            help="folder of a model, whose drugs are searched too (default: the web service's, where there is one)",
+        ),
     ],
     "watch": [
         _option("--url", default="http://localhost:8000", metavar="URL", help="server (default: %(default)s)"),
@@ -221,6 +273,7 @@ COMMANDS = {
     action.__name__: action
     for action in (
         scan,
+        compose,
         cache,
         train,
         evaluate,
@@ -233,6 +286,8 @@ COMMANDS = {
         ship,
         archive,
         predict,
+        catalog,
+        search,
         watch,
         sample,
         demo,

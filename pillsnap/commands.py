@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['settings_from', 'settings_of_run', 'print_json', 'print_last', 'words_of', 'refuse', 'show_config', 'sample', 'scan',
-           'cache', 'train', 'evaluate', 'runs', 'export', 'bench', 'gate']
+           'compose', 'cache', 'train', 'evaluate', 'runs', 'export', 'bench', 'gate']
 
 # %% ../nbs/22_commands.ipynb #0b916f68
 def settings_from(
@@ -115,6 +115,22 @@ def scan(arguments: Namespace) -> int:
     check_usable(report)
     where = [f"{report.quarantine} names every file that was put aside, and why"] if report.quarantined else []
     print_last([*report.notes, *summary_lines(report), *where])
+    return 0
+
+
+def compose(arguments: Namespace) -> int:
+    """Compose photos of cut-out pills on the backgrounds of --data-root, with exact masks, as a COCO dataset."""
+    settings = settings_from(arguments)
+    if settings.paths.data_root is None:
+        raise SettingsError("there are no photos for the backgrounds: name the folder of a dataset with --data-root")
+    if min(arguments.photos, arguments.held_out) < 1 or arguments.size < 64:
+        raise SettingsError("--photos and --held-out take numbers from 1 on, --size takes pixels from 64 on")
+    from pillsnap.masks.cutouts import CutoutArchive
+    from pillsnap.masks.write import write_composed
+
+    counts = (arguments.photos, arguments.held_out)
+    archive, root = CutoutArchive(arguments.cutouts), settings.paths.data_root
+    print(write_composed(archive, root, arguments.out, counts, arguments.size, settings.seed))
     return 0
 
 

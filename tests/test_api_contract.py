@@ -52,7 +52,7 @@ def test_no_request_causes_a_server_error(server: Running, tmp_path: Path) -> No
 
 def test_the_openapi_schema_has_examples_and_the_form(server: Running) -> None:
     schema = httpx.get(f"{server.url}/openapi.json").json()
-    assert {"/health", "/ready", "/version", "/classes", "/metrics", "/predict", "/batch", "/reload"} <= set(
+    assert {"/health", "/ready", "/version", "/classes", "/metrics", "/predict", "/search", "/batch", "/reload"} <= set(
         schema["paths"]
     )
     form = schema["paths"]["/predict"]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]

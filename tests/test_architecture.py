@@ -26,6 +26,7 @@ LAYERS = [
     ["metrics"],
     ["data", "sample"],
     ["models"],
+    ["masks"],
     ["training"],
     ["evaluation"],
     ["export"],
@@ -43,12 +44,12 @@ LAYERS = [
 # Subpackages of a package in the same order; "" stands for the modules of the package itself.
 SUBPACKAGES = {
     "runtime": ["", "color"],
-    "answer": ["color", ""],
+    "answer": ["color", "", "search"],
     "color": ["networks", "data", "tasks", ""],
-    "data": ["reading", "readers", "scan", "splits", "cache", ""],
+    "data": ["reading", "labelling", "readers", "scan", "splits", "cache", ""],
     "training": ["device", "report", ""],
     "service": ["", "guard", "inference", "page", "endpoints", "client"],
-    "bench": ["", "data", "training", "engines", "gpu", "serving", "color"],
+    "bench": ["", "data", "training", "engines", "gpu", "serving", "search", "color"],
 }
 LAYER = {package: number for number, layer in enumerate(LAYERS) for package in layer}
 

@@ -85,6 +85,7 @@ class Paths(Section):
     sample_root: PosixPath = Path("data/sample")
     run_root: PosixPath = Path("runs")
     cache_root: PosixPath = Path("data/cache")
+    catalog: PosixPath = Path("data/catalog.json")
 
 
 class Data(Section):

@@ -13,8 +13,9 @@ from ..answer.classes import Drug
 from ..answer.identify import Identification, Identifier, Pill
 
 # %% auto #0
-__all__ = ['NOTICE', 'DrugResponse', 'drug_response', 'BoxResponse', 'CandidateResponse', 'PillResponse', 'PhotoResponse',
-           'HintResponse', 'ModelResponse', 'Prediction', 'model_response', 'prediction_response']
+__all__ = ['NOTICE', 'DrugResponse', 'drug_response', 'ExpectedDrug', 'MatchedPill', 'DoubtfulPill', 'PrescriptionResponse',
+           'BoxResponse', 'CandidateResponse', 'PillResponse', 'PhotoResponse', 'HintResponse', 'ModelResponse',
+           'Prediction', 'model_response', 'prediction_response']
 
 # %% ../../nbs/service/01_schemas.ipynb #7f5180f5
 NOTICE = (
@@ -47,6 +48,37 @@ def drug_response(
         "maker": drug.attributes.get("company"),
         "details": details,
     }
+
+# %% ../../nbs/service/01_schemas.ipynb #a572f316
+class ExpectedDrug(BaseModel):
+    """An expected drug."""
+
+    code: str = Field(examples=["K-000030"])
+    name: str
+
+
+class MatchedPill(ExpectedDrug):
+    """A pill that is an expected drug."""
+
+    pill: int = Field(description="place in `pills`, from 0")
+
+
+class DoubtfulPill(BaseModel):
+    """A pill that may be an expected drug."""
+
+    pill: int = Field(description="place in `pills`, from 0")
+    drugs: list[ExpectedDrug]
+
+
+class PrescriptionResponse(BaseModel):
+    """How the pills compare with the drugs that were expected."""
+
+    complete: bool = Field(description="every pill is expected, and every expected one is there")
+    matched: list[MatchedPill]
+    missing: list[ExpectedDrug] = Field(description="one entry for each pill that is not there")
+    surplus: list[int] = Field(description="places in `pills` of those that are none of them, or too many")
+    doubtful: list[DoubtfulPill]
+    unknown: list[str] = Field(description="items of the list that are no drug of this model, and were not checked")
 
 # %% ../../nbs/service/01_schemas.ipynb #4e3d906a
 class BoxResponse(BaseModel):
@@ -131,6 +163,9 @@ class Prediction(BaseModel):
     )
     corrected: str = Field(
         default="", description="only with corrected=true: the photo in the colours that were compared, as picture"
+    )
+    prescription: PrescriptionResponse | None = Field(
+        default=None, description="only with expected=...: how the pills compare with the drugs that were expected"
     )
     notice: str = Field(examples=[NOTICE])
     model: ModelResponse

@@ -24,6 +24,7 @@ from .dependencies import Service, count_photo
 from ..errors import ApiError
 from ..guard.uploads import UploadLimits, read_form
 from ..inference.model_manager import LoadedModels
+from ..prescriptions import classify_expected
 from ..schemas import Prediction, prediction_response
 
 # %% auto #0
@@ -44,6 +45,9 @@ class PredictParameters(BaseModel):
     annotate: bool = Field(False, description="also the photo with boxes and names")
     picture: bool = Field(False, description="also the photo as the boxes lie on it: decoded and upright")
     corrected: bool = Field(False, description="also the photo in the colours that were compared")
+    expected: str | None = Field(
+        None, description="drugs of a prescription, K-codes or EDI codes with commas, `*2` for two pills; or an order"
+    )
 
     def drawn(self) -> bool:
         """Whether a picture is asked for."""
@@ -153,11 +157,12 @@ def predict_photo(
     """Identify the pills of a photo; raises `ApiError`."""
     try:
         crops, size, photo, decode_ms = _decode_and_crop(service, loaded, data, parameters)
-        identification = loaded.identifier.classify_crops(crops, parameters.top_k)
+        identification, compared = classify_expected(loaded.identifier, crops, parameters.top_k, parameters.expected)
     except tuple(kind for kind, _, _ in _ERRORS) as error:
         status, code = next((status, code) for kind, status, code in _ERRORS if isinstance(error, kind))
         raise ApiError(status, code, str(error)) from error
     response = prediction_response(identification, size, decode_ms, loaded.model, None)
+    response |= {} if compared is None else {"prescription": compared}
     if photo is not None:
         response |= _pictures(photo, identification.pills, crops.balance, service.font, parameters)
     if service.metrics is not None:

@@ -1,5 +1,6 @@
 // The page of the service: photos go in, names come out. What the server says only ever becomes text, never markup.
 
+import { setUpSearch } from "./search.js";
 import { TEXT, WORDS } from "./texts.js";
 
 const AT_ONCE = 2;        // requests at the same time
@@ -175,10 +176,21 @@ function pill(answer, index, all) {
     make("div", { class: "level" },
       make("p", { class: "verdict" }, say(answer.sure ? "sure" : "compare")), confidence(answer.confidence)),
     facts(answer, whole ? [[say("detection"), say("whole")]] : []),
+    answer.sure ? null
+      : make("button", { type: "button", onclick: () => look.fill(seen(answer)) }, say("look_this")),
     make("details", { open: !answer.sure && all.length < 3 },
       make("summary", {}, say("candidates", answer.candidates.length)),
       make("ol", {}, answer.candidates.map((candidate) =>
         make("li", {}, make("b", {}, nameOf(candidate)), confidence(candidate.confidence), facts(candidate))))));
+}
+
+function seen({ confidence: best, candidates }) { // what the likely drugs have in common, in English
+  const likely = candidates.filter(({ confidence: share }) => share >= best / 2);
+  const english = (text) => (text ?? "").split(",").map((word) => word.trim())
+    .map((word) => WORDS.find(([korean]) => korean === word)?.[1] ?? word).filter(Boolean);
+  const common = (name) => likely.map(({ details }) => english(details[name]))
+    .reduce((all, words) => all.filter((word) => words.includes(word)));
+  return { colors: common("colors"), shapes: common("shape") };
 }
 
 function recommendation(card, { pipeline, reason }) {
@@ -201,6 +213,23 @@ function recolor(card) { // the photo in the colours that were compared, or as i
     say(card.corrected ? "original" : "corrected"));
 }
 
+function comparison({ prescription, pills }) { // with the drugs that were expected
+  if (!prescription) return null;
+  const { complete, matched, missing, surplus, doubtful, unknown } = prescription;
+  const at = (place) => `${place + 1} ${nameOf(pills[place])}`;
+  const coded = ({ code, name }) => `${name} (${code})`;
+  const rows = {
+    expected_matched: matched.map((one) => `${one.pill + 1} ${coded(one)}`), expected_missing: missing.map(coded),
+    expected_surplus: surplus.map(at), expected_doubtful: doubtful.map(({ pill, drugs }) =>
+      `${pill + 1}: ${drugs.map(coded).join(say("or"))}?`),
+    expected_unknown: unknown,
+  };
+  return make("div", { class: complete ? "prescription complete" : "prescription" },
+    make("b", {}, say(complete ? "expected_complete" : "expected_open")),
+    Object.entries(rows).filter(([, texts]) => texts.length)
+      .map(([name, texts]) => make("p", {}, `${say(name)}: ${texts.join(", ")}`)));
+}
+
 function internals({ timings_ms, model, pills }) {
   const times = Object.entries(timings_ms).map(([step, time]) =>
     [say(step) ?? step, `${number(time, { maximumFractionDigits: time < 10 ? 1 : 0 })} ms`]);
@@ -219,6 +248,7 @@ function result(card) {
   const told = pills.length ? notes : notes.filter((note) => !note.startsWith("No pill was found"));
   const offered = hint?.pipeline === other || !several || !pills.length || !card.file;
   return [
+    comparison(card.answer),
     pills.length ? make("ol", { class: "pills" }, pills.map(pill))
       : make("div", { class: "notes nothing" }, make("b", {}, say("nothing")), make("p", {}, say("nothing_about"))),
     hint ? recommendation(card, hint) : null,
@@ -335,7 +365,9 @@ function cardOf(name, pipeline, file, source) {
 function add(files) {
   byId("drop-problem")?.remove();
   const pipeline = document.querySelector("[name=pipeline]:checked").value;
-  const added = files.map((file) => cardOf(file.name, pipeline, file, URL.createObjectURL(file)));
+  const expected = byId("expected").value.trim();
+  const added = files.map((file) =>
+    Object.assign(cardOf(file.name, pipeline, file, URL.createObjectURL(file)), { expected }));
   cards.unshift(...added);
   byId("cards").prepend(...added.map((card) => card.node));
   byId("none-yet").hidden = cards.length > 0;
@@ -422,6 +454,7 @@ function parse(text) { // something between here and the server may answer with 
 function post(card, key) { // only XMLHttpRequest tells how much is sent
   const { sent, unseen } = card.prepared, form = new FormData(), request = new XMLHttpRequest();
   form.append("image", sent, card.name);
+  if (card.expected) form.append("expected", card.expected);
   return new Promise((resolve) => {
     let clock = 0;
     const end = (answer) => { clearTimeout(clock); resolve(answer); };
@@ -544,7 +577,17 @@ function speak(chosen) {
   for (const button of document.querySelectorAll("[data-language]"))
     button.setAttribute("aria-pressed", String(button.dataset.language === chosen));
   cards.forEach(render);
+  look.show();
 }
+
+const look = setUpSearch({
+  say, make, draw, pairs, number, words, imprint, announce,
+  key: () => byId("key").value.trim(),
+  refused({ own, code, detail }) { // one sentence
+    if (code === "key_missing" || code === "key_wrong") wantKey();
+    return own ? say(own) : TEXT[language].problems[code] ?? detail ?? say("silent");
+  },
+});
 
 for (const button of document.querySelectorAll("[data-language]")) {
   button.addEventListener("click", () => {
@@ -557,8 +600,13 @@ for (const [button, input] of [["choose", "photos"], ["shoot", "camera"]]) {
   // An empty value lets the same file be chosen again.
   byId(input).addEventListener("change", ({ target }) => { add([...target.files]); target.value = ""; });
 }
+byId("expected-choose").addEventListener("click", () => byId("expected-file").click());
+byId("expected-file").addEventListener("change", async ({ target }) => {
+  byId("expected").value = (await target.files[0]?.text() ?? "").slice(0, 20_000);
+  target.value = "";
+});
 function take(event, { files }) { // what is dropped or pasted
-  if (event.target === byId("key") && files.length === 0) return;
+  if (event.target.matches?.("input, textarea") && files.length === 0) return;
   event.preventDefault();
   if (files.length) add([...files]);
   else refuse();
