@@ -30,6 +30,7 @@ LAYERS = [
     ["training"],
     ["evaluation"],
     ["export"],
+    ["color"],
     ["registry", "packaging"],
     ["service"],
     ["serve"],
@@ -37,15 +38,18 @@ LAYERS = [
     ["demo"],
     ["commands"],
     ["model_commands"],
+    ["color_commands"],
     ["cli"],
 ]
 # Subpackages of a package in the same order; "" stands for the modules of the package itself.
 SUBPACKAGES = {
-    "answer": ["", "search"],
+    "runtime": ["", "color"],
+    "answer": ["color", "", "search"],
+    "color": ["networks", "data", "tasks", ""],
     "data": ["reading", "labelling", "readers", "scan", "splits", "cache", ""],
     "training": ["device", "report", ""],
     "service": ["", "guard", "inference", "page", "endpoints", "client"],
-    "bench": ["", "data", "training", "engines", "gpu", "serving", "search"],
+    "bench": ["", "data", "training", "engines", "gpu", "serving", "search", "color"],
 }
 LAYER = {package: number for number, layer in enumerate(LAYERS) for package in layer}
 

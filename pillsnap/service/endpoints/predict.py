@@ -16,6 +16,7 @@ from fastapi import APIRouter, Depends, Query, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from ...answer.color.balance import Balance
 from ...answer.identify import PIPELINES, IdentifyError, Pill, PillCrops
 from ...runtime.images import KINDS, ImageError, NotAnImage, Photo, TooManyPixels, open_photo
 from ...runtime.session import ModelError
@@ -43,9 +44,14 @@ class PredictParameters(BaseModel):
     top_k: int = Field(5, ge=1, le=20, description="drugs named for each pill")
     annotate: bool = Field(False, description="also the photo with boxes and names")
     picture: bool = Field(False, description="also the photo as the boxes lie on it: decoded and upright")
+    corrected: bool = Field(False, description="also the photo in the colours that were compared")
     expected: str | None = Field(
         None, description="drugs of a prescription, K-codes or EDI codes with commas, `*2` for two pills; or an order"
     )
+
+    def drawn(self) -> bool:
+        """Whether a picture is asked for."""
+        return self.annotate or self.picture or self.corrected
 
 
 async def predict_parameters(
@@ -119,12 +125,13 @@ def _decode_and_crop(
         photo = open_photo(data, service.max_pixels)
         decode_ms = (perf_counter() - begun) * 1000
         crops = loaded.identifier.crop_pills(photo.pixels, parameters.pipeline, parameters.conf_threshold, photo.size)
-        return crops, photo.size, photo if parameters.annotate or parameters.picture else None, decode_ms
+        return crops, photo.size, photo if parameters.drawn() else None, decode_ms
 
 
 def _pictures(
     photo: Photo,  # as decoded
     pills: Sequence[Pill],  # to draw, in pixels of the photo as it was sent
+    balance: Balance,  # of the photo
     font: Path | None,  # as in Service
     parameters: PredictParameters,  # of the request
 ) -> dict[str, str]:  # the pictures that it asks for, JPEGs as data: addresses
@@ -136,6 +143,8 @@ def _pictures(
         pictures["annotated"] = annotate_photo(photo.pixels, reduced, font)
     if parameters.picture:
         pictures["picture"] = upright_photo(photo.pixels)
+    if parameters.corrected:
+        pictures["corrected"] = upright_photo(balance(photo.pixels))
     return {name: "data:image/jpeg;base64," + base64.b64encode(jpeg).decode() for name, jpeg in pictures.items()}
 
 
@@ -155,7 +164,7 @@ def predict_photo(
     response = prediction_response(identification, size, decode_ms, loaded.model, None)
     response |= {} if compared is None else {"prescription": compared}
     if photo is not None:
-        response |= _pictures(photo, identification.pills, service.font, parameters)
+        response |= _pictures(photo, identification.pills, crops.balance, service.font, parameters)
     if service.metrics is not None:
         service.metrics.count_prediction(response)
     return response
