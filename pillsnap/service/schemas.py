@@ -160,6 +160,9 @@ class ModelResponse(BaseModel):
     class_map_hash: str
     classifier_size: int = Field(description="side of a crop, pixels", examples=[384])
     detector_size: int | None = Field(description="side of the photo as the detector sees it, pixels", examples=[640])
+    color: str = Field(
+        default="none", description="rule that takes the light out of the colours; none = no rule", examples=["learned"]
+    )
 
 
 class Prediction(BaseModel):
@@ -184,6 +187,9 @@ class Prediction(BaseModel):
     )
     picture: str = Field(
         default="", description="only with picture=true: the photo as the boxes lie on it, a JPEG as a data: address"
+    )
+    corrected: str = Field(
+        default="", description="only with corrected=true: the photo in the colours that were compared, as picture"
     )
     prescription: PrescriptionResponse | None = Field(
         default=None, description="only with expected=...: how the pills compare with the drugs that were expected"
@@ -210,6 +216,7 @@ def model_response(
         "class_map_hash": rules.class_map.hash,
         "classifier_size": rules.classifier_size,
         "detector_size": None if detector is None else rules.detector_size,
+        "color": rules.color,
     }
 
 

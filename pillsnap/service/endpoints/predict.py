@@ -17,6 +17,7 @@ from fastapi import APIRouter, Depends, Query, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from ...answer.color.balance import Balance
 from ...answer.identify import PIPELINES, IdentifyError, Pill, PillCrops
 from ...answer.quality.judge import Verdict, judge_crops
 from ...runtime.images import KINDS, ImageError, NotAnImage, Photo, TooManyPixels, open_photo
@@ -48,9 +49,14 @@ class PredictParameters(BaseModel):
     quality: Literal["report", "require"] = Field(
         "report", description="report = the quality is told; require = a photo that is not good enough is refused"
     )
+    corrected: bool = Field(False, description="also the photo in the colours that were compared")
     expected: str | None = Field(
         None, description="drugs of a prescription, K-codes or EDI codes with commas, `*2` for two pills; or an order"
     )
+
+    def drawn(self) -> bool:
+        """Whether a picture is asked for."""
+        return self.annotate or self.picture or self.corrected
 
 
 async def predict_parameters(
@@ -134,7 +140,7 @@ def _open_and_crop(
         decode_ms = (perf_counter() - begun) * 1000
         crops = loaded.identifier.crop_pills(photo.pixels, parameters.pipeline, parameters.conf_threshold, photo.size)
         verdict = None if loaded.judge is None else judge_crops(loaded.judge, photo, crops)
-        drawn = photo if parameters.annotate or parameters.picture else None
+        drawn = photo if parameters.drawn() else None
         return _Opened(crops, photo.size, drawn, decode_ms, verdict)
 
 
@@ -158,6 +164,7 @@ def _require_quality(
 def _pictures(
     photo: Photo,  # as decoded
     pills: Sequence[Pill],  # to draw, in pixels of the photo as it was sent
+    balance: Balance,  # of the photo
     font: Path | None,  # as in Service
     parameters: PredictParameters,  # of the request
 ) -> dict[str, str]:  # the pictures that it asks for, JPEGs as data: addresses
@@ -169,6 +176,8 @@ def _pictures(
         pictures["annotated"] = annotate_photo(photo.pixels, reduced, font)
     if parameters.picture:
         pictures["picture"] = upright_photo(photo.pixels)
+    if parameters.corrected:
+        pictures["corrected"] = upright_photo(balance(photo.pixels))
     return {name: "data:image/jpeg;base64," + base64.b64encode(jpeg).decode() for name, jpeg in pictures.items()}
 
 
@@ -199,7 +208,7 @@ def predict_photo(
     response = prediction_response(identification, opened.size, opened.decode_ms, loaded.model, None, opened.verdict)
     response |= {} if compared is None else {"prescription": compared}
     if opened.photo is not None:
-        response |= _pictures(opened.photo, identification.pills, service.font, parameters)
+        response |= _pictures(opened.photo, identification.pills, opened.crops.balance, service.font, parameters)
     if service.metrics is not None:
         service.metrics.count_prediction(response)
     return response

@@ -214,6 +214,15 @@ function advice({ quality }) { // what is wrong with the photo, before the answe
     quality.reasons.map((reason) => make("p", {}, reason[language])));
 }
 
+function recolor(card) { // the photo in the colours that were compared, or as it was
+  const again = () => {
+    card.corrected = !card.corrected;
+    askAgain(card, card.pipeline);
+  };
+  return make("button", { type: "button", "aria-pressed": String(Boolean(card.corrected)), onclick: again },
+    say(card.corrected ? "original" : "corrected"));
+}
+
 function comparison({ prescription, pills }) { // with the drugs that were expected
   if (!prescription) return null;
   const { complete, matched, missing, surplus, doubtful, unknown } = prescription;
@@ -259,6 +268,7 @@ function result(card) {
     told.length ? make("div", { class: "notes" }, make("b", {}, say("notes")), told.map(sentence)) : null,
     language === "en" ? make("small", { lang: "en" }, notice) : make("small", {}, say("notice")),
     offered ? null : make("div", { class: "actions" }, repeat(card, other, "")),
+    card.file && card.answer.model.color !== "none" ? make("div", { class: "actions" }, recolor(card)) : null,
     internals(card.answer),
   ];
 }
@@ -437,8 +447,11 @@ async function ask(card) {
   if (own) return failed({ own, retry: true });
   const told = parse(text);
   if (status === 200 && told.photo) {
-    if (told.picture) show(card, told.picture);
-    return { state: "done", answer: { ...told, picture: null }, problem: null };
+    const shown = told.corrected || told.picture;
+    if (shown) show(card, shown);
+    else if (card.recolored) show(card, URL.createObjectURL(card.prepared.sent));
+    card.recolored = Boolean(told.corrected);
+    return { state: "done", answer: { ...told, picture: null, corrected: null }, problem: null };
   }
   const until = waitUntil(status, header("Retry-After"));
   card.tries += until ? 1 : 0;
@@ -469,7 +482,8 @@ function post(card, key) { // only XMLHttpRequest tells how much is sent
       status: request.status, text: request.responseText, header: (name) => request.getResponseHeader(name)
     }));
     for (const kind of ["error", "abort"]) request.addEventListener(kind, () => end({ own: "unreachable" }));
-    request.open("POST", `predict?pipeline=${card.pipeline}${unseen ? "&picture=true" : ""}`);
+    const wanted = [unseen ? "&picture=true" : "", card.corrected ? "&corrected=true" : ""].join("");
+    request.open("POST", `predict?pipeline=${card.pipeline}${wanted}`);
     if (key) request.setRequestHeader("X-API-Key", key);
     card.stop = () => request.abort();
     card.state = "sending";
