@@ -22,6 +22,7 @@ from pillsnap.commands import (
     evaluate,
     export,
     gate,
+    quality,
     refuse,
     runs,
     sample,
@@ -59,6 +60,7 @@ OPTIONS = {  # of each command, in addition to the settings
         ),
         _option("--workers", type=int, metavar="N", default=0, help="reading processes (default: one per core)"),
         _option("--dry-run", action="store_true", help="only list what would be read"),
+        _option("--grade", type=Path, metavar="FILE", help="judge the photos with this quality.onnx, into grades.csv"),
     ],
     "compose": [
         _option("--cutouts", type=Path, metavar="ZIP", required=True, help="pills on black, a folder for each drug"),
@@ -121,6 +123,15 @@ OPTIONS = {  # of each command, in addition to the settings
             metavar="DIR",
             help="gets benchmark_YYYYMMDD_HHMMSS.json (default: %(default)s)",
         ),
+    ],
+    "quality": [
+        _option(
+            "what",
+            choices=("train", "test", "grade"),
+            help="train on photos with boxes; test and grade need a model; grade prints CSV, the worst photos first",
+        ),
+        _option("--model", type=Path, metavar="FILE", help="trained model (default: quality.onnx in --out)"),
+        _option("--out", type=Path, metavar="DIR", help="gets the model (default: quality below paths.run_root)"),
     ],
     "color": [
         _option(
@@ -281,6 +292,7 @@ COMMANDS = {
         export,
         bench,
         gate,
+        quality,
         color,
         models,
         ship,

@@ -71,6 +71,7 @@ def test_health_with_a_model(client: TestClient) -> None:
     assert health["model"] == {
         "classifier": "tiny classifier",
         "detector": "tiny detector",
+        "quality": None,
         "classes": 3,
         "class_map_hash": DRUGS.hash,
         "classifier_size": 64,
@@ -131,6 +132,7 @@ def test_predict_schema(client: TestClient, jpeg: bytes, query: str, pipeline: s
     assert set(prediction) == {
         "pipeline",
         "photo",
+        "quality",
         "pills",
         "timings_ms",
         "notes",

@@ -101,6 +101,8 @@ class Data(Section):
     test_fraction: Fraction = 0.15
     margin: Annotated[float, Field(ge=0, le=0.5)] = 0.12
     class_map: PosixPath | None = None
+    grades: PosixPath | None = None
+    min_score: Fraction = 0.1
     leakage_check: Literal["full", "content", "off"] = "full"
     cache: Literal["none", "hotset", "lmdb"] = "hotset"
     cache_memory_fraction: Fraction = 0.5
