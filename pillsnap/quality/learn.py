@@ -78,7 +78,7 @@ class LearningOptions:
     """Settings of the training."""
 
     head_epochs: int = 40  # of the heads alone
-    epochs: int = 2  # of the whole network
+    epochs: int = 8  # of the whole network
     batch: int = 32  # examples, all variants for the heads, two for the network
     head_rate: float = 1e-3  # highest learning rate of the heads alone
     learning_rate: float = 3e-4  # highest learning rate of the whole network

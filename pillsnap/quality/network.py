@@ -110,8 +110,8 @@ class DoorkeeperNetwork(nn.Module):
 
     def set_scale(
         self,
-        best: float,  # raw score of a typical photo of tier S
-        worst: float,  # raw score of a typical photo of tier C
+        best: float,  # raw score of one of the best photos
+        worst: float,  # raw score of one of the worst photos
     ) -> None:
         """Let the score be 0 at the worst and 1 at the best."""
         cast(torch.Tensor, self.score_low).fill_(worst)

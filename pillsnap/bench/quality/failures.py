@@ -81,7 +81,10 @@ def measure_failures(
     ours: str = "pillsnap",  # our measure's name
     kept: float = 0.95,  # fraction of good photos above the threshold
 ) -> dict[str, Any]:
-    """AUC of each measure, and what our threshold does; raises `BenchError` without good or bad photos."""
+    """AUC of each measure, and what our threshold does; raises `BenchError` without good or bad photos.
+
+    The ratio of the errors is None where no photo is rejected.
+    """
     from sklearn.metrics import roc_auc_score
 
     good, bad = [case for case in cases if case.right], [case for case in cases if case.bad]
@@ -93,7 +96,8 @@ def measure_failures(
     threshold = float(np.quantile(scores[ours][~labels], 1 - kept))
     right = np.array([case.right for case in cases])
     accepted = np.array([case.scores[ours] >= threshold for case in cases])
-    errors = {"accepted": 1 - right[accepted].mean(), "rejected": 1 - right[~accepted].mean()}
+    error = 1 - right[accepted].mean()
+    ratio = (1 - right[~accepted].mean()) / max(error, 1 / accepted.sum()) if not accepted.all() else None
     return {
         "photos": {"good": len(good), "bad": len(bad), "all": len(cases)},
         "auc": auc,
@@ -102,5 +106,5 @@ def measure_failures(
         "threshold": threshold,
         "bad_rejected": float((scores[ours][labels] < threshold).mean()),
         "accepted_gain": float(right[accepted].mean() - right.mean()),
-        "rejected_error_ratio": float(errors["rejected"] / max(errors["accepted"], 1 / max(1, accepted.sum()))),
+        "rejected_error_ratio": None if ratio is None else float(ratio),
     }
