@@ -29,7 +29,7 @@ from ..report import goal, goal_lines, report_head, run_benchmark, spread
 from ..serving.main import bench_serve
 from ..serving.main import parse as serving_options
 from ...color.data.pills import read_photos
-from ...color.fit import fit_light, light_samples, studio_brightness
+from ...color.fit import fit_light, light_samples, studio_white
 from ...color.train import train_color
 from ...config.load import load_settings
 from ...runlog import setup_logging
@@ -126,10 +126,12 @@ def measure_photos(
 def measure_fit(
     folders: Sequence[Path],  # datasets
     studio: Path | None,  # ZIP with studio photos
+    embed: Embed,
 ) -> dict[str, object]:  # plain values for JSON
     """Learn the numbers of the learned rule from the training photos."""
-    brightness = [] if studio is None else [studio_brightness(studio)]
-    return fit_light([light_samples(read_photos(folder, "train")) for folder in folders], *brightness).to_json()
+    samples = [light_samples(read_photos(folder, "train")) for folder in folders]
+    white = LEARNED.white if studio is None else studio_white(studio)
+    return fit_light(samples, white, embed).to_json()
 
 
 def measure_phones(
@@ -195,7 +197,7 @@ def measure(
     embed = frozen_network()
     parts = [measure_models(options), measure_photos(folders, options.draws, embed)]
     if options.fit:
-        parts.append(([], {"fitted": measure_fit(list(folders.values()), options.studio)}))
+        parts.append(([], {"fitted": measure_fit(list(folders.values()), options.studio, embed)}))
     if options.phone:
         parts.append(measure_phones(options.phone, options.studio, embed))
     if options.run:

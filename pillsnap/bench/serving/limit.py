@@ -150,7 +150,8 @@ def main(
     photos = [Path(path).read_bytes() for path in paths]
     found = [engine_calls(identifier, decode_image(photo)) for photo in photos]
     calls = [calls for calls, _ in found]
-    print(json.dumps({"codes": [code for _, code in found], "calls": [len(one) for one in calls]}), flush=True)
+    counts = [sum(step != "correct" for step, _ in one) for one in calls]
+    print(json.dumps({"codes": [code for _, code in found], "calls": counts}), flush=True)
     for line in sys.stdin:
         print(json.dumps(vars(run_bare(identifier, photos, calls, int(line)))), flush=True)
 
