@@ -14,7 +14,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .commands import bench, cache, evaluate, export, gate, refuse, runs, sample, scan, show_config, train
+from .color_commands import COLOR_ACTIONS, color
+from pillsnap.commands import (
+    bench,
+    cache,
+    compose,
+    evaluate,
+    export,
+    gate,
+    quality,
+    refuse,
+    runs,
+    sample,
+    scan,
+    show_config,
+    train,
+)
 from .config.load import load_plugins_of
 from .errors import PillsnapError
 from .model_commands import archive, catalog, demo, models, predict, search, ship, watch
@@ -45,6 +60,14 @@ OPTIONS = {  # of each command, in addition to the settings
         ),
         _option("--workers", type=int, metavar="N", default=0, help="reading processes (default: one per core)"),
         _option("--dry-run", action="store_true", help="only list what would be read"),
+        _option("--grade", type=Path, metavar="FILE", help="judge the photos with this quality.onnx, into grades.csv"),
+    ],
+    "compose": [
+        _option("--cutouts", type=Path, metavar="ZIP", required=True, help="pills on black, a folder for each drug"),
+        _option("--out", type=Path, metavar="DIR", required=True, help="folder of the dataset to make"),
+        _option("--photos", type=int, metavar="N", default=2000, help="photos to train on (default: %(default)s)"),
+        _option("--held-out", type=int, metavar="N", default=300, help="of other drugs and backgrounds (%(default)s)"),
+        _option("--size", type=int, metavar="PIXELS", default=320, help="side of a photo (default: %(default)s)"),
     ],
     "cache": [
         _option(
@@ -100,6 +123,36 @@ OPTIONS = {  # of each command, in addition to the settings
             metavar="DIR",
             help="gets benchmark_YYYYMMDD_HHMMSS.json (default: %(default)s)",
         ),
+    ],
+    "quality": [
+        _option(
+            "what",
+            choices=("train", "test", "grade"),
+            help="train on photos with boxes; test and grade need a model; grade prints CSV, the worst photos first",
+        ),
+        _option("--model", type=Path, metavar="FILE", help="trained model (default: quality.onnx in --out)"),
+        _option("--out", type=Path, metavar="DIR", help="gets the model (default: quality below paths.run_root)"),
+    ],
+    "color": [
+        _option(
+            "what",
+            choices=tuple(COLOR_ACTIONS),
+            help="learn takes --references, bake a NILUT's --model, export that of an adaptive LUT, push --run-dir",
+        ),
+        _option("--run-dir", type=Path, metavar="DIR", help="run folder to make, to continue or to push"),
+        _option("--data-type", choices=("paired", "cube", "phone"), help="what train learns from"),
+        _option("--cube-dir", type=Path, metavar="DIR", help="folder with .cube files that train learns from"),
+        _option("--references", nargs="+", type=Path, metavar="PHOTO", help="photos whose look is learned"),
+        _option("--model", type=Path, metavar="FILE", help="trained model, such as best.pt of a run folder"),
+        _option("--style", default="", metavar="NAME", help="style to bake (default: all)"),
+        _option("--size", type=int, default=33, metavar="N", help="points of a baked grid (default: 33)"),
+        _option(
+            "--resolutions", nargs="+", default=["1920x1080"], metavar="WxH", help="photos to time (default: 1920x1080)"
+        ),
+        _option("--iterations", type=int, default=10, metavar="N", help="timed runs (default: 10)"),
+        _option("--photos", type=Path, metavar="DIR", help="canonical photos, whose colours have to stay"),
+        _option("--note", default="", help="kept with what is pushed"),
+        _option("--out", type=Path, metavar="PATH", help="file or folder that gets the result"),
     ],
     "models": [
         _option(
@@ -231,6 +284,7 @@ COMMANDS = {
     action.__name__: action
     for action in (
         scan,
+        compose,
         cache,
         train,
         evaluate,
@@ -238,6 +292,8 @@ COMMANDS = {
         export,
         bench,
         gate,
+        quality,
+        color,
         models,
         ship,
         archive,

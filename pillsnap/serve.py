@@ -130,6 +130,7 @@ def _service(settings: Settings, environment: Environment, root: Path) -> Servic
         upload_seconds=serve.upload_seconds,
         font=serve.font,
         pipelines=PIPELINES[:1] if serve.features == "mvp" else PIPELINES,
+        frame_limiter=RateLimiter(10 * serve.requests_per_minute),  # a camera sends a few a second
         lookup=Lookup(root / settings.paths.catalog),
     )
 

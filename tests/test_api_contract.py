@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 from serving import ADMIN, Running, running
-from tiny_models import KEY, save_classifier, save_detector
+from tiny_models import KEY, save_classifier, save_detector, save_quality
 
 
 @pytest.fixture(scope="module")
@@ -18,6 +18,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("models")
     save_classifier(folder)
     save_detector(folder)
+    save_quality(folder)
     with running(folder, tmp_path_factory.mktemp("server")) as opened:
         yield opened
 

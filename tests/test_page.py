@@ -36,7 +36,7 @@ from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.wait import WebDriverWait
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
-from tiny_models import CONFIG, DRUGS, KEY, RIGHT, photo_jpeg, save_classifier, save_detector
+from tiny_models import CONFIG, DRUGS, KEY, RIGHT, photo_jpeg, save_classifier, save_detector, save_quality
 
 from pillsnap.answer.classes import ClassMap, Drug
 from pillsnap.answer.identify import Identifier, percent
@@ -56,6 +56,8 @@ FLAGS = (
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
+    "--use-fake-device-for-media-stream",
+    "--use-fake-ui-for-media-stream",
 )
 WITHOUT_NAME = (155, 137, 165)  # a colour as far from one drug's as from the others'
 
@@ -1103,6 +1105,73 @@ def test_every_response_has_the_security_headers(models: Path, jpeg: bytes, monk
         .headers["strict-transport-security"]
         .startswith("max-age=")
     )
+
+
+# ---- Photo quality
+
+
+@pytest.fixture
+def judging(models: Path, tmp_path: Path) -> Callable[[float], Path]:
+    """A function that puts a judge beside the models; it accepts brightness from a value on."""
+
+    def make(accept: float) -> Path:
+        folder = shutil.copytree(models, tmp_path / f"accept {accept}")
+        save_quality(folder, accept)
+        return folder
+
+    return make
+
+
+def test_what_is_wrong_with_a_photo_stands_before_its_answer(
+    browser: WebDriver, judging: Callable[[float], Path], photo: Path, tmp_path: Path
+) -> None:
+    dark = tmp_path / "dark.jpg"
+    dark.write_bytes(photo_jpeg(0.2))
+    with serving(app_for(judging(0.5))) as address:
+        visit(browser, address)
+        send(browser, dark)
+        poor = see(browser, ".poor")[0]
+        assert "It is too dark" in poor.text and "may not be good enough" in poor.text
+        assert browser.execute_script("return document.querySelector('.poor ~ .pills') !== null"), "above the pills"
+        assert "may not be good enough" in texts(browser, "[aria-live=polite]")[0]
+        browser.find_element(By.CSS_SELECTOR, "[data-language=ko]").click()
+        assert "어둡습니다" in see(browser, ".poor")[0].text
+        send(browser, photo)
+        see(browser, ".card", 2)
+        assert len(browser.find_elements(By.CSS_SELECTOR, ".poor")) == 1 and quiet(browser)
+
+
+def test_the_camera_says_while_one_aims_whether_it_is_good_enough(
+    browser: WebDriver, judging: Callable[[float], Path]
+) -> None:
+    with serving(app_for(judging(0.0))) as address:
+        visit(browser, address)
+        wait(browser, lambda: browser.find_element(By.ID, "aim").is_displayed())
+        browser.find_element(By.ID, "aim").click()
+        wait(browser, lambda: browser.find_element(By.ID, "advice").text == "This is good enough: take the photo.")
+        time.sleep(1)
+        asked = [request["url"] for request in requests(browser) if request["method"] == "POST"]
+        assert len(asked) >= 2 and {urlsplit(url).path for url in asked} == {"/quality"}, "a few frames a second"
+        browser.find_element(By.ID, "snap").click()
+        see(browser, ".pill")
+        assert not browser.find_element(By.ID, "aiming").is_displayed()
+        assert browser.execute_script("return document.getElementById('view').srcObject === null"), "the camera is off"
+        assert quiet(browser)
+    with serving(app_for(judging(1.01))) as address:
+        visit(browser, address)
+        browser.find_element(By.CSS_SELECTOR, "[data-language=ko]").click()
+        wait(browser, lambda: browser.find_element(By.ID, "aim").is_displayed())
+        browser.find_element(By.ID, "aim").click()
+        wait(browser, lambda: browser.find_element(By.ID, "advice").text.endswith("다시 찍으세요."))
+        browser.find_element(By.ID, "stop").click()
+        assert not browser.find_element(By.ID, "aiming").is_displayed() and quiet(browser)
+
+
+def test_without_a_judge_there_is_nothing_to_aim_with(browser: WebDriver, address: str, photo: Path) -> None:
+    visit(browser, address)
+    send(browser, photo)
+    see(browser, ".pill")
+    assert not browser.find_element(By.ID, "aim").is_displayed() and not browser.find_elements(By.CSS_SELECTOR, ".poor")
 
 
 # ---- Search by look

@@ -13,11 +13,13 @@ import pytest
 from pillsnap.data.readers.aihub_layout import looks_like_aihub
 from pillsnap.data.readers.aihub_names import parse_photo_name
 from pillsnap.data.readers.layouts import read_all
+from pillsnap.runtime.outlines import mask_of
 from pillsnap.sample import write as sample
 from pillsnap.sample.drugs import sample_drugs
 from pillsnap.sample.plan import PlannedPhoto, arrange, gap, plan_sample, random_of, turned
 from pillsnap.sample.relief import relief
-from pillsnap.sample.write import SampleError, draw_photo, write_sample
+from pillsnap.sample.render import Placed, Rendered, View, render
+from pillsnap.sample.write import SampleError, draw_photo, draw_scene, write_sample
 
 
 def few_of_each(seed: int = 42) -> list[PlannedPhoto]:
@@ -119,6 +121,30 @@ def test_box_is_tight() -> None:
     )
 
 
+def test_masks_hold_the_visible_pixels() -> None:
+    drug = sample_drugs()[0]
+    far, near = Placed(drug, 0, 0.0, 0.0, 0.0), Placed(drug, 0, 0.0, -7.0, 0.0)
+    view = View(0, 1, 60, 0)
+    both = render([far, near], view, np.random.default_rng(5))
+    alone = [render([pill], view, np.random.default_rng(5)) for pill in (far, near)]
+    assert np.array_equal(both.masks[1], alone[1].masks[0]), "the nearer pill is whole"
+    assert np.array_equal(both.masks[0], alone[0].masks[0] & ~both.masks[1]), "it covers the farther one"
+    assert 0 < both.masks[0].sum() < alone[0].masks[0].sum()
+    empty = render([], view, np.random.default_rng(5))
+    assert not empty.masks and not empty.owner.any()
+
+
+def test_masks_and_boxes_agree_and_are_read_back(small: Path) -> None:
+    scenes = {photo.stem: (photo, draw_scene(photo)) for photo in few_of_each()}
+    for record in read_all(small).records:
+        photo, scene = scenes[Path(record.image).stem]
+        number = [drug.code for drug in photo.drugs].index(record.code)
+        mask = mask_of(record.outline, record.width, record.height)
+        assert np.array_equal(mask, scene.masks[number])
+        x, y, width, height = scene.boxes[number]
+        assert mask[y : y + height, x : x + width].sum() == mask.sum() > 0.4 * width * height
+
+
 def test_pills_touch_but_do_not_overlap() -> None:
     closest = []
     for number, photo in enumerate(plan_sample()[1700:2000:3]):
@@ -155,15 +181,15 @@ def test_a_finished_sample_is_reused_and_a_lost_photo_is_rewritten(
 def test_interrupted_write_is_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = tmp_path / "set"
     whole = files_of(write_sample(tmp_path / "whole", workers=1, _limit=5))
-    real, done = sample.draw_photo, []
+    real, done = sample.draw_scene, []
 
-    def stops(photo: PlannedPhoto, seed: int) -> tuple[np.ndarray, list[tuple[int, int, int, int]]]:
+    def stops(photo: PlannedPhoto, seed: int) -> Rendered:
         if len(done) == 3:
             raise KeyboardInterrupt
         done.append(photo)
         return real(photo, seed)
 
-    monkeypatch.setattr(sample, "draw_photo", stops)
+    monkeypatch.setattr(sample, "draw_scene", stops)
     with pytest.raises(KeyboardInterrupt):
         write_sample(root, workers=1, _limit=5)
     assert not (root / "sample.json").exists() and len(list(root.rglob("*.png"))) == 3

@@ -18,7 +18,7 @@ from .relief import DETAIL, SHADE_DETAIL, Relief, relief
 from .scene import HEIGHT, LAMPS, SCALE, WIDTH, Camera, Lamp, empty_table
 
 # %% auto #0
-__all__ = ['Placed', 'View', 'render']
+__all__ = ['Placed', 'View', 'Rendered', 'render']
 
 # %% ../../nbs/sample/03_render.ipynb #bd4196cd
 def _lookup(
@@ -180,6 +180,8 @@ def _cast_shadow(
 
 def _draw_pill(
     photo: np.ndarray,  # float32 (640, 488, 3), 0 to 1, changed in place
+    owner: np.ndarray,  # uint8 (640, 488), changed in place: the pixels of the pill become its number
+    number: int,  # of the pill, from 1 on
     placed: Placed,  # the pill
     view: View,  # background, light and camera angle
     camera: Camera,  # the camera, a little off the view's elevation
@@ -210,6 +212,7 @@ def _draw_pill(
     cover = np.clip(cv2.GaussianBlur(hit.astype(np.float32), (0, 0), 1.1) * 2 - 0.5, 0, 1)
     part = photo[top:bottom, left:right]
     part += (color - part) * cover[..., None]
+    owner[top:bottom, left:right][hit] = number
     box = cv2.boundingRect(hit.astype(np.uint8))
     return box[0] + left, box[1] + top, box[2], box[3]
 
@@ -228,12 +231,26 @@ def _expose(
     return cv2.add(image, _noise()[top : top + HEIGHT, left : left + WIDTH], dtype=cv2.CV_8U)
 
 
+@dataclass(frozen=True)
+class Rendered:
+    """A photo, and where its pills are, in their order."""
+
+    photo: np.ndarray  # RGB uint8 (640, 488, 3)
+    boxes: list[tuple[int, int, int, int]]  # x, y, width, height of each pill without its shadow, pixels
+    owner: np.ndarray  # uint8 (640, 488): number of the pill that is visible in a pixel, from 1 on; 0 the table
+
+    @property
+    def masks(self) -> list[np.ndarray]:  # bool (640, 488), of each pill
+        """The visible pixels of each pill."""
+        return [self.owner == number for number in range(1, len(self.boxes) + 1)]
+
+
 def render(
     pills: Sequence[Placed],  # what lies on the table
     view: View,  # background, light and camera angle
     rng: np.random.Generator,  # for everything that differs between two photos of one view
-) -> tuple[np.ndarray, list[tuple[int, int, int, int]]]:  # RGB uint8 (640, 488, 3); x, y, width, height of each pill
-    """One photo, and the box of each pill without its shadow in pixels, in the order of the pills."""
+) -> Rendered:
+    """One photo with the boxes and masks of its pills."""
     camera = Camera(view.elevation + rng.uniform(-1, 1))
     plain, gain = LAMPS[view.light], rng.uniform(0.92, 1.08)
     right, away, up = (float(part + rng.normal(0, 0.06)) for part in plain.direction)
@@ -245,5 +262,6 @@ def render(
     far_first = sorted(
         range(len(pills)), key=lambda index: -pills[index].x * math.sin(turn) - pills[index].y * math.cos(turn)
     )
-    boxes = {index: _draw_pill(photo, pills[index], view, camera, lamp, rng) for index in far_first}
-    return _expose(photo, camera, rng), [boxes[index] for index in range(len(pills))]
+    owner = np.zeros((HEIGHT, WIDTH), np.uint8)
+    boxes = {index: _draw_pill(photo, owner, index + 1, pills[index], view, camera, lamp, rng) for index in far_first}
+    return Rendered(_expose(photo, camera, rng), [boxes[index] for index in range(len(pills))], owner)

@@ -23,20 +23,21 @@ from tqdm import tqdm
 from ..atomic import write_json
 from ..errors import PillsnapError
 from ..progress import progress_stream
+from ..runtime.outlines import encode_runs
 from .drugs import COLOUR_WORDS, SHAPE_WORDS, SampleDrug
 from .plan import PlannedPhoto, arrange, plan_sample, random_of
-from .render import Placed, render
+from .render import Placed, Rendered, render
 from .scene import HEIGHT, WIDTH
 
 # %% auto #0
-__all__ = ['GENERATOR', 'draw_photo', 'label', 'put_file', 'SampleError', 'write_sample']
+__all__ = ['GENERATOR', 'draw_scene', 'draw_photo', 'label', 'put_file', 'SampleError', 'write_sample']
 
 # %% ../../nbs/sample/05_write.ipynb #c53dc2f7
-def draw_photo(
+def draw_scene(
     photo: PlannedPhoto,  # the photo
     seed: int = 42,  # seed of the sample
-) -> tuple[np.ndarray, list[tuple[int, int, int, int]]]:  # RGB uint8 (640, 488, 3); x, y, width, height of each pill
-    """The image, and its boxes in pixels in the order of the drugs; the same photo and seed give the same image."""
+) -> Rendered:  # its image, and boxes and masks in the order of the drugs
+    """Render a photo; the same photo and seed give the same image."""
     rng = random_of(seed, photo.stem)
     if photo.single:
         pills = [
@@ -52,6 +53,15 @@ def draw_photo(
         pills = arrange(photo.drugs, photo.side, random_of(seed, "arrange", photo.codes))
     return render(pills, photo.view, rng)
 
+
+def draw_photo(
+    photo: PlannedPhoto,  # the photo
+    seed: int = 42,  # seed of the sample
+) -> tuple[np.ndarray, list[tuple[int, int, int, int]]]:  # RGB uint8 (640, 488, 3); x, y, width, height of each pill
+    """The image of `draw_scene`, and its boxes in pixels."""
+    scene = draw_scene(photo, seed)
+    return scene.photo, scene.boxes
+
 # %% ../../nbs/sample/05_write.ipynb #7dc3f75f
 _BACKGROUNDS = ("검정 배경", "파랑 배경", "연회색 배경")
 _LIGHT_WORDS = ("전구색", "주광색", "주백색")
@@ -61,6 +71,7 @@ def label(
     photo: PlannedPhoto,  # the photo
     drug: SampleDrug,  # the labelled pill
     box: tuple[int, int, int, int],  # x, y, width, height, pixels
+    mask: np.ndarray | None = None,  # bool (640, 488), its visible pixels; None: not written
 ) -> dict[str, Any]:
     """The label JSON of one pill, with the fields of the original."""
     name, number = f"{photo.stem}.png", zlib.crc32(photo.stem.encode())
@@ -125,7 +136,7 @@ def label(
         "bbox": list(box),
         "category_id": 1,
         "ignore": 0,
-        "segmentation": [],
+        "segmentation": [] if mask is None else encode_runs(mask),
         "id": number,
         "image_id": number,
     }
@@ -166,10 +177,11 @@ def put_file(
 def _write_photos(photos: Sequence[PlannedPhoto], root: Path, seed: int) -> int:
     """Write some photos with their labels; the number of photos."""
     for photo in photos:
-        image, boxes = draw_photo(photo, seed)
-        for drug, box, path in zip(photo.drugs, boxes, photo.labels(root)):
-            put_file(path, json.dumps(label(photo, drug, box), ensure_ascii=False).encode("utf-8"))
-        put_file(photo.image(root), _png(image))
+        scene = draw_scene(photo, seed)
+        for drug, box, mask, path in zip(photo.drugs, scene.boxes, scene.masks, photo.labels(root)):
+            content = json.dumps(label(photo, drug, box, mask), ensure_ascii=False, separators=(",", ":"))
+            put_file(path, content.encode("utf-8"))
+        put_file(photo.image(root), _png(scene.photo))
     return len(photos)
 
 
@@ -179,7 +191,7 @@ def _write_overview(photo: PlannedPhoto, root: Path, seed: int) -> None:
     put_file(photo.folder(root, "images") / f"{photo.codes}_index.png", _png(overview))
 
 # %% ../../nbs/sample/05_write.ipynb #031bd086
-GENERATOR = 4  # version of images and labels; a sample of another version is written anew
+GENERATOR = 5  # version of images and labels; a sample of another version is written anew
 _MARKER, _UNFINISHED = "sample.json", "unfinished.json"
 
 

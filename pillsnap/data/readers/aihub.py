@@ -11,6 +11,7 @@ from .aihub_files import Found, files_on_disk, photos_and_labels
 from .aihub_labels import PillLabel, as_code, parse_label
 from .aihub_layout import list_aihub, looks_like_aihub
 from .aihub_names import Session, codes_in, parse_photo_name, single_group
+from ..reading.label_outlines import usable_outline
 from ..reading.photo_files import read_photo
 from ..reading.reader import Reader
 from pillsnap.data.reading.records import (
@@ -91,6 +92,7 @@ def _record(
     group: str,
     pill: PillLabel,
     size: tuple[int, int],
+    result: ScanResult,
 ) -> PillRecord:
     """The record of one pill; raises `LabelError` for a box that leaves the image."""
     x1, y1, x2, y2 = check_box(pill.box, *size)
@@ -124,6 +126,7 @@ def _record(
         photo.size,
         "" if photo.checksum is None else f"crc32:{photo.checksum:08x}",
         "aihub",
+        usable_outline(pill.outline, size, result, photo.reference),
     )
 
 
@@ -131,6 +134,7 @@ def photo_records(
     photo: Found,  # the photo
     labels: list[Found],  # its labels, one per pill
     split: OfficialSplit,  # of the collection
+    result: ScanResult,  # gets an entry for each outline that can't be used
 ) -> tuple[list[PillRecord], int]:  # one record per pill, and the number of repeated labels
     """All pills of one photo; raises `LabelError` where the photo cannot be used as a whole."""
     if not labels:
@@ -147,7 +151,7 @@ def photo_records(
     size = _image_size(photo.reference, pills)
     in_name = session.side or session.elevation is not None
     return [
-        _record(photo, split, kind, session if in_name else pill.session, group, pill, size) for pill in pills
+        _record(photo, split, kind, session if in_name else pill.session, group, pill, size, result) for pill in pills
     ], repeated
 
 # %% ../../../nbs/data/readers/04_aihub.ipynb #c800f73a
@@ -171,7 +175,7 @@ def read_aihub(
     for stem, photo in sorted(photos.items()):
         own = labels.pop(stem, [])
         try:  # cheaper than `quarantining`, for millions of photos
-            records, repeated = photo_records(photo, own, shard.facts["split"])
+            records, repeated = photo_records(photo, own, shard.facts["split"], result)
         except LabelError as error:
             result.quarantined.append(Quarantined(photo.reference, error.reason, str(error), files=1 + len(own)))
             result.missed.update(parse_photo_name(stem)[0] or codes_in(photo.folder))

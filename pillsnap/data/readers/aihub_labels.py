@@ -148,9 +148,10 @@ class _Facts(msgspec.Struct, gc=False):
 
 
 class _Annotation(msgspec.Struct, gc=False):
-    """The needed field of an annotation, in its usual form."""
+    """The needed fields of an annotation, in their usual form."""
 
     bbox: tuple[float, float, float, float]
+    segmentation: Any = None
 
 
 class _Label(msgspec.Struct, gc=False):
@@ -202,6 +203,7 @@ class PillLabel(NamedTuple):
     height: int | None  # of the image, pixels
     session: Session  # as written in the label
     drug: DrugFacts  # description of the drug
+    outline: Any = None  # polygons or run lengths of the pill, not yet checked
 
 
 def _box(bbox: Any) -> tuple[float, float, float, float]:
@@ -286,4 +288,7 @@ def parse_label(
         width, height, session, drug = _common(facts)
     except TypeError:
         width, height, session, drug = _common(_without_nested(facts))
-    return [PillLabel(drug.code, box, width, height, session, drug) for box in boxes]
+    return [
+        PillLabel(drug.code, box, width, height, session, drug, annotation.segmentation or None)
+        for box, annotation in zip(boxes, label.annotations)
+    ]

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .coco_boxes import labelled_size, parse_box, turn_box
+from .coco_boxes import Corners, labelled_size, parse_box, turn_box, turn_outline
 from pillsnap.data.readers.coco_files import (
     AnnotationFile,
     Annotations,
@@ -21,6 +21,7 @@ from pillsnap.data.readers.coco_files import (
     read_annotations,
 )
 from ..reading.class_names import doubtful_names
+from ..reading.label_outlines import usable_outline
 from ..reading.named_photos import describe_names, find_all
 from pillsnap.data.reading.photo_folders import (
     PHOTO_SUFFIXES,
@@ -58,6 +59,7 @@ def photo_records(
     split: OfficialSplit,  # of the dataset
     base: Path,  # folder of the dataset
     changes: Counter[str],  # counts boxes and photos that are not taken as they stand
+    result: ScanResult,  # gets an entry for each outline that can't be used
 ) -> list[PillRecord]:  # one record per pill, none for a photo without pills
     """The pills of one photo; raises `LabelError` where the photo cannot be used as a whole."""
     check_name(path)
@@ -66,13 +68,17 @@ def photo_records(
     if not boxes and orientation != 1:
         return []
     size, own = labelled_size(entry, stored, orientation), Counter[str]()
-    pills = list(dict.fromkeys(parse_box(box, names, *size, own) for box in boxes))
+    drawn: dict[tuple[str, Corners], Any] = {}
+    for box in boxes:
+        drawn.setdefault(parse_box(box, names, *size, own), box.get("segmentation"))
+    pills, outlines = list(drawn), [usable_outline(outline, size, result, path) for outline in drawn.values()]
     if size != upright:
         pills = [(name, turn_box(box, stored, orientation)) for name, box in pills]
+        outlines = [turn_outline(outline, stored, orientation) for outline in outlines]
         own["stored"] += 1
     changes.update(own)
     group = capture_group(os.path.relpath(path, base))
-    return pill_records(path, upright, pills, split, group, "coco")
+    return pill_records(path, upright, pills, split, group, "coco", outlines)
 
 
 def _describe(changes: Mapping[str, int]) -> list[str]:
@@ -134,7 +140,7 @@ def _read_file(
                         f"several images have the number {number}, so nobody knows whose boxes are whose",
                     )
                 names = annotations.names
-                use_photo(result, photo_records(path, entry, boxes, names, source.split, base, changes))
+                use_photo(result, photo_records(path, entry, boxes, names, source.split, base, changes, result))
     for number, boxes in sorted(waiting.items(), key=str):
         detail = f"{len(boxes)} annotations are of image {number}, which the file does not list"
         result.quarantined.append(Quarantined(str(source.path), Reason.IMAGE_MISSING, detail, files=0))

@@ -5,16 +5,20 @@
 # %% ../../../nbs/data/readers/10_coco_boxes.ipynb #545cb4f7
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from .coco_files import whole_number
 from ..reading.records import LabelError, Reason, check_box, upright_size
+from ...runtime.outlines import decode_runs, encode_runs, outline_text
 
 # %% auto #0
-__all__ = ['Corners', 'around_turned', 'parse_box', 'labelled_size', 'turn_box']
+__all__ = ['Corners', 'around_turned', 'parse_box', 'labelled_size', 'turn_box', 'turn_outline']
 
 # %% ../../../nbs/data/readers/10_coco_boxes.ipynb #4f408e73
 Corners = tuple[float, float, float, float]
@@ -203,3 +207,20 @@ def turn_box(
     across = (height - y2, height - y1) if orientation in (6, 7) else (y1, y2)
     down = (width - x2, width - x1) if orientation in (7, 8) else (x1, x2)
     return across[0], down[0], across[1], down[1]
+
+
+def turn_outline(
+    outline: str,  # of the photo as stored, from `usable_outline`; may be ""
+    stored: tuple[int, int],  # width, height in pixels, as stored
+    orientation: int,  # EXIF orientation, 5 to 8
+) -> str:  # of the upright photo
+    """Turn an outline as `turn_box` turns its box."""
+    content = json.loads(outline or "[]")
+    upright = upright_size(stored, orientation)
+    if isinstance(content, dict):
+        mask = decode_runs(content, *stored)
+        turned = {5: mask.T, 6: np.rot90(mask, -1), 7: np.rot90(mask, 2).T, 8: np.rot90(mask)}[orientation]
+        return outline_text(encode_runs(turned), *upright)
+    points = [zip(part[0::2], part[1::2]) for part in content]
+    parts = [[side for x, y in part for side in turn_box((x, y, x, y), stored, orientation)[:2]] for part in points]
+    return outline_text(parts, *upright)

@@ -10,6 +10,7 @@ import shlex
 from pathlib import Path
 
 from ...config.plugins import pick
+from ..labelling.label_studio import LABEL_STUDIO
 from .aihub import AIHUB
 from .coco import COCO
 from .folders import FOLDERS
@@ -22,7 +23,7 @@ from ..reading.records import DataError, ScanError, ScanResult, printable
 __all__ = ['READERS', 'check_root', 'check_layout', 'choose_layout', 'read_all']
 
 # %% ../../../nbs/data/readers/90_layouts.ipynb #ff59c1b2
-READERS: dict[str, Reader] = {reader.name: reader for reader in (YOLO, COCO, AIHUB, FOLDERS)}
+READERS: dict[str, Reader] = {reader.name: reader for reader in (YOLO, COCO, LABEL_STUDIO, AIHUB, FOLDERS)}
 
 # %% ../../../nbs/data/readers/90_layouts.ipynb #4f490865
 def check_root(

@@ -21,6 +21,7 @@ from pillsnap.data.readers.yolo_data import (
 )
 from .yolo_files import dataset_files, dataset_folders, describe_outside, is_photo, photos_by_split
 from .yolo_labels import label_folders, looks_like_boxes, match_labels, parse_boxes, stem_key
+from ..reading.label_outlines import usable_outline
 from ..reading.named_photos import without_prefix
 from pillsnap.data.reading.photo_folders import (
     capture_group,
@@ -86,7 +87,9 @@ class _Reading:
             size = upright_size(stored, orientation)
             pills = parse_boxes(text, self.data_file.names, *size)
             group = capture_group(os.path.relpath(photo, self.data_file.root))
-            use_photo(self.result, pill_records(photo, size, pills, split, group, "yolo"), files=2)
+            outlines = [usable_outline(points, size, self.result, photo) for points in pills.values()]
+            records = pill_records(photo, size, list(pills), split, group, "yolo", outlines)
+            use_photo(self.result, records, files=2)
             self.turned += orientation in range(2, 9)
             if len(labels) > 1:
                 self.result.skipped["repeated_label"] += len(labels) - 1

@@ -26,12 +26,14 @@ def parse_boxes(
     names: Mapping[int, str],  # class names by number
     width: int,  # of the image, pixels
     height: int,  # of the image, pixels
-) -> list[tuple[str, tuple[float, float, float, float]]]:  # class name and x1, y1, x2, y2 in pixels
-    """The boxes of a label, repeated lines once.
+) -> dict[tuple[str, tuple[float, float, float, float]], list[float]]:
+    """The boxes of a label, repeated lines once: class name and x1, y1, x2, y2 in pixels.
+
+    To each belong the points of its polygon, x, y, x, y… in pixels; none where the line has a box or a turned box.
 
     Raises `LabelError` for a line that is no box, a class without name, or a box outside the image.
     """
-    found: dict[tuple[str, tuple[float, float, float, float]], None] = {}
+    found: dict[tuple[str, tuple[float, float, float, float]], list[float]] = {}
     for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():
             continue
@@ -56,8 +58,9 @@ def parse_boxes(
             tolerance += _OUTLINE_TOLERANCE * max(corners[2] - corners[0], corners[3] - corners[1])
         elif not all(0.0 <= value <= 1.0 for value in values):
             raise LabelError(Reason.BOX_OUTSIDE, f"line {number} has a coordinate outside 0 to 1: {line[:60]!r}")
-        found[names[int(index)], check_box(corners, width, height, tolerance)] = None
-    return list(found)
+        outline = [] if len(values) in (4, 8) else [side * (width, height)[at % 2] for at, side in enumerate(values)]
+        found[names[int(index)], check_box(corners, width, height, tolerance)] = outline
+    return found
 
 
 def _corners(values: list[float], width: int, height: int) -> tuple[float, float, float, float]:

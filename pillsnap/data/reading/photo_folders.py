@@ -94,13 +94,16 @@ def pill_records(
     split: OfficialSplit,  # of the dataset
     group: str,  # its capture group
     source: str,  # name of the reader
+    outlines: Sequence[str] = (),  # of the pills, as `usable_outline` returns them; none: their boxes alone
 ) -> list[PillRecord]:  # one per pill, none for a photo without pills
     """The records of a photo whose class names are the codes of its drugs."""
     kind: PhotoKind = "combination" if len(pills) > 1 else "single"
     length = path.stat().st_size
     return [
-        PillRecord(str(path), *size, kind, split, group, name, name, (), *box, bytes=length, source=source)
-        for name, box in pills
+        PillRecord(
+            str(path), *size, kind, split, group, name, name, (), *box, bytes=length, source=source, outline=outline
+        )
+        for (name, box), outline in zip(pills, outlines or [""] * len(pills), strict=True)
     ]
 
 # %% ../../../nbs/data/reading/03_photo_folders.ipynb #156b0f44

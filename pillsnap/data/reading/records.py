@@ -41,6 +41,7 @@ class Reason(StrEnum):
     LABEL_DUPLICATE = "label_duplicate"  # two labels contradict each other about one pill
     BOX_MISSING = "box_missing"  # no box, an empty box, or a box that is not four numbers
     BOX_OUTSIDE = "box_outside"  # the box leaves the image
+    OUTLINE_INVALID = "outline_invalid"  # the outline or mask of a pill is none of its photo; its box is used
     BOX_COUNT_MISMATCH = "box_count_mismatch"  # fewer or more boxes than K-codes in the file name
     CODE_MISSING = "code_missing"  # the label has no code of a drug
     CODE_MISMATCH = "code_mismatch"  # the label names another drug than the file name
@@ -178,6 +179,7 @@ class PillRecord(NamedTuple):
     bytes: int = 0  # size of the photo's file
     content_hash: str = ""  # "crc32:<8 hex>" of a photo in an archive, "" = not read
     source: str = ""  # name of the reader that found it
+    outline: str = ""  # of its visible part, pixels: JSON of `runtime.outlines`, "" where the label has none
 
 # %% ../../../nbs/data/reading/01_records.ipynb #2620eaa4
 class DataError(PillsnapError):
@@ -332,6 +334,7 @@ def record_schema() -> dict[str, Any]:  # column -> type
         "bytes": pl.Int64,
         "content_hash": pl.String,
         "source": pl.String,
+        "outline": pl.String,
     }
 
 

@@ -23,6 +23,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from ...answer.identify import IdentifyError, percent
+from ...answer.quality.judge import judge_crops
 from ...atomic import write_text
 from ...errors import PillsnapError
 from ...runtime.images import KINDS, SUFFIXES, ImageError, is_photo, open_photo
@@ -189,8 +190,9 @@ def predict_local(
     opened = open_photo(data, max_pixels)
     decode_ms = (perf_counter() - begun) * 1000
     crops = loaded.identifier.crop_pills(opened.pixels, pipeline, None, opened.size)
+    verdict = None if loaded.judge is None else judge_crops(loaded.judge, opened, crops)
     identification, compared = classify_expected(loaded.identifier, crops, top_k, expected)
-    response = prediction_response(identification, opened.size, decode_ms, loaded.model, None)
+    response = prediction_response(identification, opened.size, decode_ms, loaded.model, None, verdict)
     return response if compared is None else response | {"prescription": compared}
 
 # %% ../../../nbs/service/client/00_client.ipynb #8d62cbbe
@@ -268,11 +270,16 @@ def _compared(
 
 def as_table(
     predictions: Sequence[tuple[Path, dict[str, Any]]],  # photo and prediction
-) -> str:  # a row per pill, then the notes
+) -> str:  # photos that are not good enough, a row per pill, then the notes
     """Format predictions as a table."""
     rows: list[tuple[str | int, ...]] = []
     notes: list[str] = []
+    warnings: list[str] = []
     for photo, prediction in predictions:
+        quality = prediction.get("quality")
+        if quality and not quality["good_enough"]:
+            reasons = " ".join(reason["en"] for reason in quality["reasons"])
+            warnings.append(f"{_text(photo)}: not good enough (score {quality['score']:.2f}). {reasons}")
         hint = [prediction["hint"]["reason"]] if prediction.get("hint") else []
         compared = _compared(prediction.get("prescription"))
         notes += [f"{_text(photo)}: {note}" for note in [*compared, *prediction.get("notes", []), *hint]]
@@ -296,7 +303,7 @@ def as_table(
         disable_numparse=True,
         colalign=("left", "right", "left", "left", "right", "left"),
     )
-    return "\n".join([table, *notes])
+    return "\n".join([*warnings, table, *notes])
 
 
 def _line(

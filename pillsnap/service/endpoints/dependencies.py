@@ -44,6 +44,7 @@ class Service:
     max_batch_bytes: int = 100_000_000  # of all files of a request
     font: Path | None = None  # of annotated photos; None = search for one
     metrics: Any = None  # ServiceMetrics; None = `/metrics` is not active
+    frame_limiter: RateLimiter | None = None  # frames of a camera per minute and key; None = no limit
     lookup: Lookup = field(default_factory=Lookup)  # what `/search` searches
 
     def loaded(self) -> LoadedModels:
