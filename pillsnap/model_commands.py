@@ -17,6 +17,7 @@ from .config.schema import Settings, SettingsError
 
 if TYPE_CHECKING:
     from pillsnap.answer.classes import ClassMap
+    from pillsnap.answer.identify import Identifier
     from pillsnap.service.inference.model_manager import LoadedModels
 
 # %% auto #0
@@ -177,10 +178,16 @@ def _open_models(folder: Path | None, settings: Settings) -> LoadedModels:
             "there is no model folder: name one with --model, with serve.model_path or with MODEL_PATH in .env, "
             "or a server with --url"
         )
+    from pillsnap.answer.imprint.setting import read_imprints
+
     from pillsnap.answer.factory import load_identifier
     from pillsnap.service.inference.model_manager import load
 
-    return load(Path(folder), partial(load_identifier, threads=settings.serve.threads, engine=settings.serve.engine))
+    def opened(path: Path) -> Identifier:
+        identifier = load_identifier(path, settings.serve.threads, settings.serve.engine)
+        return read_imprints(identifier, settings.identify.imprint, settings.serve.threads)
+
+    return load(Path(folder), opened)
 
 # %% ../nbs/23_model_commands.ipynb #ab3ee2d0
 def catalog(arguments: Namespace) -> int:

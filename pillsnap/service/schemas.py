@@ -106,6 +106,12 @@ class PillResponse(CandidateResponse):
         examples=[0.94],
     )
     sure: bool = Field(description="the confidence reached the level set for this model, in a photo with colours")
+    imprint: str | None = Field(
+        default=None,
+        description="only of a pill that is not sure: letters that were read on it, which put the candidates in order; "
+        "empty = none, null = it was not read",
+        examples=["K20"],
+    )
     candidates: list[CandidateResponse] = Field(
         description="best first, as many as top_k asks for; the answer is the first of them"
     )
@@ -226,6 +232,7 @@ def _pill_response(pill: Pill) -> dict[str, Any]:
         "box": pill.box._asdict(),
         "box_confidence": pill.box_confidence,
         "sure": pill.sure,
+        "imprint": pill.imprint,
         "candidates": candidates,
     }
 

@@ -178,7 +178,9 @@ function pill(answer, index, all) {
     make("h4", {}, make("span", { class: "number" }, String(index + 1)), nameOf(answer)),
     make("div", { class: "level" },
       make("p", { class: "verdict" }, say(answer.sure ? "sure" : "compare")), confidence(answer.confidence)),
-    facts(answer, whole ? [[say("detection"), say("whole")]] : []),
+    facts(answer, [
+      ...(whole ? [[say("detection"), say("whole")]] : []), ...(answer.imprint ? [[say("imprint"), answer.imprint]] : [])
+    ]),
     answer.sure ? null
       : make("button", { type: "button", onclick: () => look.fill(seen(answer)) }, say("look_this")),
     make("details", { open: !answer.sure && all.length < 3 },
@@ -187,13 +189,13 @@ function pill(answer, index, all) {
         make("li", {}, make("b", {}, nameOf(candidate)), confidence(candidate.confidence), facts(candidate))))));
 }
 
-function seen({ confidence: best, candidates }) { // what the likely drugs have in common, in English
+function seen({ confidence: best, candidates, imprint: read }) { // what was read, and what the likely drugs have in common, in English
   const likely = candidates.filter(({ confidence: share }) => share >= best / 2);
   const english = (text) => (text ?? "").split(",").map((word) => word.trim())
     .map((word) => WORDS.find(([korean]) => korean === word)?.[1] ?? word).filter(Boolean);
   const common = (name) => likely.map(({ details }) => english(details[name]))
     .reduce((all, words) => all.filter((word) => words.includes(word)));
-  return { colors: common("colors"), shapes: common("shape") };
+  return { imprint: read ?? "", colors: common("colors"), shapes: common("shape") };
 }
 
 function recommendation(card, { pipeline, reason }) {
