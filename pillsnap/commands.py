@@ -321,9 +321,9 @@ def quality(arguments: Namespace) -> int:
 
     folder = (arguments.out or settings.paths.run_root / "quality").resolve()
     if arguments.what == "train":
-        from pillsnap.quality.train import train_doorkeeper
+        from pillsnap.quality.train import train_quality
 
-        train_doorkeeper(sources_of_folder(settings, data_root(settings), "train"), folder)
+        train_quality(sources_of_folder(settings, data_root(settings), "train"), folder)
         print(folder / "quality.onnx")
         return 0
     from pillsnap.answer.quality.judge import load_judge
@@ -333,9 +333,9 @@ def quality(arguments: Namespace) -> int:
         raise SettingsError(f"there is no quality model {model}: train one, or name its file with --model")
     judge = load_judge(model)
     if arguments.what == "test":
-        from pillsnap.quality.evaluate import measure_doorkeeper
+        from pillsnap.quality.evaluate import measure_quality
 
-        print_json(measure_doorkeeper(judge, sources_of_folder(settings, data_root(settings), *PARTS[1:])))
+        print_json(measure_quality(judge, sources_of_folder(settings, data_root(settings), *PARTS[1:])))
         return 0
     from pillsnap.quality.grade import as_csv, grade_photos
 

@@ -15,7 +15,7 @@ from ..answer.quality.rules import TIERS, QualityRules
 from ..answer.quality.views import VIEW_MARGIN
 from .examples import Examples
 from .learn import predict
-from .network import DoorkeeperNetwork, Served
+from .network import QualityNetwork, Served
 from ..runlog import decide
 
 # %% auto #0
@@ -64,7 +64,7 @@ def tier_bounds(
 
 # %% ../../nbs/quality/05_calibrate.ipynb #4e2a723a
 def calibrate(
-    network: DoorkeeperNetwork,  # its scale is set
+    network: QualityNetwork,  # its scale is set
     validation: Examples,
     device: torch.device,  # of the network
 ) -> QualityRules:

@@ -17,7 +17,7 @@ from .ranking.errors import BackboneError
 from .ranking.projector import Projector
 
 # %% auto #0
-__all__ = ['STRIDES', 'Trunk', 'DoorkeeperNetwork', 'Served']
+__all__ = ['STRIDES', 'Trunk', 'QualityNetwork', 'Served']
 
 # %% ../../nbs/quality/02_network.ipynb #21cfac74
 STRIDES = (4, 8, 16)  # pixels
@@ -69,7 +69,7 @@ def _last_stages(network: Any) -> list[int]:
     return [found[stride] for stride in STRIDES if stride in found]
 
 # %% ../../nbs/quality/02_network.ipynb #2c3cd26b
-class DoorkeeperNetwork(nn.Module):
+class QualityNetwork(nn.Module):
     """Score and reasons of photos."""
 
     def __init__(
@@ -123,7 +123,7 @@ class Served(nn.Module):
 
     def __init__(
         self,
-        network: DoorkeeperNetwork,
+        network: QualityNetwork,
     ) -> None:
         super().__init__()
         self.network = network

@@ -16,7 +16,7 @@ from ..atomic import write_json
 from .calibrate import calibrate
 from .examples import Source, make_examples
 from .learn import LearningOptions, learn
-from .network import DoorkeeperNetwork
+from .network import QualityNetwork
 from .onnx import write_quality
 from .ranking.errors import MetadataError
 from .ranking.machine import pick_device, set_seed
@@ -25,7 +25,7 @@ from ..runlog import decide
 from ..training.checkpoint import save_checkpoint
 
 # %% auto #0
-__all__ = ['PLAIN_FRACTION', 'hold_out', 'train_doorkeeper']
+__all__ = ['PLAIN_FRACTION', 'hold_out', 'train_quality']
 
 # %% ../../nbs/quality/07_train.ipynb #6acff27a
 def hold_out(
@@ -48,7 +48,7 @@ def hold_out(
 PLAIN_FRACTION = 1 / 6  # rendered plain pills for each photo
 
 
-def train_doorkeeper(
+def train_quality(
     sources: Sequence[Source],  # photos that no test uses
     folder: Path,  # gets quality.onnx, quality.pt and quality_report.json
     options: LearningOptions | None = None,  # None = the defaults
@@ -62,7 +62,7 @@ def train_doorkeeper(
     examples, validation = (make_examples(part, "train", options.seed) for part in (training, held))
     decide("quality photos", f"{len(training)} for training, {len(held)} held out", "by groups of near-duplicates")
     set_seed(options.seed)
-    network = DoorkeeperNetwork(backbone).to(chosen)
+    network = QualityNetwork(backbone).to(chosen)
     history = learn(network, examples, validation, options, chosen)
     rules = calibrate(network, validation, chosen)
     network.to("cpu")

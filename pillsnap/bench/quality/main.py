@@ -71,15 +71,15 @@ def check(
 def trained_judge(
     options: Namespace,  # from `parse`
 ) -> Judge:
-    """The doorkeeper, trained where it is not there yet."""
+    """The quality model, trained where it is not there yet."""
     from pillsnap.quality.examples import sources_of_folder
-    from pillsnap.quality.train import train_doorkeeper
+    from pillsnap.quality.train import train_quality
 
     folder = options.out / "quality"
     if not (folder / "quality.onnx").is_file():
         settings = load_settings(profile="cpu")
         sources = [source for data in options.data for source in sources_of_folder(settings, data, "train")]
-        train_doorkeeper(sources, folder)
+        train_quality(sources, folder)
     return load_judge(folder / "quality.onnx")
 
 
@@ -140,11 +140,11 @@ def measure_data(
     from pillsnap.answer.factory import load_identifier
     from pillsnap.bench.quality.failures import cases_of, measure_failures, score_of
     from pillsnap.bench.quality.peers import installed_peers
-    from pillsnap.quality.evaluate import measure_doorkeeper
+    from pillsnap.quality.evaluate import measure_quality
     from pillsnap.quality.examples import PARTS, sources_of_folder
 
     sources = sources_of_folder(load_settings(profile="cpu"), data, *PARTS[1:])
-    found: dict[str, Any] = measure_doorkeeper(judge, sources)
+    found: dict[str, Any] = measure_quality(judge, sources)
     measures = {"pillsnap": score_of(judge), **installed_peers()}
     identifier = load_identifier(model, threads=1, detect=False)
     try:
