@@ -321,9 +321,13 @@ def quality(arguments: Namespace) -> int:
 
     folder = (arguments.out or settings.paths.run_root / "quality").resolve()
     if arguments.what == "train":
+        from pillsnap.answer.factory import load_identifier
+        from pillsnap.quality.failures import told_by
         from pillsnap.quality.train import train_quality
 
-        train_quality(sources_of_folder(settings, data_root(settings), "train"), folder)
+        models = arguments.classifier
+        told = told_by(load_identifier(models, detect=False)) if models else None
+        train_quality(sources_of_folder(settings, data_root(settings), "train"), folder, told=told)
         print(folder / "quality.onnx")
         return 0
     from pillsnap.answer.quality.judge import load_judge

@@ -5,7 +5,7 @@
 # %% ../../nbs/quality/04_learn.ipynb #133e1df2
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,24 +13,22 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ..answer.quality.views import network_input
 from .examples import Examples
 from .measure import measured, pairwise_accuracy, reasons_macro_f1, score_change
 from .network import QualityNetwork
-from .ranking.checkpoint import learned_state
 from .ranking.machine import set_seed
 from ..runlog import LOGGER
 from ..training.device.hardware import make_optimizer
 from ..training.schedule import TrainingError, learning_rate_factor
 
 # %% auto #0
-__all__ = ['POSITIVE_WEIGHT', 'STEADINESS_WEIGHT', 'ranking_loss', 'quality_loss', 'random_symmetry', 'LearningOptions',
-           'batches', 'predict', 'validation_metrics', 'Stage', 'kept_textures', 'head_stage', 'network_stage',
-           'train_epoch', 'learn']
+__all__ = ['POSITIVE_WEIGHT', 'STEADINESS_WEIGHT', 'FAILURE_WEIGHT', 'ranking_loss', 'failure_loss', 'quality_loss',
+           'LearningOptions', 'epoch_order', 'predict', 'validation_metrics', 'train_epoch', 'learn']
 
 # %% ../../nbs/quality/04_learn.ipynb #1a118ffd
 POSITIVE_WEIGHT = 4.0  # of a reason that holds
-STEADINESS_WEIGHT = 20.0  # of squared differences between variants
+STEADINESS_WEIGHT = 100.0  # of squared differences between variants
+FAILURE_WEIGHT = 1.0  # of pairs of a photo that is told and one that isn't
 
 
 def ranking_loss(
@@ -46,12 +44,24 @@ def ranking_loss(
     return functional.margin_ranking_loss(scores[better], scores[worse], ones, margin=margin)
 
 
+def failure_loss(
+    scores: torch.Tensor,  # (n,)
+    told: torch.Tensor,  # (n,), 1 = the classifier names the drug, 0 = it fails, -1 = unknown
+) -> torch.Tensor:  # mean over the pairs of a told photo and one that isn't; 0 without any
+    """Logistic ranking loss (Burges et al. 2005) of photos by whether the drug is told from them."""
+    good, bad = scores[told == 1], scores[told == 0]
+    if not len(good) or not len(bad):
+        return scores.sum() * 0
+    return functional.softplus(-2 * (good[:, None] - bad[None, :])).mean()
+
+
 def quality_loss(
     outputs: torch.Tensor,  # (n, variants, 1 + reasons) of the network
     ranks: torch.Tensor,  # (n,)
     reasons: torch.Tensor,  # bool (n, reasons)
+    told: torch.Tensor,  # (n,)
 ) -> torch.Tensor:
-    """Ranking, level, reasons and steadiness."""
+    """Ranking, level, reasons, steadiness and failures."""
     variants = outputs.shape[1]
     scores, logits = outputs[..., 0], outputs[..., 1:]
     ranking = ranking_loss(scores.flatten(), ranks.repeat_interleave(variants))
@@ -60,60 +70,46 @@ def quality_loss(
     weight = torch.full_like(logits[0, 0], POSITIVE_WEIGHT)
     labels = functional.binary_cross_entropy_with_logits(logits, wanted, pos_weight=weight)
     steadiness = (scores - scores.mean(1, keepdim=True)).square().mean()
-    return ranking + level + 2 * labels + STEADINESS_WEIGHT * steadiness
+    failures = failure_loss(scores.flatten(), told.repeat_interleave(variants))
+    return ranking + level + 2 * labels + STEADINESS_WEIGHT * steadiness + FAILURE_WEIGHT * failures
 
 # %% ../../nbs/quality/04_learn.ipynb #2e1c8293
-def random_symmetry(
-    views: torch.Tensor,  # (n, channels, size, size)
-    generator: torch.Generator,  # on the CPU
-) -> torch.Tensor:
-    """Mirror or turn a batch, all views alike."""
-    turns, mirror = torch.randint(4, (), generator=generator), torch.randint(2, (), generator=generator)
-    turned = torch.rot90(views, int(turns), (2, 3))
-    return turned.flip(3) if mirror else turned
-
-
 @dataclass(frozen=True)
 class LearningOptions:
     """Settings of the training."""
 
-    head_epochs: int = 40  # of the heads alone
-    epochs: int = 8  # of the whole network
-    batch: int = 32  # examples, all variants for the heads, two for the network
-    head_rate: float = 1e-3  # highest learning rate of the heads alone
-    learning_rate: float = 3e-4  # highest learning rate of the whole network
-    weight_decay: float = 0.01
+    copies: int = 6  # degraded ones of each photo
+    near: float = 0.33  # fraction of the examples that are also shown from near, without a box
+    epochs: int = 30
+    batch: int = 128  # examples, with all their variants
+    learning_rate: float = 2e-3  # the highest
+    weight_decay: float = 0.05
     seed: int = 42
 
 
-def batches(
-    examples: Examples,
-    network: QualityNetwork,  # its normalisation is applied
-    size: int,  # examples of a batch
-    order: np.ndarray,  # numbers of the examples
-    variants: Sequence[int] | None = None,  # numbers of the variants; None = all
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:  # views, ranks, reasons
-    """Normalised batches; views are (n x variants, 6, size, size)."""
-    for start in range(0, len(order), size):
-        chosen = order[start : start + size]
-        views = examples.views[chosen] if variants is None else examples.views[chosen][:, list(variants)]
-        views = views.reshape(-1, *views.shape[2:])
-        inputs = network_input(views, network.trunk.mean, network.trunk.std)
-        ranks, reasons = torch.from_numpy(examples.ranks[chosen]), torch.from_numpy(examples.reasons[chosen])
-        yield torch.from_numpy(inputs), ranks, reasons
+def epoch_order(
+    ranks: np.ndarray,  # of the examples, 0 = S to 3 = C
+    rng: np.random.Generator,
+) -> np.ndarray:  # numbers of the examples, as many as there are
+    """Mix photos as they were taken, each several times, with degraded ones."""
+    taken, degraded = np.flatnonzero(ranks == 0), np.flatnonzero(ranks != 0)
+    repeated = np.repeat(taken, max(1, len(degraded) // max(1, len(taken))))
+    order: np.ndarray = rng.permutation(np.concatenate([repeated, degraded]))[: len(ranks)]
+    return order
 
-# %% ../../nbs/quality/04_learn.ipynb #2d746f41
+
 @torch.no_grad()
 def predict(
-    network: nn.Module,  # QualityNetwork, or `Served`
+    network: QualityNetwork,
     examples: Examples,
-    normal: QualityNetwork,  # its normalisation is applied
     device: torch.device,
+    served: Callable[[torch.Tensor], torch.Tensor] | None = None,  # raw outputs -> those of the file; None: raw
 ) -> np.ndarray:  # float32 (examples, variants, 1 + reasons)
     """Outputs for examples."""
     network.eval()
-    found = [network(views.to(device)).cpu() for views, _, _ in batches(examples, normal, 64, np.arange(len(examples)))]
-    outputs: np.ndarray = torch.cat(found).reshape(len(examples), examples.views.shape[1], -1).numpy()
+    raw = network.judge_textures(torch.from_numpy(examples.textures).to(device).flatten(0, 1))
+    found = (served(raw) if served else raw).cpu().numpy()
+    outputs: np.ndarray = found.reshape(*examples.textures.shape[:2], -1)
     return outputs
 
 
@@ -132,131 +128,53 @@ def validation_metrics(
         macro_f1=lambda: reasons_macro_f1(outputs[:, 0, 1:] > 0, examples.reasons),
     )
 
-# %% ../../nbs/quality/04_learn.ipynb #7f2a13ff
-@dataclass(frozen=True)
-class Stage:
-    """One of the two stages."""
-
-    name: str
-    epochs: int
-    rate: float  # highest learning rate
-    outputs: Callable[[np.ndarray], torch.Tensor]  # numbers of examples -> raw (n, variants, 1 + reasons)
-    validate: Callable[[], np.ndarray]  # raw (examples, variants, 1 + reasons) of the validation
-
-
-@torch.no_grad()
-def kept_textures(
-    network: QualityNetwork,
-    examples: Examples,
-    device: torch.device,
-) -> torch.Tensor:  # (examples, variants, textures)
-    """Textures of all views, in evaluation mode."""
-    network.eval()
-    order = np.arange(len(examples))
-    found = [network.textures(views.to(device)) for views, _, _ in batches(examples, network, 64, order)]
-    return torch.cat(found).reshape(len(examples), examples.views.shape[1], -1)
-
-
-def head_stage(
-    network: QualityNetwork,
-    training: Examples,
-    validation: Examples,
-    options: LearningOptions,
-    device: torch.device,
-) -> Stage:
-    """The heads alone, on kept textures."""
-    textures, held_out = (kept_textures(network, part, device) for part in (training, validation))
-
-    def judge(chosen: torch.Tensor) -> torch.Tensor:
-        return network.judge_textures(chosen.flatten(0, 1)).reshape(*chosen.shape[:2], -1)
-
-    @torch.no_grad()
-    def validate() -> np.ndarray:
-        network.eval()
-        outputs: np.ndarray = judge(held_out).cpu().numpy()
-        return outputs
-
-    return Stage(
-        "heads", options.head_epochs, options.head_rate, lambda order: judge(textures[order.tolist()]), validate
-    )
-
-
-def network_stage(
-    network: QualityNetwork,
-    training: Examples,
-    validation: Examples,
-    options: LearningOptions,
-    device: torch.device,
-) -> Stage:
-    """The whole network, on views that are turned and mirrored; a photo as it is, and another variant."""
-    generator = torch.Generator().manual_seed(options.seed)
-    count = training.views.shape[1]
-
-    def outputs(order: np.ndarray) -> torch.Tensor:
-        other = int(torch.randint(1, count, (), generator=generator)) if count > 1 else 0
-        views, _, _ = next(batches(training, network, len(order), order, (0, other)))
-        raw: torch.Tensor = network(random_symmetry(views, generator).to(device))
-        return raw.reshape(len(order), -1, raw.shape[1])
-
-    def validate() -> np.ndarray:
-        return predict(network, validation, network, device)
-
-    return Stage("network", options.epochs, options.learning_rate, outputs, validate)
-
 # %% ../../nbs/quality/04_learn.ipynb #2efa7e5a
 def train_epoch(
     network: QualityNetwork,
-    stage: Stage,
     training: Examples,
     options: LearningOptions,
     epoch: int,  # from 0
     optimizer: torch.optim.Optimizer,
+    device: torch.device,
 ) -> float:  # mean loss
-    """Train on all examples once; raises `TrainingError` for a loss that is no number."""
+    """Train on as many examples as there are; raises `TrainingError` for a loss that is no number."""
     network.train()
-    order = np.random.default_rng([options.seed, epoch]).permutation(len(training))
+    order = epoch_order(training.ranks, np.random.default_rng([options.seed, epoch]))
     losses = []
     for start in range(0, len(order), options.batch):
         chosen = order[start : start + options.batch]
-        outputs = stage.outputs(chosen)
-        ranks, reasons = torch.from_numpy(training.ranks[chosen]), torch.from_numpy(training.reasons[chosen])
-        loss = quality_loss(outputs, ranks.to(outputs.device), reasons.to(outputs.device))
+        textures = torch.from_numpy(training.textures[chosen]).to(device)
+        outputs = network.judge_textures(textures.flatten(0, 1)).reshape(*textures.shape[:2], -1)
+        truth = (training.ranks, training.reasons, training.told)
+        loss = quality_loss(outputs, *(torch.from_numpy(part[chosen]).to(device) for part in truth))
         if not torch.isfinite(loss):
             raise TrainingError(f"The loss is {loss.item()} in epoch {epoch + 1}: lower the learning rate.")
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(network.parameters(), 5.0)
-        seen = (epoch + start / len(order)) / stage.epochs
+        seen = (epoch + start / len(order)) / options.epochs
         for group in optimizer.param_groups:
-            group["lr"] = stage.rate * learning_rate_factor("cosine", seen, 0.1)
+            group["lr"] = options.learning_rate * learning_rate_factor("cosine", seen, 0.1)
         optimizer.step()
         losses.append(loss.item())
     return float(np.mean(losses))
 
 
 def learn(
-    network: QualityNetwork,  # on the device; its best weights are loaded at the end
+    network: QualityNetwork,  # on the device
     training: Examples,
-    validation: Examples,
+    validation: Examples,  # shows how far it is; nothing is chosen by it
     options: LearningOptions,
     device: torch.device,
-) -> list[dict[str, float]]:  # metrics of each epoch, of both stages
-    """Train the heads, then the whole network, each with a cosine schedule."""
+) -> list[dict[str, float]]:  # metrics of each epoch
+    """Train the heads with a cosine schedule."""
     set_seed(options.seed)
-    network.to(memory_format=torch.channels_last)  # twice as fast on CPUs
+    network.set_normal(training.textures.reshape(-1, training.textures.shape[-1]))
+    optimizer = make_optimizer(network, options.learning_rate, options.weight_decay, "quality")
     history: list[dict[str, float]] = []
-    best, best_state = -1.0, learned_state(network)
-    for make_stage in (head_stage, network_stage):
-        stage = make_stage(network, training, validation, options, device)
-        optimizer = make_optimizer(network, stage.rate, options.weight_decay, "quality")
-        for epoch in range(stage.epochs):
-            loss = train_epoch(network, stage, training, options, epoch, optimizer)
-            metrics = validation_metrics(stage.validate(), validation)
-            history.append({"loss": loss, **metrics})
-            values = " ".join(f"{name} {value:.4f}" for name, value in history[-1].items())
-            LOGGER.info("quality %s epoch %d of %d %s", stage.name, epoch + 1, stage.epochs, values)
-            if (value := sum(metrics.values())) > best:
-                best, best_state = value, learned_state(network)
-        network.load_state_dict(best_state, strict=False)
-    network.to(memory_format=torch.contiguous_format)
+    for epoch in range(options.epochs):
+        loss = train_epoch(network, training, options, epoch, optimizer, device)
+        history.append({"loss": loss, **validation_metrics(predict(network, validation, device), validation)})
+        values = " ".join(f"{name} {value:.4f}" for name, value in history[-1].items())
+        LOGGER.info("quality epoch %d of %d %s", epoch + 1, options.epochs, values)
     return history
