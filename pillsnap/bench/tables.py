@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from .report import is_met
+
 # %% auto #0
 __all__ = ['Report', 'Rows', 'TABLES', 'markdown', 'machine_text', 'value_of', 'demo_rows', 'demo_rows_korean',
            'demo_seconds_rows', 'loader_rows', 'label_rows', 'training_rows', 'accuracy_rows', 'engine_rows',
-           'server_rows', 'service_rows', 'search_rows']
+           'server_rows', 'service_rows', 'search_rows', 'quality_rows']
 
 # %% ../../nbs/bench/03_tables.ipynb #47c96541
 Report = Mapping[str, Any]
@@ -272,6 +274,18 @@ def search_rows(
         rows.append([f"p50 / p95 of {count:,} records", "", f"{times['p50']:.1f} / {times['p95']:.1f} ms", "", "", ""])
     return rows
 
+# %% ../../nbs/bench/03_tables.ipynb #310218a0
+def quality_rows(
+    report: Report,  # of the benchmark of photo quality
+) -> Rows:
+    """The goals of photo quality."""
+    rows = [["photo quality", "measured", "goal", ""]]
+    for item in report["goals"]:
+        value = "" if item["value"] is None else f"{item['value']:.3g}"
+        bound = f"at least {item['at_least']:g}" if "at_least" in item else f"at most {item['at_most']:g}"
+        rows.append([item["name"].replace("_", " "), value, bound, "met" if is_met(item) else "not met"])
+    return rows
+
 # %% ../../nbs/bench/03_tables.ipynb #c116871d
 TABLES: dict[str, tuple[str, Callable[[Report], Rows]]] = {  # name -> report, function
     "demo": ("demo", demo_rows),
@@ -285,4 +299,5 @@ TABLES: dict[str, tuple[str, Callable[[Report], Rows]]] = {  # name -> report, f
     "servers": ("serve", server_rows),
     "service": ("serve", service_rows),
     "search": ("search", search_rows),
+    "quality": ("quality", quality_rows),
 }
