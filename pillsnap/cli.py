@@ -132,6 +132,9 @@ OPTIONS = {  # of each command, in addition to the settings
         ),
         _option("--model", type=Path, metavar="FILE", help="trained model (default: quality.onnx in --out)"),
         _option("--out", type=Path, metavar="DIR", help="gets the model (default: quality below paths.run_root)"),
+        _option(
+            "--classifier", type=Path, metavar="DIR", help="train: exported models whose failures it learns to foresee"
+        ),
     ],
     "color": [
         _option(
@@ -166,12 +169,12 @@ OPTIONS = {  # of each command, in addition to the settings
             nargs="*",
             default=[],
             metavar="TASK VERSION",
-            help="classifier or detector, and a number; a file for info",
+            help="classifier, detector or quality, and a number; a file for info",
         ),
         _option("--run", type=Path, metavar="DIR", help="folder of an exported run to push"),
         _option("--note", default="", help="kept with what is pushed"),
         _option("--resumable", action="store_true", help="push last.pt too, which training goes on from"),
-        _option("--out", type=Path, metavar="DIR", help="folder to pull classifier.onnx and detector.onnx into"),
+        _option("--out", type=Path, metavar="DIR", help="folder to pull the promoted ONNX files into"),
     ],
     "ship": [
         _option(

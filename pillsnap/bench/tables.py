@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from .report import is_met
+
 # %% auto #0
 __all__ = ['Report', 'Rows', 'TABLES', 'markdown', 'machine_text', 'value_of', 'demo_rows', 'demo_rows_korean',
            'demo_seconds_rows', 'loader_rows', 'label_rows', 'training_rows', 'accuracy_rows', 'engine_rows',
-           'server_rows', 'goal_rows', 'service_rows', 'search_rows', 'color_rows', 'color_phone_rows']
+           'server_rows', 'goal_rows', 'service_rows', 'search_rows', 'quality_rows', 'color_rows', 'color_phone_rows']
 
 # %% ../../nbs/bench/03_tables.ipynb #47c96541
 Report = Mapping[str, Any]
@@ -280,6 +282,18 @@ def search_rows(
         rows.append([f"p50 / p95 of {count:,} records", "", f"{times['p50']:.1f} / {times['p95']:.1f} ms", "", "", ""])
     return rows
 
+# %% ../../nbs/bench/03_tables.ipynb #310218a0
+def quality_rows(
+    report: Report,  # of the benchmark of photo quality
+) -> Rows:
+    """The goals of photo quality."""
+    rows = [["photo quality", "measured", "goal", ""]]
+    for item in report["goals"]:
+        value = "" if item["value"] is None else f"{item['value']:.3g}"
+        bound = f"at least {item['at_least']:g}" if "at_least" in item else f"at most {item['at_most']:g}"
+        rows.append([item["name"].replace("_", " "), value, bound, "met" if is_met(item) else "not met"])
+    return rows
+
 # %% ../../nbs/bench/03_tables.ipynb #c01ab5e2
 def color_rows(
     report: Report,  # of the colour benchmark
@@ -319,4 +333,5 @@ TABLES: dict[str, tuple[str, Callable[[Report], Rows]]] = {  # name -> report, f
     "color": ("color", color_rows),
     "color-phones": ("color", color_phone_rows),
     "color-goals": ("color", goal_rows),
+    "quality": ("quality", quality_rows),
 }

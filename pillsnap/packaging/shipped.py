@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ..answer.quality.judge import QUALITY_FILE
 from ..errors import PillsnapError
 from ..runtime.engines import TASKS
 
@@ -44,9 +45,9 @@ def export_report(
 def exported_files(
     run: Path,  # run folder
     formats: Iterable[str],  # onnx, safetensors
-) -> list[Path]:  # of both networks
+) -> list[Path]:  # of both networks, and quality.onnx with the ONNX files where it is there
     """Files of a run in these formats; raises `ShipError` when one is missing or has failed its comparison."""
-    report = export_report(run)
+    report, formats = export_report(run), list(formats)
     exported, networks = report.get("formats", {}), report.get("networks", TASKS)
     if lacking := [task for task in TASKS if task not in networks]:
         raise ShipError(
@@ -67,4 +68,5 @@ def exported_files(
     missing = [path.name for path in files if not path.is_file()]
     if missing:
         raise ShipError(f"{Path(run) / 'export'} lacks {', '.join(missing)}: export the run again.")
-    return files
+    quality = Path(run) / "export" / QUALITY_FILE
+    return [*files, quality] if "onnx" in formats and quality.is_file() else files
