@@ -14,9 +14,21 @@ from ..runtime.boxes import Box
 from ..runtime.letterbox import GREY, resize
 
 # %% auto #0
-__all__ = ['crop_pill']
+__all__ = ['crop_window', 'crop_pill']
 
 # %% ../../nbs/answer/02_crops.ipynb #90393b19
+def crop_window(
+    box: Box,  # pixels, x1 y1 x2 y2
+    margin: float,  # fraction of the box's longer side added on each side
+    width: int,  # of the photo, pixels
+    height: int,  # of the photo, pixels
+) -> tuple[int, int, int]:  # left, top, side; pixels of the photo, partly outside at its edges
+    """Where a crop lies in its photo; raises `ValueError` for a box that is empty or outside the image."""
+    x1, y1, x2, y2 = _clip_box(box, width, height)
+    side = max(1, round(max(x2 - x1, y2 - y1) * (1 + 2 * margin)))
+    return round((x1 + x2 - side) / 2), round((y1 + y2 - side) / 2), side
+
+
 def crop_pill(
     image: np.ndarray,  # RGB, uint8, (height, width, 3)
     box: Box,  # pixels, x1 y1 x2 y2
@@ -24,11 +36,7 @@ def crop_pill(
     size: int | None = None,  # side of the crop, pixels; None = not scaled
 ) -> np.ndarray:  # RGB, uint8, (side, side, 3)
     """Crop `box` with its margin as a square; raises `ValueError` for a box that is empty or outside the image."""
-    height, width = image.shape[:2]
-    x1, y1, x2, y2 = _clip_box(box, width, height)
-    side = max(1, round(max(x2 - x1, y2 - y1) * (1 + 2 * margin)))
-    left = round((x1 + x2 - side) / 2)
-    top = round((y1 + y2 - side) / 2)
+    left, top, side = crop_window(box, margin, image.shape[1], image.shape[0])
     inside = image[max(top, 0) : top + side, max(left, 0) : left + side]
     if inside.shape[:2] != (side, side):
         before_y, before_x = max(-top, 0), max(-left, 0)

@@ -19,11 +19,14 @@ from torch import nn
 from tqdm import tqdm
 
 from ..answer.identify import Identifier
+from ..answer.outlines import Outliner
 from ..atomic import write_json
 from ..config.schema import Settings
 from ..data.manifest import Dataset
 from ..data.moved import dataset_of_run
+from ..data.parts import rows_with_outline
 from ..data.reading.photo_files import decode_photo, read_photo
+from ..masks.evaluate_outlines import evaluate_outlines
 from pillsnap.metrics import (
     NothingToEvaluate,
     class_coverage,
@@ -281,7 +284,11 @@ def evaluate_run(
     singles = [photo for photo in photos if photo.kind == "single" and photo.classes[0] >= 0]
     combinations = [photo for photo in photos if photo.kind == "combination"]
     report: dict[str, Any] = {"split": split}
-    if trained.classifier is None:
+    if trained.segmenter is not None:
+        rows = rows_with_outline(dataset.manifest.filter(pl.col("split") == split))
+        outliner = Outliner(torch_forward(trained.segmenter, device), trained.outline_size)
+        report["outlines"] = evaluate_outlines(outliner, rows, settings.data.max_pixels)
+    elif trained.classifier is None:
         report["combo" if combinations else "all_photos"] = evaluate_boxes(
             identifier, combinations or photos, settings.data.max_pixels
         )
@@ -304,6 +311,7 @@ def evaluate_run(
     report["goals"] = {
         "top1": settings.goals.top1,
         "map50": settings.goals.map50,
+        "miou": settings.goals.miou,
         "latency_ms_p95": settings.goals.latency_ms_p95,
     }
     write_json(Path(folder) / "evaluation.json", report)

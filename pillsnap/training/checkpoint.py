@@ -27,6 +27,7 @@ from ..config.layers import Layer
 from ..config.load import settings_as_yaml
 from ..config.schema import Settings, SettingsError
 from ..errors import PillsnapError
+from ..masks.network import segmenter_network
 from ..models.detector import RawDetections, detector_network
 from ..provenance import git_revision
 from ..runlog import RunLog, decide
@@ -34,7 +35,7 @@ from .device.distributed import ALONE, ProcessGroup
 from .tasks import Task
 
 # %% auto #0
-__all__ = ['NETWORKS', 'CheckpointError', 'save_checkpoint', 'load_checkpoint', 'newest_checkpoint', 'random_states',
+__all__ = ['PAIR', 'NETWORKS', 'CheckpointError', 'save_checkpoint', 'load_checkpoint', 'newest_checkpoint', 'random_states',
            'restore_random_states', 'Trained', 'best_file', 'load_best', 'load_trained', 'network_names',
            'model_config', 'earlier_weights', 'save_run', 'check_same_settings', 'resume_run']
 
@@ -134,7 +135,8 @@ def restore_random_states(
         torch.cuda.set_rng_state_all(states["cuda"])
 
 # %% ../../nbs/training/06_checkpoint.ipynb #8b78ff9d
-NETWORKS = ("classifier", "detector")
+PAIR = ("classifier", "detector")  # that a run trains where train.only names none
+NETWORKS = (*PAIR, "segmenter")
 
 
 class Trained:
@@ -152,18 +154,27 @@ class Trained:
         }
         self.classifier: nn.Module | None = None
         self.detector: nn.Module | None = None
+        self.segmenter: nn.Module | None = None
+        if "segmenter" in content:
+            self.segmenter = segmenter_network(self.names["segmenter"]).eval()
+            self.segmenter.load_state_dict(content["segmenter"])
         if "detector" in content:
             network = detector_network(self.names["detector"]).eval()
             network.load_state_dict(content["detector"])
             self.detector = RawDetections(network).eval()
-        if "classifier" in content or self.detector is None:
+        if "classifier" in content or (self.detector is None and self.segmenter is None):
             classifier = timm.create_model(self.names["classifier"], num_classes=len(self.rules.class_map)).eval()
             classifier.load_state_dict(content["classifier"])
             self.classifier = classifier
 
+    @property
+    def outline_size(self) -> int:
+        """Side of the segmenter's crops, pixels."""
+        return int(self.training["model_config"]["segmenter"]["input_size"])
+
     def networks(self) -> dict[str, nn.Module]:
         """The networks that the run has, by name."""
-        found = {"classifier": self.classifier, "detector": self.detector}
+        found = {"classifier": self.classifier, "detector": self.detector, "segmenter": self.segmenter}
         return {name: network for name, network in found.items() if network is not None}
 
 
@@ -182,7 +193,7 @@ def load_best(
     """The best weights of all networks of a run; raises `CheckpointError` where one of them has none yet."""
     path = best_file(folder)
     content = load_checkpoint(path)
-    missing = [name for name in content.get("networks", NETWORKS) if name not in content]
+    missing = [name for name in content.get("networks", PAIR) if name not in content]
     if missing:
         raise CheckpointError(
             f"The run {folder} has no weights of its {missing[0]} yet: go on with it with train.resume=last."
@@ -204,20 +215,21 @@ def load_trained(
 # %% ../../nbs/training/06_checkpoint.ipynb #ea8edfd0
 def network_names(
     settings: Settings,  # model is read
-) -> dict[str, str]:  # of classifier and detector
+) -> dict[str, str]:  # of all networks
     """Names of the networks."""
-    return {"classifier": settings.model.classifier.name, "detector": settings.model.detector.name}
+    return {name: getattr(settings.model, name).name for name in NETWORKS}
 
 
 def model_config(
     settings: Settings,  # model is read
     classes: int,  # drugs of the class map
-) -> dict[str, dict[str, Any]]:  # of classifier and detector
+) -> dict[str, dict[str, Any]]:  # of all networks
     """What it takes to build the networks again and to feed them: name, input size in pixels, number of classes."""
-    classifier, detector = settings.model.classifier, settings.model.detector
+    classifier, detector, segmenter = settings.model.classifier, settings.model.detector, settings.model.segmenter
     return {
         "classifier": {"name": classifier.name, "input_size": classifier.image_size, "num_classes": classes},
         "detector": {"name": detector.name, "input_size": detector.image_size, "num_classes": 1},
+        "segmenter": {"name": segmenter.name, "input_size": segmenter.image_size, "num_classes": 1},
     }
 
 
@@ -228,6 +240,7 @@ def earlier_weights(
     if settings.train.start_from is None:
         return None
     content, names = load_best(settings.train.start_from), network_names(settings)
+    names = {name: names[name] for name in content["models"]}  # an older run lacks newer networks
     if content["models"] != names:
         raise CheckpointError(
             f"The run {settings.train.start_from} trained {content['models']}, this one {names}: "
@@ -272,7 +285,7 @@ def save_run(
     common["networks"] = [name for name in NETWORKS if name in best]  # that the run has in the end
     for task in new:
         save_checkpoint({**common, task.name: task.progress.best_state}, run.folder / f"best_{task.name}.pt")
-    if new and all(best.get(name) is not None for name in NETWORKS):
+    if new and all(best.get(name) is not None for name in PAIR):
         save_checkpoint({**common, **best}, run.folder / "best.pt")
     for task in new:
         task.best_written = task.progress.best
