@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || echo python3)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint lab serve bench-data bench-train bench-infer bench-serve gpu-check results clean
+.PHONY: help demo test lint lab serve bench-data bench-train bench-infer bench-serve bench-color bench-quality bench-search gpu-check results clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /|/' | awk -F'|' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -67,6 +67,17 @@ bench-serve: .venv/ready runs/bench/production/best.pt  ## load the service, wri
 	@test -e $(or $(RUN),runs/bench/production)/export/classifier.onnx \
 		|| $(BIN)/python -m pillsnap export --run $(or $(RUN),runs/bench/production) > /dev/null
 	@$(BIN)/python -m pillsnap.bench.serving.main --run $(or $(RUN),runs/bench/production) --out runs/bench $(OPTIONS)
+
+# Training and measuring read datasets with a training and a held-out part: make bench-quality DATA="one two".
+bench-quality: .venv/ready  ## judge photos not trained on, write runs/bench/quality.json (DATA= OPTIONS=)
+	@$(BIN)/python -m pillsnap.bench.quality.main --data $(DATA) --out runs/bench $(OPTIONS)
+
+bench-color: .venv/ready  ## measure corrections of colour, write runs/bench/color.json (OPTIONS=--data NAME=DIR ...)
+	@$(BIN)/python -m pillsnap.bench.color.main --out runs/bench $(OPTIONS)
+
+# The register is not part of the project: make bench-search REGISTER=FILE.
+bench-search: .venv/ready  ## search a pill register, write runs/bench/search.json (REGISTER= OPTIONS=)
+	@$(BIN)/python -m pillsnap.bench.search.main --register $(REGISTER) --out runs/bench $(OPTIONS)
 
 # On a machine that is lent for minutes nothing is installed: docs/gpu.md.
 gpu-check: .venv/ready  ## show what an NVIDIA card gives, write results/gpu-CARD.json (OPTIONS=--dry without a card)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from .color_commands import COLOR_ACTIONS, color
 from pillsnap.commands import (
     bench,
     cache,
@@ -21,6 +22,7 @@ from pillsnap.commands import (
     evaluate,
     export,
     gate,
+    quality,
     refuse,
     runs,
     sample,
@@ -30,7 +32,7 @@ from pillsnap.commands import (
 )
 from .config.load import load_plugins_of
 from .errors import PillsnapError
-from .model_commands import archive, demo, models, predict, ship, watch
+from .model_commands import archive, catalog, demo, models, predict, search, ship, watch
 from .runlog import setup_logging
 
 # %% auto #0
@@ -58,6 +60,7 @@ OPTIONS = {  # of each command, in addition to the settings
         ),
         _option("--workers", type=int, metavar="N", default=0, help="reading processes (default: one per core)"),
         _option("--dry-run", action="store_true", help="only list what would be read"),
+        _option("--grade", type=Path, metavar="FILE", help="judge the photos with this quality.onnx, into grades.csv"),
     ],
     "compose": [
         _option("--cutouts", type=Path, metavar="ZIP", required=True, help="pills on black, a folder for each drug"),
@@ -120,6 +123,36 @@ OPTIONS = {  # of each command, in addition to the settings
             metavar="DIR",
             help="gets benchmark_YYYYMMDD_HHMMSS.json (default: %(default)s)",
         ),
+    ],
+    "quality": [
+        _option(
+            "what",
+            choices=("train", "test", "grade"),
+            help="train on photos with boxes; test and grade need a model; grade prints CSV, the worst photos first",
+        ),
+        _option("--model", type=Path, metavar="FILE", help="trained model (default: quality.onnx in --out)"),
+        _option("--out", type=Path, metavar="DIR", help="gets the model (default: quality below paths.run_root)"),
+    ],
+    "color": [
+        _option(
+            "what",
+            choices=tuple(COLOR_ACTIONS),
+            help="learn takes --references, bake a NILUT's --model, export that of an adaptive LUT, push --run-dir",
+        ),
+        _option("--run-dir", type=Path, metavar="DIR", help="run folder to make, to continue or to push"),
+        _option("--data-type", choices=("paired", "cube", "phone"), help="what train learns from"),
+        _option("--cube-dir", type=Path, metavar="DIR", help="folder with .cube files that train learns from"),
+        _option("--references", nargs="+", type=Path, metavar="PHOTO", help="photos whose look is learned"),
+        _option("--model", type=Path, metavar="FILE", help="trained model, such as best.pt of a run folder"),
+        _option("--style", default="", metavar="NAME", help="style to bake (default: all)"),
+        _option("--size", type=int, default=33, metavar="N", help="points of a baked grid (default: 33)"),
+        _option(
+            "--resolutions", nargs="+", default=["1920x1080"], metavar="WxH", help="photos to time (default: 1920x1080)"
+        ),
+        _option("--iterations", type=int, default=10, metavar="N", help="timed runs (default: 10)"),
+        _option("--photos", type=Path, metavar="DIR", help="canonical photos, whose colours have to stay"),
+        _option("--note", default="", help="kept with what is pushed"),
+        _option("--out", type=Path, metavar="PATH", help="file or folder that gets the result"),
     ],
     "models": [
         _option(
@@ -204,8 +237,40 @@ OPTIONS = {  # of each command, in addition to the settings
         _option(
             "--top-k", type=int, default=5, metavar="N", help="candidates of each pill in JSON, 1 to 20 (default: 5)"
         ),
+        _option(
+            "--expected",
+            metavar="CODES",
+            help="drugs of a prescription, K-codes or EDI codes with commas, or the file of an order",
+        ),
         _option("--json", action="store_true", help="a line of JSON per photo instead of a table"),
         _option("--out", type=Path, metavar="FILE", help="write to this file instead of standard output"),
+    ],
+    "catalog": [
+        _option(
+            "what",
+            choices=("import", "show"),
+            metavar="{import,show}",
+            help="import takes the file of a register; a later edition takes the place of an earlier one",
+        ),
+        _option("file", nargs="?", type=Path, metavar="FILE", help="CSV, XLSX or JSON as the register publishes it"),
+        _option("--catalog", type=Path, metavar="FILE", help="the catalogue (default: paths.catalog)"),
+    ],
+    "search": [
+        _option("--imprint", default="", metavar="TEXT", help="letters and numbers of one side, or of both"),
+        _option("--back", default="", metavar="TEXT", help="those of the other side"),
+        _option("--color", default="", metavar="NAMES", help="colours on the pill, with commas"),
+        _option("--shape", default="", metavar="NAMES", help="its shape, or several with commas"),
+        _option("--score", default="", metavar="NAME", help="its score line: none, line or cross"),
+        _option("--length", type=float, metavar="MM", help="its longer side, millimetres"),
+        _option("--limit", type=int, default=20, metavar="N", help="records to show (default: 20)"),
+        _option("--json", action="store_true", help="as JSON, as the service answers"),
+        _option("--catalog", type=Path, metavar="FILE", help="the catalogue (default: paths.catalog)"),
+        _option(
+            "--model",
+            type=Path,
+            metavar="DIR",
+            help="folder of a model, whose drugs are searched too (default: the web service's, where there is one)",
+        ),
     ],
     "watch": [
         _option("--url", default="http://localhost:8000", metavar="URL", help="server (default: %(default)s)"),
@@ -227,10 +292,14 @@ COMMANDS = {
         export,
         bench,
         gate,
+        quality,
+        color,
         models,
         ship,
         archive,
         predict,
+        catalog,
+        search,
         watch,
         sample,
         demo,

@@ -22,9 +22,11 @@ from .errors import PillsnapError
 if TYPE_CHECKING:
     import polars as pl
 
+    from .answer.quality.judge import Judge
+
 # %% auto #0
 __all__ = ['settings_from', 'settings_of_run', 'print_json', 'print_last', 'words_of', 'refuse', 'show_config', 'sample', 'scan',
-           'compose', 'cache', 'train', 'evaluate', 'runs', 'export', 'bench', 'gate']
+           'compose', 'cache', 'train', 'evaluate', 'runs', 'export', 'bench', 'gate', 'quality']
 
 # %% ../nbs/22_commands.ipynb #0b916f68
 def settings_from(
@@ -103,6 +105,7 @@ def scan(arguments: Namespace) -> int:
         raise SettingsError(
             f"--workers is {arguments.workers}: give the number of reading processes, or 0 for one per core"
         )
+    from pillsnap.answer.quality.judge import load_judge
     from pillsnap.data.scan.scan import check_usable, plan_scan
     from pillsnap.data.scan.scan import scan as scan_dataset
     from pillsnap.data.scan.summary import summary_lines
@@ -110,12 +113,30 @@ def scan(arguments: Namespace) -> int:
     if arguments.dry_run:
         print(plan_scan(settings.paths.data_root, settings.data.format))
         return 0
+    judge = None if arguments.grade is None else load_judge(arguments.grade)
     report = scan_dataset(settings.paths.data_root, arguments.out.resolve(), settings.data.format, arguments.workers)
     print_json(asdict(report))
     check_usable(report)
     where = [f"{report.quarantine} names every file that was put aside, and why"] if report.quarantined else []
-    print_last([*report.notes, *summary_lines(report), *where])
+    graded = [] if judge is None else _graded(judge, arguments.out.resolve())
+    print_last([*report.notes, *summary_lines(report), *where, *graded])
     return 0
+
+
+def _graded(
+    judge: Judge,
+    table: Path,  # of a scan
+) -> list[str]:  # sentences for the user
+    """Write the grades of a scan's photos beside its table."""
+    import polars as pl
+
+    from pillsnap.quality.examples import sources_of
+    from pillsnap.quality.grade import grade_photos, tier_counts, write_grades
+
+    grades = grade_photos(judge, sources_of(pl.read_parquet(table)))
+    path = table.with_name("grades.csv")
+    write_grades(grades, path)
+    return [f"{tier_counts(grades)}: {path} lists them, the worst first; data.grades={path} leaves out the poor ones"]
 
 
 def compose(arguments: Namespace) -> int:
@@ -290,3 +311,34 @@ def gate(arguments: Namespace) -> int:
     for sentence in report["failures"]:
         print(f"Not to be deployed: {sentence}", file=sys.stderr)
     return 0 if report["passed"] else 1
+
+# %% ../nbs/22_commands.ipynb #9ccbc36c
+def quality(arguments: Namespace) -> int:
+    """Train the network that judges photos, test it on held-out ones, or grade a dataset with it, the worst first."""
+    settings = settings_from(arguments)
+    from pillsnap.quality.examples import PARTS, sources_of_folder
+    from pillsnap.training.run import data_root
+
+    folder = (arguments.out or settings.paths.run_root / "quality").resolve()
+    if arguments.what == "train":
+        from pillsnap.quality.train import train_doorkeeper
+
+        train_doorkeeper(sources_of_folder(settings, data_root(settings), "train"), folder)
+        print(folder / "quality.onnx")
+        return 0
+    from pillsnap.answer.quality.judge import load_judge
+
+    model = arguments.model or folder / "quality.onnx"
+    if not model.is_file():
+        raise SettingsError(f"there is no quality model {model}: train one, or name its file with --model")
+    judge = load_judge(model)
+    if arguments.what == "test":
+        from pillsnap.quality.evaluate import measure_doorkeeper
+
+        print_json(measure_doorkeeper(judge, sources_of_folder(settings, data_root(settings), *PARTS[1:])))
+        return 0
+    from pillsnap.quality.grade import as_csv, grade_photos
+
+    grades = grade_photos(judge, sources_of_folder(settings, data_root(settings), *PARTS))
+    print(as_csv(grades), end="")
+    return 0

@@ -10,16 +10,17 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .commands import settings_from
+from .commands import print_json, print_last, settings_from
 from .config.environment import load_environment
 from .config.load import find_root
 from .config.schema import Settings, SettingsError
 
 if TYPE_CHECKING:
+    from pillsnap.answer.classes import ClassMap
     from pillsnap.service.inference.model_manager import LoadedModels
 
 # %% auto #0
-__all__ = ['models', 'ship', 'archive', 'watch', 'demo', 'predict']
+__all__ = ['models', 'ship', 'archive', 'watch', 'demo', 'predict', 'catalog', 'search']
 
 # %% ../nbs/23_model_commands.ipynb #5d0a71c6
 def _root_or_here() -> Path:
@@ -144,7 +145,7 @@ def predict(arguments: Namespace) -> int:
 
     settings = _settings_or_defaults(arguments)
     environment = load_environment(_root_or_here(), settings.serve)
-    request = {"pipeline": arguments.pipeline, "top_k": arguments.top_k}
+    request = {"pipeline": arguments.pipeline, "top_k": arguments.top_k, "expected": _expected(arguments.expected)}
     if not arguments.url:
         loaded = _open_models(arguments.model or environment.model_path, settings)
         return predict_photos(
@@ -160,6 +161,15 @@ def predict(arguments: Namespace) -> int:
         )
 
 
+def _expected(words: str | None) -> str | None:
+    """A list of drugs, or the content of the file of an order."""
+    if words is None or "," in words or not Path(words).is_file():
+        return words
+    from pillsnap.answer.search.tables import decode_text, read_bytes
+
+    return decode_text(read_bytes(Path(words)), Path(words))
+
+
 def _open_models(folder: Path | None, settings: Settings) -> LoadedModels:
     """The models of a folder, as the web service would open them."""
     if folder is None:
@@ -171,3 +181,57 @@ def _open_models(folder: Path | None, settings: Settings) -> LoadedModels:
     from pillsnap.service.inference.model_manager import load
 
     return load(Path(folder), partial(load_identifier, threads=settings.serve.threads, engine=settings.serve.engine))
+
+# %% ../nbs/23_model_commands.ipynb #ab3ee2d0
+def catalog(arguments: Namespace) -> int:
+    """Import the pill register of Korea or Taiwan into the catalogue that searches use, or show what it has."""
+    if (arguments.what == "import") != (arguments.file is not None):
+        raise SettingsError("catalog import takes the file of a register, catalog show takes none")
+    from pillsnap.answer.search.catalog import describe, import_register, read_catalog
+
+    path = arguments.catalog or _root_or_here() / _settings_or_defaults(arguments).paths.catalog
+    if arguments.what == "show":
+        print(describe(read_catalog(path)))
+        return 0
+    made, notes = import_register(arguments.file, path)
+    print("\n".join([describe(made), f"written to {path}"]))
+    print_last(notes)
+    return 0
+
+
+def search(arguments: Namespace) -> int:
+    """Find a pill by its imprint, colour and shape, in the catalogue and the labels of the model.
+
+    Status 1 when no record fits.
+    """
+    from pillsnap.answer.search.lookup import Lookup, found_json, found_table
+    from pillsnap.answer.search.search import make_query
+
+    seen = (arguments.imprint, arguments.back, arguments.color, arguments.shape, arguments.score)
+    query = make_query(*seen, length_mm=arguments.length)
+    if not 1 <= arguments.limit <= 100_000:
+        raise SettingsError(f"--limit is {arguments.limit}, but must be 1 to 100000")
+    settings = _settings_or_defaults(arguments)
+    lookup = Lookup(arguments.catalog or _root_or_here() / settings.paths.catalog)
+    searched = lookup.search(_class_map(arguments.model, settings))
+    if not searched.records:
+        raise SettingsError(
+            "there is nothing to search: import a register with `pillsnap catalog import FILE`, "
+            "or name with --model a model, whose labels can be searched"
+        )
+    found, records = searched.find(query, arguments.limit), len(searched.records)
+    if arguments.json:
+        print_json(found_json(found, records))
+    else:
+        print(found_table(found, records))
+    return 0 if found.hits else 1
+
+
+def _class_map(folder: Path | None, settings: Settings) -> ClassMap | None:
+    """The drugs of a model; those of the service's model where it has one."""
+    from pillsnap.answer.factory import load_identifier
+
+    served = load_environment(_root_or_here(), settings.serve).model_path
+    if folder is None and (served is None or not (Path(served) / "classifier.onnx").is_file()):
+        return None
+    return load_identifier(Path(folder or served or ""), detect=False).rules.class_map

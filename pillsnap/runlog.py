@@ -196,6 +196,7 @@ class RunLog:
         compute_time: float,  # seconds: forward, backward and optimizer
         images: int,  # images of this step, all accumulated batches together
         cuda_mem: float,  # most memory held on the GPU so far, MB; 0 without one
+        unit: str = "img",  # what `images` counts, in the log line
     ) -> None:
         """Write the metrics of one step; every `train.log_every` steps also a log line."""
         rate = throughput(images, data_time, compute_time)
@@ -218,7 +219,7 @@ class RunLog:
         if step % self._log_every == 0:
             LOGGER.info(
                 "%s step %d of %d epoch %d loss %.4f lr %.2e data_time %.3f s compute_time %.3f s "
-                "throughput %.1f img/s cuda_mem %.0f MB",
+                "throughput %.1f %s/s cuda_mem %.0f MB",
                 task,
                 step,
                 steps,
@@ -228,6 +229,7 @@ class RunLog:
                 data_time,
                 compute_time,
                 rate,
+                unit,
                 cuda_mem,
             )
 

@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from . import __version__
 from .answer.factory import load_identifier
 from .answer.identify import PIPELINES, Identifier
+from .answer.search.lookup import Lookup
 from .config.environment import Environment, load_environment
 from .config.load import find_root, load_settings
 from .config.schema import Settings, SettingsError, closest_name
@@ -129,6 +130,8 @@ def _service(settings: Settings, environment: Environment, root: Path) -> Servic
         upload_seconds=serve.upload_seconds,
         font=serve.font,
         pipelines=PIPELINES[:1] if serve.features == "mvp" else PIPELINES,
+        frame_limiter=RateLimiter(10 * serve.requests_per_minute),  # a camera sends a few a second
+        lookup=Lookup(root / settings.paths.catalog),
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 from serving import ADMIN, Running, running
-from tiny_models import KEY, save_classifier, save_detector
+from tiny_models import KEY, save_classifier, save_detector, save_quality
 
 
 @pytest.fixture(scope="module")
@@ -18,6 +18,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("models")
     save_classifier(folder)
     save_detector(folder)
+    save_quality(folder)
     with running(folder, tmp_path_factory.mktemp("server")) as opened:
         yield opened
 
@@ -52,7 +53,7 @@ def test_no_request_causes_a_server_error(server: Running, tmp_path: Path) -> No
 
 def test_the_openapi_schema_has_examples_and_the_form(server: Running) -> None:
     schema = httpx.get(f"{server.url}/openapi.json").json()
-    assert {"/health", "/ready", "/version", "/classes", "/metrics", "/predict", "/batch", "/reload"} <= set(
+    assert {"/health", "/ready", "/version", "/classes", "/metrics", "/predict", "/search", "/batch", "/reload"} <= set(
         schema["paths"]
     )
     form = schema["paths"]["/predict"]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]

@@ -71,10 +71,12 @@ def test_health_with_a_model(client: TestClient) -> None:
     assert health["model"] == {
         "classifier": "tiny classifier",
         "detector": "tiny detector",
+        "quality": None,
         "classes": 3,
         "class_map_hash": DRUGS.hash,
         "classifier_size": 64,
         "detector_size": 320,
+        "color": "none",
     }
 
 
@@ -130,6 +132,7 @@ def test_predict_schema(client: TestClient, jpeg: bytes, query: str, pipeline: s
     assert set(prediction) == {
         "pipeline",
         "photo",
+        "quality",
         "pills",
         "timings_ms",
         "notes",
@@ -155,6 +158,12 @@ def test_predict_schema(client: TestClient, jpeg: bytes, query: str, pipeline: s
         "recommended, never switched"
     )
     assert prediction["model"]["class_map_hash"] == DRUGS.hash
+
+
+def test_the_photo_in_the_colours_that_were_compared_is_sent_on_request(client: TestClient, jpeg: bytes) -> None:
+    assert "corrected" not in post_photo(client, jpeg).json()
+    shown = post_photo(client, jpeg, "?corrected=true").json()["corrected"]
+    assert shown.startswith("data:image/jpeg;base64,")
 
 
 def test_api_key_is_required(client: TestClient, models: Path, jpeg: bytes) -> None:

@@ -28,8 +28,10 @@ LAYERS = [
     ["models"],
     ["masks"],
     ["training"],
+    ["quality"],
     ["evaluation"],
     ["export"],
+    ["color"],
     ["registry", "packaging"],
     ["service"],
     ["serve"],
@@ -37,14 +39,19 @@ LAYERS = [
     ["demo"],
     ["commands"],
     ["model_commands"],
+    ["color_commands"],
     ["cli"],
 ]
 # Subpackages of a package in the same order; "" stands for the modules of the package itself.
 SUBPACKAGES = {
+    "runtime": ["", "color"],
+    "answer": ["color", "", "quality", "search"],
+    "color": ["networks", "data", "tasks", ""],
     "data": ["reading", "labelling", "readers", "scan", "splits", "cache", ""],
     "training": ["device", "report", ""],
+    "quality": ["ranking", "pairs", "degradations", ""],
     "service": ["", "guard", "inference", "page", "endpoints", "client"],
-    "bench": ["", "data", "training", "engines", "gpu", "serving"],
+    "bench": ["", "data", "training", "engines", "gpu", "serving", "quality", "search", "color"],
 }
 LAYER = {package: number for number, layer in enumerate(LAYERS) for package in layer}
 

@@ -99,6 +99,7 @@ def test_a_dry_run_from_a_bare_environment(bare: Path, tmp_path: Path):
         "classifier over limit, memory",
         "detector waiting for data, hotset",
         "answer, onnxruntime, p95 ms",
+        "color, NILUT, ms",
         "classifier over timm",
         "detector over ultralytics",
     } <= measured

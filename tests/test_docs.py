@@ -160,6 +160,8 @@ def top_level_names(file: Path) -> set[str]:
         elif isinstance(node, (ast.Assign, ast.AnnAssign)):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             found |= {target.id for target in targets if isinstance(target, ast.Name)}
+        elif isinstance(node, ast.ImportFrom) and file.name == "__init__.py":
+            found |= {alias.asname or alias.name for alias in node.names}
     return found
 
 
@@ -169,8 +171,8 @@ def is_module_or_name(dotted: str) -> bool:
     file = place.with_suffix(".py")
     if file.is_file() or (place / "__init__.py").is_file():
         return True
-    file = place.parent.with_suffix(".py")
-    return file.is_file() and place.name in top_level_names(file)
+    files = [file for file in (place.parent.with_suffix(".py"), place.parent / "__init__.py") if file.is_file()]
+    return any(place.name in top_level_names(file) for file in files)
 
 
 @each_text

@@ -36,10 +36,11 @@ from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.wait import WebDriverWait
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
-from tiny_models import CONFIG, DRUGS, KEY, RIGHT, photo_jpeg, save_classifier, save_detector
+from tiny_models import CONFIG, DRUGS, KEY, RIGHT, photo_jpeg, save_classifier, save_detector, save_quality
 
 from pillsnap.answer.classes import ClassMap, Drug
 from pillsnap.answer.identify import Identifier, percent
+from pillsnap.answer.search.catalog import import_register
 from pillsnap.config.environment import Environment
 from pillsnap.config.load import load_settings
 from pillsnap.serve import create_app
@@ -55,6 +56,8 @@ FLAGS = (
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
+    "--use-fake-device-for-media-stream",
+    "--use-fake-ui-for-media-stream",
 )
 WITHOUT_NAME = (155, 137, 165)  # a colour as far from one drug's as from the others'
 
@@ -936,7 +939,7 @@ def test_keyboard_only(browser: WebDriver, address: str) -> None:
 
     visit(browser, address, key="")
     path = []
-    for _ in range(9):
+    for _ in range(11):
         here = press(Keys.TAB)
         assert has_visible_focus(), here.get_attribute("outerHTML")
         if here.get_attribute("id") == "key":
@@ -947,7 +950,13 @@ def test_keyboard_only(browser: WebDriver, address: str) -> None:
             or here.get_attribute("value")
             or here.get_attribute("data-text")
         )
-    assert path == ["skip", "ko", "en", "single", "choose", "shoot", "key", "key_use", "docs"]
+    assert path == ["skip", "ko", "en", "single", "expected-summary", "choose"] + [
+        "shoot",
+        "key",
+        "key_use",
+        "look-summary",
+        "docs",
+    ]
     browser.execute_script("""
         for (const id of ["photos", "camera"])
           document.getElementById(id).addEventListener("click", (event) => {
@@ -1044,9 +1053,9 @@ def test_an_installed_package_has_the_page(tmp_path: Path) -> None:
         check=True,
     )
     with ZipFile(next((tmp_path / "wheels").glob("*.whl"))) as wheel:
-        assert {f"pillsnap/service/page/files/{name}" for name in ("page.html", "page.css", "page.js")} < set(
-            wheel.namelist()
-        )
+        assert {
+            f"pillsnap/service/page/files/{name}" for name in ("page.html", "page.css", "page.js", "search.js")
+        } < set(wheel.namelist())
 
 
 def test_every_response_has_the_security_headers(models: Path, jpeg: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1096,3 +1105,180 @@ def test_every_response_has_the_security_headers(models: Path, jpeg: bytes, monk
         .headers["strict-transport-security"]
         .startswith("max-age=")
     )
+
+
+# ---- Photo quality
+
+
+@pytest.fixture
+def judging(models: Path, tmp_path: Path) -> Callable[[float], Path]:
+    """A function that puts a judge beside the models; it accepts brightness from a value on."""
+
+    def make(accept: float) -> Path:
+        folder = shutil.copytree(models, tmp_path / f"accept {accept}")
+        save_quality(folder, accept)
+        return folder
+
+    return make
+
+
+def test_what_is_wrong_with_a_photo_stands_before_its_answer(
+    browser: WebDriver, judging: Callable[[float], Path], photo: Path, tmp_path: Path
+) -> None:
+    dark = tmp_path / "dark.jpg"
+    dark.write_bytes(photo_jpeg(0.2))
+    with serving(app_for(judging(0.5))) as address:
+        visit(browser, address)
+        send(browser, dark)
+        poor = see(browser, ".poor")[0]
+        assert "It is too dark" in poor.text and "may not be good enough" in poor.text
+        assert browser.execute_script("return document.querySelector('.poor ~ .pills') !== null"), "above the pills"
+        assert "may not be good enough" in texts(browser, "[aria-live=polite]")[0]
+        browser.find_element(By.CSS_SELECTOR, "[data-language=ko]").click()
+        assert "어둡습니다" in see(browser, ".poor")[0].text
+        send(browser, photo)
+        see(browser, ".card", 2)
+        assert len(browser.find_elements(By.CSS_SELECTOR, ".poor")) == 1 and quiet(browser)
+
+
+def test_the_camera_says_while_one_aims_whether_it_is_good_enough(
+    browser: WebDriver, judging: Callable[[float], Path]
+) -> None:
+    with serving(app_for(judging(0.0))) as address:
+        visit(browser, address)
+        wait(browser, lambda: browser.find_element(By.ID, "aim").is_displayed())
+        browser.find_element(By.ID, "aim").click()
+        wait(browser, lambda: browser.find_element(By.ID, "advice").text == "This is good enough: take the photo.")
+        time.sleep(1)
+        asked = [request["url"] for request in requests(browser) if request["method"] == "POST"]
+        assert len(asked) >= 2 and {urlsplit(url).path for url in asked} == {"/quality"}, "a few frames a second"
+        browser.find_element(By.ID, "snap").click()
+        see(browser, ".pill")
+        assert not browser.find_element(By.ID, "aiming").is_displayed()
+        assert browser.execute_script("return document.getElementById('view').srcObject === null"), "the camera is off"
+        assert quiet(browser)
+    with serving(app_for(judging(1.01))) as address:
+        visit(browser, address)
+        browser.find_element(By.CSS_SELECTOR, "[data-language=ko]").click()
+        wait(browser, lambda: browser.find_element(By.ID, "aim").is_displayed())
+        browser.find_element(By.ID, "aim").click()
+        wait(browser, lambda: browser.find_element(By.ID, "advice").text.endswith("다시 찍으세요."))
+        browser.find_element(By.ID, "stop").click()
+        assert not browser.find_element(By.ID, "aiming").is_displayed() and quiet(browser)
+
+
+def test_without_a_judge_there_is_nothing_to_aim_with(browser: WebDriver, address: str, photo: Path) -> None:
+    visit(browser, address)
+    send(browser, photo)
+    see(browser, ".pill")
+    assert not browser.find_element(By.ID, "aim").is_displayed() and not browser.find_elements(By.CSS_SELECTOR, ".poor")
+
+
+# ---- Search by look
+
+
+def search_server(tmp_path: Path, models: Path | None = None) -> ASGIApp:
+    """A service with a catalogue of 61 drugs."""
+    rows = [f"{number},Drug {number},Z{number},무각인,원형,하양" for number in range(100, 158)]
+    rows += ["1,하나정,A10,무각인,원형,하양", "2,둘캡슐,A10B,무각인,장방형,하양|빨강", "3,셋정,,,타원형,주황"]
+    register = "\n".join(["품목일련번호,품목명,표시앞,표시뒤,의약품제형,색상앞", *rows])
+    (tmp_path / "register.csv").write_text(f"{register}\n", encoding="utf-8")
+    import_register(tmp_path / "register.csv", tmp_path / "catalog.json")
+    settings = load_settings(CONFIG, ["serve.requests_per_minute=0", f"paths.catalog={tmp_path / 'catalog.json'}"])
+    return create_app(settings, Environment(api_keys=(RIGHT,), model_path=models))
+
+
+@pytest.mark.parametrize("language", ["en", "ko"])
+def test_a_pill_is_found_by_its_look_without_a_model(browser: WebDriver, tmp_path: Path, language: str) -> None:
+    with serving(search_server(tmp_path)) as address:
+        visit(browser, address)
+        browser.find_element(By.CSS_SELECTOR, f"[data-language={language}]").click()
+        browser.find_element(By.ID, "look-summary").click()
+        browser.find_element(By.ID, "look-imprint").send_keys("a10")
+        browser.find_element(By.CSS_SELECTOR, "#look-colors [value=white] + svg").click()
+        browser.find_element(By.CSS_SELECTOR, "#look-form [type=submit]").click()
+        see(browser, ".group", 3)
+        assert texts(browser, ".group:first-child b, .group:nth-of-type(1) li b")[0] == "하나정"
+        titles = {"en": ["As searched: 1", "Begins with it: 1"], "ko": ["찾은 그대로: 1", "이 글자로 시작: 1"]}
+        assert texts(browser, ".group h3")[:2] == titles[language]
+        assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+        other = "ko" if language == "en" else "en"
+        browser.find_element(By.CSS_SELECTOR, f"[data-language={other}]").click()
+        assert texts(browser, ".group h3")[:2] == titles[other]
+        assert browser.find_element(By.CSS_SELECTOR, "#look-colors [value=white]").is_selected()
+        assert not Axe().run(browser)["violations"]
+        browser.find_element(By.CSS_SELECTOR, "#look-form [type=reset]").click()
+        assert not texts(browser, "#found *")
+    assert quiet(browser)
+
+
+def test_all_records_of_a_group_can_be_shown(browser: WebDriver, tmp_path: Path) -> None:
+    with serving(search_server(tmp_path)) as address:
+        visit(browser, address)
+        browser.find_element(By.ID, "look-summary").click()
+        browser.find_element(By.CSS_SELECTOR, "#look-shapes [value=round] + svg").click()
+        browser.find_element(By.CSS_SELECTOR, "#look-form [type=submit]").click()
+        see(browser, ".group li", 50)
+        browser.find_element(By.CSS_SELECTOR, "#found > button").click()
+        see(browser, ".group li", 60)
+        assert not browser.find_elements(By.CSS_SELECTOR, "#found > button")
+        assert "1 (shape 1)" in texts(browser, "#found > .notes")[0]
+        browser.find_element(By.CSS_SELECTOR, "#look-form [type=reset]").click()
+        browser.find_element(By.CSS_SELECTOR, "#look-form [type=submit]").click()
+        assert "nothing to search for" in see(browser, "#found .problem")[0].text
+    assert [entry["message"] for entry in browser.get_log("browser") if "422" not in entry["message"]] == []
+
+
+def test_an_unsure_answer_leads_to_the_search_with_what_was_seen(
+    browser: WebDriver, tmp_path: Path, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiny_models, "RULES", replace(tiny_models.RULES, sure_confidence=1.1))
+    looks = {"shape": "장방형", "colors": "하양, 빨강"}
+    drugs = ClassMap([Drug(f"K-00000{number}", f"Drug {number}", (), looks) for number in range(3)])
+    with serving(search_server(tmp_path, models_with(tmp_path / "models", monkeypatch, drugs=drugs))) as address:
+        visit(browser, address)
+        send(browser, photo)
+        see(browser, ".pill")
+        browser.find_element(By.CSS_SELECTOR, ".pill > button").click()
+        wait(browser, lambda: browser.find_elements(By.CSS_SELECTOR, ".group"))
+        chosen = browser.find_elements(By.CSS_SELECTOR, "#look-form :checked")
+        assert [box.get_attribute("value") for box in chosen] == ["white", "red", "oblong"]
+        assert texts(browser, ".group:nth-of-type(1) li b") == ["Drug 0", "Drug 1", "Drug 2", "둘캡슐"]
+        assert browser.switch_to.active_element.get_attribute("id") == "look-imprint"
+
+
+def test_text_is_pasted_into_the_search(browser: WebDriver, address: str) -> None:
+    visit(browser, address)
+    browser.find_element(By.ID, "look-summary").click()
+    field = browser.find_element(By.ID, "look-imprint")
+    field.send_keys("A10", Keys.CONTROL, "a", "x", "v", Keys.NULL)
+    assert field.get_attribute("value") == "A10" and not browser.find_elements(By.ID, "drop-problem")
+
+
+@pytest.mark.parametrize("language", ["en", "ko"])
+def test_pills_are_compared_with_a_prescription(
+    browser: WebDriver, tmp_path: Path, address: str, photo: Path, language: str
+) -> None:
+    order = tmp_path / "order.csv"
+    order.write_text("line,code\n1,K-000030\n2,K-000101\n", encoding="utf-8")
+    visit(browser, address)
+    browser.find_element(By.CSS_SELECTOR, f"[data-language={language}]").click()
+    choose(browser, "combo")
+    browser.find_element(By.ID, "expected-summary").click()
+    browser.find_element(By.ID, "expected-file").send_keys(str(order))
+    wait(browser, lambda: "K-000101" in browser.find_element(By.ID, "expected").get_attribute("value"))
+    send(browser, photo)
+    see(browser, ".prescription")
+    shown = texts(browser, ".prescription p")
+    words = {
+        "en": ["Matched: 1 White", "Missing: Blue tablet", "Not expected: 2 Red", "Not checked"],
+        "ko": ["맞음: 1 White", "빠짐: Blue tablet", "목록에 없음: 2 Red", "이 모델에 없는 약"],
+    }[language]
+    assert len(shown) == 4 and all(said.startswith(word) for said, word in zip(shown, words, strict=True)), shown
+    assert not browser.find_elements(By.CSS_SELECTOR, ".prescription.complete")
+    assert not Axe().run(browser)["violations"]
+    browser.find_element(By.ID, "expected").clear()
+    browser.find_element(By.ID, "expected").send_keys("K-000030,K-000007")
+    send(browser, photo)
+    see(browser, ".prescription.complete")
+    assert quiet(browser)

@@ -91,7 +91,7 @@ def test_evaluating_a_folder_without_a_model_raises_the_reason(tmp_path: Path):
     assert "SettingsError" in result.stderr and "config.yaml" in result.stderr
 
 
-@pytest.mark.parametrize("notebook", ["10_train.ipynb", "11_evaluate.ipynb", "12_export.ipynb"])
+@pytest.mark.parametrize("notebook", ["10_train.ipynb", "11_evaluate.ipynb", "12_export.ipynb", "14_color.ipynb"])
 def test_papermill_understands_every_parameter(notebook: str):
     """papermill skips a parameter line with a second `=` in it, and then warns about an unknown parameter."""
     found = {
@@ -101,3 +101,18 @@ def test_papermill_understands_every_parameter(notebook: str):
     cell = next(cell for cell in book["cells"] if "parameters" in cell["metadata"].get("tags", []))
     assert len(found) == len([line for line in "".join(cell["source"]).splitlines() if line.strip()])
     assert all(found.values())
+
+
+def test_a_model_of_colours_is_trained(tmp_path: Path):
+    (tmp_path / "luts").mkdir()
+    rows = [f"{red} {green} {blue / 2}" for blue in (0, 1) for green in (0, 1) for red in (0, 1)]
+    (tmp_path / "luts" / "warm.cube").write_text("LUT_3D_SIZE 2\n" + "\n".join(rows))
+    overrides = ["color.hidden_dims=[16]", "color.batch_colors=4096", "color.epochs=2", "train.evaluations=2"]
+    given = {"data_type": "cube", "cube_dir": str(tmp_path / "luts"), "profile": "cpu"}
+    given |= {"run_dir": str(tmp_path / "run"), "overrides": shlex.join(overrides)}
+    result = papermill(tmp_path, "14_color.ipynb", *(word for item in given.items() for word in ("-p", *item)))
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "nilut step" in result.stderr and (tmp_path / "run" / "best.pt").is_file()
+    book = json.loads((tmp_path / "out.ipynb").read_text())
+    outputs = [output for cell in book["cells"] for output in cell.get("outputs", [])]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2

@@ -1,6 +1,7 @@
-"""Two real, tiny ONNX models and photos for them.
+"""Three real, tiny ONNX models and photos for them.
 
-The detector always returns the same two pills, the classifier compares the average colour of a crop.
+The detector always returns the same two pills, the classifier compares the average colour of a crop, and the judge
+takes the brightness of a pill for its quality.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from pillsnap.answer.classes import ClassMap, Drug
+from pillsnap.answer.quality.rules import QualityRules
 from pillsnap.answer.rules import Rules
 
 CONFIG = Path(__file__).parents[1] / "config.yaml"
@@ -45,7 +47,14 @@ RULES = Rules(
 )
 
 
-def save_model(path: Path, task: str, nodes: list, shapes: tuple[list, list], constants: dict[str, np.ndarray]) -> None:
+def save_model(
+    path: Path,
+    task: str,
+    nodes: list,
+    shapes: tuple[list, list],
+    constants: dict[str, np.ndarray],
+    rules: Rules | QualityRules | None = None,  # None = RULES, which tests replace
+) -> None:
     images, output = (
         helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
         for name, shape in zip(("images", "output"), shapes, strict=True)
@@ -58,7 +67,7 @@ def save_model(path: Path, task: str, nodes: list, shapes: tuple[list, list], co
     )
     metadata = {
         "task": task,
-        "rules": RULES.to_json(),
+        "rules": (rules or RULES).to_json(),
         "model": f"tiny {task}",
         "opset": 17,
         "git_revision": "",
@@ -88,13 +97,27 @@ def save_detector(folder: Path) -> None:
     save_model(folder / "detector.onnx", "detector", nodes, ([1, 3, 320, 320], [1, 5, len(FOUND)]), constants)
 
 
-def photo_jpeg() -> bytes:
-    """A photo of a white tablet and a red capsule, at the boxes of the detector."""
+def save_quality(folder: Path, accept: float = 0.5) -> None:
+    """A judge whose score is the brightness of the pill; what is missing is "too dark"."""
+    nodes = [
+        helper.make_node("GlobalAveragePool", ["images"], ["pooled"]),
+        helper.make_node("Flatten", ["pooled"], ["average"]),
+        helper.make_node("Gemm", ["average", "weights", "bias"], ["output"], transB=1),
+    ]
+    weights, bias = np.zeros((11, 6), np.float32), np.zeros(11, np.float32)
+    weights[0, 3:], weights[3, 3:], bias[3] = 0.333, -0.333, 1
+    rules = QualityRules(64, 0.25, (0.0,) * 3, (1.0,) * 3, (0.8, 0.5, 0.2), (0.6,) * 10, accept)
+    shapes = (["n", 6, 64, 64], ["n", 11])
+    save_model(folder / "quality.onnx", "quality", nodes, shapes, {"weights": weights, "bias": bias}, rules)
+
+
+def photo_jpeg(light: float = 1.0) -> bytes:
+    """A photo of a white tablet and a red capsule, at the boxes of the detector; with less light it is darker."""
     photo = np.full((480, 640, 3), (128, 122, 112), np.uint8)
     cv2.ellipse(photo, (220, 200), (84, 84), 0, 0, 360, (238, 234, 224), -1, cv2.LINE_AA)
     cv2.ellipse(photo, (456, 328), (110, 46), 25, 0, 360, (196, 74, 66), -1, cv2.LINE_AA)
     buffer = io.BytesIO()
-    Image.fromarray(photo).save(buffer, "JPEG", quality=90)
+    Image.fromarray((photo * light).astype(np.uint8)).save(buffer, "JPEG", quality=90)
     return buffer.getvalue()
 
 

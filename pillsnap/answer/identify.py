@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from .classes import Drug
+from .color.balance import NO_CORRECTION, Balance, estimate_balances
 from .crops import crop_pill
 from .rules import ModelMismatch, Rules
 from ..errors import PillsnapError
@@ -135,6 +136,7 @@ def softmax(
 # %% ../../nbs/answer/03_identify.ipynb #457f2dae
 PIPELINES = ("single", "combo")
 _BATCH = 4  # crops per batch: on a CPU larger batches of a large network take much memory and save no time
+_FAR_LIGHT = "The light was too coloured or too dark to trust the colours: take the photo again in daylight."
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,7 @@ class PillCrops:
     hint: str | None  # why the pipeline combo may suit this photo better
     seconds: dict[str, float]  # detect, crop
     grey: bool = False  # whether the photo has no colour, so that no pill is sure
+    balance: Balance = Balance()  # the correction of the first pill, for a picture of the whole photo
 
 
 class Identifier:
@@ -200,18 +203,20 @@ class Identifier:
             if pipeline == "single" and len(boxes) > 1
             else None
         )
+        found = boxes
         boxes, scores, notes = _select(boxes, scores, pipeline, self.detect is not None)
         crops = self._crops(image, boxes, whole=pipeline == "single")
+        balance = self._correct(crops, image, found, boxes)
         grey = is_grey(image)
-        notes = [*notes, _GREY_NOTE] if grey else notes
+        notes += [_GREY_NOTE] if grey else [_FAR_LIGHT] if balance.far else []
         seconds = {"detect": detected - started, "crop": perf_counter() - detected}
         width, height = size or image.shape[1::-1]
         if pipeline == "single" and not len(boxes):
             whole = Box(0.0, 0.0, float(width), float(height))
-            return PillCrops(pipeline, crops, [whole], [None], notes, hint, seconds, grey)
+            return PillCrops(pipeline, crops, [whole], [None], notes, hint, seconds, grey, balance)
         if (width, height) != image.shape[1::-1]:
             boxes = boxes * np.tile([width / image.shape[1], height / image.shape[0]], 2)
-        return PillCrops(pipeline, crops, boxes, scores, notes, hint, seconds, grey)
+        return PillCrops(pipeline, crops, boxes, scores, notes, hint, seconds, grey, balance)
 
     def classify_crops(
         self,
@@ -277,6 +282,22 @@ class Identifier:
         for index, box in enumerate(boxes):
             crops[index] = crop_pill(image, Box(*map(float, box)), self.rules.margin, size)
         return crops
+
+    def _correct(
+        self,
+        crops: np.ndarray,  # RGB, uint8, (n, size, size, 3); corrected in place
+        image: np.ndarray,  # RGB, uint8, (height, width, 3)
+        found: np.ndarray,  # all pills, which are no part of the light, pixels, (n, 4)
+        boxes: np.ndarray,  # of the crops, pixels, (n, 4); none for a crop of the whole photo
+    ) -> Balance:  # of the first crop
+        """Take the light out of the crops, as in the training."""
+        if self.rules.color == NO_CORRECTION or not len(crops):
+            return Balance()
+        whole = np.full((1, 4), np.nan)
+        balances = estimate_balances(image, self.rules.color, found, boxes if len(boxes) else whole)
+        for crop, balance in zip(crops, balances, strict=True):
+            crop[:] = balance(crop)
+        return balances[0]
 
     def _probabilities(
         self,

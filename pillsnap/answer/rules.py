@@ -9,6 +9,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from .classes import ClassMap
+from .color.balance import COLOR_RULES, NO_CORRECTION
+from .color.learned import LEARNED, LEARNED_RULE
 from ..runtime.session import ModelError
 
 # %% auto #0
@@ -33,6 +35,7 @@ class Rules:
     nms_iou: float  # overlap above which the weaker of two boxes is dropped, 0 to 1
     sure_confidence: float  # a prediction below it is marked as not sure, 0 to 1
     single_scale: float = 1.0  # fraction of detector_size that `single` tries first; its one pill is large
+    color: str = NO_CORRECTION  # how the light is taken out of the classifier's crops; or a key of COLOR_RULES
 
     @property
     def single_size(self) -> int | None:  # pixels; a multiple of 32, as the detector requires
@@ -44,7 +47,8 @@ class Rules:
     def to_json(self) -> dict[str, Any]:
         """Convert to plain values for a checkpoint or the metadata of a model."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return values | {"class_map": self.class_map.to_json(), "mean": list(self.mean), "std": list(self.std)}
+        values |= {"class_map": self.class_map.to_json(), "mean": list(self.mean), "std": list(self.std)}
+        return values | {"color_weights": LEARNED.to_json() if self.color == LEARNED_RULE else None}
 
     @classmethod
     def from_json(
@@ -58,8 +62,19 @@ class Rules:
                 "mean": tuple(value["mean"]),
                 "std": tuple(value["std"]),
             }
-            return cls(**(value | parts))
+            known = {name: each for name, each in value.items() if name != "color_weights"}
+            rules = cls(**(known | parts))
+            _check_color(rules.color, value.get("color_weights"))
+            return rules
         except (KeyError, TypeError, ValueError) as error:
             raise ModelMismatch(
                 f"The rules of a model cannot be used ({error}): export it again with this version."
             ) from error
+
+
+def _check_color(rule: str, weights: object) -> None:
+    """Refuse a colour rule that this version does not have, or has with other numbers."""
+    if rule not in (NO_CORRECTION, *COLOR_RULES):
+        raise ValueError(f"there is no colour rule {rule!r}")
+    if weights != (LEARNED.to_json() if rule == LEARNED_RULE else None):
+        raise ValueError("its colour rule learned has other numbers than this version's, so it has to be trained again")

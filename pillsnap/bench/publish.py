@@ -34,6 +34,7 @@ REPORTS = {  # name in results/ -> where the command writes it
     "train": "runs/bench/train.json",
     "infer": "runs/bench/infer.json",
     "serve": "runs/bench/serve.json",
+    "search": "runs/bench/search.json",
 }
 HEAD = ("benchmark", "revision", "date", "machine", "versions", "goals", "seconds")
 

@@ -11,7 +11,7 @@ from typing import Any
 # %% auto #0
 __all__ = ['Report', 'Rows', 'TABLES', 'markdown', 'machine_text', 'value_of', 'demo_rows', 'demo_rows_korean',
            'demo_seconds_rows', 'loader_rows', 'label_rows', 'training_rows', 'accuracy_rows', 'engine_rows',
-           'server_rows', 'service_rows']
+           'server_rows', 'service_rows', 'search_rows']
 
 # %% ../../nbs/bench/03_tables.ipynb #47c96541
 Report = Mapping[str, Any]
@@ -258,6 +258,20 @@ def service_rows(
     drift = f"{soak['memory_slope_mb_per_minute']:.2f} MB a minute, {soak['answers']:,} responses"
     return [*rows, [label, drift, ""]]
 
+# %% ../../nbs/bench/03_tables.ipynb #acbfaf19
+def search_rows(
+    report: Report,  # of the search benchmark
+) -> Rows:
+    """What flawed searches find, by kind of flaw, and how fast."""
+    rows = [["searches", "number", "found", "in the first ten", "first", "median rank"]]
+    for name, row in {**report["kinds"], "all": report["all"]}.items():
+        shares = [f"{row[key]:.3f}" for key in ("found", "first_ten", "first")]
+        rows.append([name, f"{row['searches']:,}", *shares, f"{row['median_rank']:g}"])
+    large, small = report["large"], report["register"]
+    for count, times in ((small["records"], report["milliseconds"]), (large["records"], large)):
+        rows.append([f"p50 / p95 of {count:,} records", "", f"{times['p50']:.1f} / {times['p95']:.1f} ms", "", "", ""])
+    return rows
+
 # %% ../../nbs/bench/03_tables.ipynb #c116871d
 TABLES: dict[str, tuple[str, Callable[[Report], Rows]]] = {  # name -> report, function
     "demo": ("demo", demo_rows),
@@ -270,4 +284,5 @@ TABLES: dict[str, tuple[str, Callable[[Report], Rows]]] = {  # name -> report, f
     "engines": ("infer", engine_rows),
     "servers": ("serve", server_rows),
     "service": ("serve", service_rows),
+    "search": ("search", search_rows),
 }

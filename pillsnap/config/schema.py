@@ -29,8 +29,8 @@ from ..errors import PillsnapError
 __all__ = ['Fraction', 'Positive', 'Count', 'CountOrZero', 'PosixPath', 'ImageSize', 'BatchSize', 'LEAF_KEYS', 'PATH_KEYS',
            'RENAMED', 'SettingsError', 'closest_name', 'check_path', 'Section', 'Paths', 'Data', 'Dataloader',
            'ClassifierModel', 'DetectorModel', 'SegmenterModel', 'Model', 'ClassifierTraining', 'DetectorTraining',
-           'SegmenterTraining', 'Train', 'Identify', 'Goals', 'Latency', 'Gate', 'Export', 'Store', 'Serve', 'Settings',
-           'leaf_fields', 'refuse_old_names']
+           'SegmenterTraining', 'Train', 'Identify', 'Goals', 'Latency', 'Gate', 'Export', 'Color', 'Store', 'Serve',
+           'Settings', 'leaf_fields', 'refuse_old_names']
 
 # %% ../../nbs/config/00_schema.ipynb #6c5bc25c
 class SettingsError(PillsnapError):
@@ -95,6 +95,7 @@ class Paths(Section):
     sample_root: PosixPath = Path("data/sample")
     run_root: PosixPath = Path("runs")
     cache_root: PosixPath = Path("data/cache")
+    catalog: PosixPath = Path("data/catalog.json")
 
 
 class Data(Section):
@@ -110,6 +111,8 @@ class Data(Section):
     test_fraction: Fraction = 0.15
     margin: Annotated[float, Field(ge=0, le=0.5)] = 0.12
     class_map: PosixPath | None = None
+    grades: PosixPath | None = None
+    min_score: Fraction = 0.1
     leakage_check: Literal["full", "content", "off"] = "full"
     cache: Literal["none", "hotset", "lmdb"] = "hotset"
     cache_memory_fraction: Fraction = 0.5
@@ -277,6 +280,7 @@ class Identify(Section):
     nms_iou: Fraction = 0.5
     sure_confidence: Fraction = 0.5
     single_scale: Annotated[float, Field(ge=0.1, le=1)] = 0.5
+    color: str = "none"  # or a key of COLOR_RULES
 
 
 class Goals(Section):
@@ -304,6 +308,11 @@ class Gate(Section):
     memory_mb: Positive = 1500.0
     reproducibility: bool = True
     reproducibility_images: Count = 100
+    nilut_mb: Positive = 1.0
+    nilut_ms: Positive = 16.0
+    lut3d_mb: Positive = 10.0
+    lut3d_ms: Positive = 2.0
+    identity_de: Positive = 1.0
 
 
 class Export(Section):
@@ -322,6 +331,26 @@ class Export(Section):
     quantised_map_drop: Fraction = 0.01
     quantised_miou_drop: Fraction = 0.01
     calibration_images: CountOrZero = 128
+
+
+class Color(Section):
+    """A model of colours and its training; what it shares with the networks is in `train`."""
+
+    model: Literal["nilut", "adaptive_3dlut"] = "nilut"
+    data_type: Literal["paired", "cube", "phone"] = "paired"
+    cube_dir: PosixPath | None = None
+    before: str = "none"  # or a key of COLOR_RULES
+    hidden_dims: Annotated[tuple[Count, ...], Strict(False), Field(min_length=1)] = (256, 256, 256)
+    n_basis: Count = 3
+    lut_size: Annotated[int, Field(ge=2, le=126)] = 33
+    image_size: Annotated[int, Field(ge=16)] = 256
+    epochs: Count = 200
+    min_steps: CountOrZero = 0
+    batch_size: Count = 8
+    batch_colors: Count = 8192
+    lr: Positive = 1.0e-3
+    smoothness: Annotated[float, Field(ge=0)] = 1.0
+    monotonicity: Annotated[float, Field(ge=0)] = 10.0
 
 
 class Store(Section):
@@ -367,6 +396,7 @@ class Settings(Section):
     latency: Latency = Latency()
     gate: Gate = Gate()
     export: Export = Export()
+    color: Color = Color()
     store: Store = Store()
     serve: Serve = Serve()
     profile_reason: str = Field(default="settings made in code", exclude=True)

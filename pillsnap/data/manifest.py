@@ -23,6 +23,7 @@ from .reading.records import DataError
 from .scan.scan import ScanReport, check_usable, scan
 from .scan.summary import counted, decide_summary, summary_lines
 from .splits.class_map import make_class_map, read_class_map
+from .splits.grades import leave_out_poor
 from .splits.group_split import check_groups
 from .splits.leakage import check_no_leakage, describe, find_leaks, fingerprinted, to_leave_out
 from .splits.sampling import photo_table
@@ -227,6 +228,7 @@ def prepare_data(
     summary += [decide("dataset folder", scanned.layout, note, fallback=True) for note in scanned.notes]
     splits = assign_splits(photo_table(records, str(folder)), scanned.layout)
     splits.decisions = summary + splits.decisions
+    leave_out_poor(splits, settings)
     if not len(splits.part("train")):
         raise DataError(
             f"{folder} has no training photo that can be used, only held-out ones: add the training part too."

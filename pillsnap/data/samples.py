@@ -43,12 +43,13 @@ class Samples:
 
 def classifier_samples(
     manifest: pl.DataFrame,  # rows of one split
-    settings: Settings,  # data, model and paths are read
+    settings: Settings,  # data, model, paths and identify.color are read
     budget: Budget | None = None,  # what the caches of this run may take, less by this call
 ) -> Samples:  # one sample per pill that has a class
     """Crops of all pills with a class."""
     rows = manifest.filter(manifest["class_index"] >= 0)
-    crops = Crops(rows["image"], rows.select("x1", "y1", "x2", "y2").to_numpy().astype(np.float64))
+    boxes = rows.select("x1", "y1", "x2", "y2").to_numpy().astype(np.float64)
+    crops = Crops(rows["image"], boxes, settings.identify.color)
     store = _open(crops, settings.model.classifier.image_size, settings, budget)
     labels = torch.from_numpy(rows["class_index"].to_numpy().astype(np.int64))
     return Samples(store, labels, torch.zeros(0, 4), torch.zeros(len(rows) + 1, dtype=torch.int64))

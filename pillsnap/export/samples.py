@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from ..answer.color.balance import NO_CORRECTION
 from ..answer.outlines import OUTLINE_MARGIN, box_in_crop, crop_mask, fade_outside
 from ..answer.rules import Rules
 from ..config.schema import Settings
-from ..data.cache.crop_store import Crop
+from ..data.cache.crop_store import Crop, Crops
 from ..data.cache.open import open_store
 from ..data.manifest import Dataset
 from ..data.parts import rows_with_outline
@@ -60,7 +61,11 @@ def crop_samples(
     chosen = cover_classes(rows["class_index"].to_list(), count)
     rows = rows[chosen if wide or settings.export.compare != "smoke" else chosen[:count]]
     pixels, crops, truth = _readable(
-        _pill_crops(rows), rows["class_index"].to_list(), rules.classifier_size, rules.margin, settings
+        Crops.of(_pill_crops(rows), rules.color),
+        rows["class_index"].to_list(),
+        rules.classifier_size,
+        rules.margin,
+        settings,
     )
     return Samples(pixels, crops, truth, rules.mean, rules.std)
 
@@ -173,9 +178,9 @@ def calibration_batches(
     assert size is not None, "a run that is exported has a detector"
     crops = _pill_crops(rows) if task == "classifier" else [Crop(photo.image) for photo in true_photos(rows)]
     wanted = min(settings.export.calibration_images, len(crops))
-    store = open_store(
-        [crops[number * len(crops) // wanted] for number in range(wanted)], size, rules.margin, settings.data.max_pixels
-    )
+    chosen = [crops[number * len(crops) // wanted] for number in range(wanted)]
+    color = rules.color if task == "classifier" else NO_CORRECTION
+    store = open_store(Crops.of(chosen, color), size, rules.margin, settings.data.max_pixels)
     mean, std = (rules.mean, rules.std) if task == "classifier" else ((0, 0, 0), (1, 1, 1))
     for start in range(0, wanted, batch):
         pixels = [

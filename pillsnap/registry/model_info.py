@@ -47,6 +47,10 @@ def _of_checkpoint(path: Path) -> dict[str, Any]:
     from pillsnap.training.checkpoint import load_checkpoint
 
     content = load_checkpoint(path)
+    if "model_type" in content:  # a model of colours
+        found = {name: content[name] for name in ("model_type", "model_config")}
+        count = _count(tensor.shape for tensor in content["state"].values())
+        return {"format": "checkpoint", **found, "param_count": count}
     networks = {
         name: content.get("tasks", {}).get(name, {}).get("network") or content.get(name)
         for name in ("classifier", "detector")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from http import HTTPStatus
+from typing import Any
 
 from asgi_correlation_id import correlation_id
 from fastapi import FastAPI, HTTPException, Request
@@ -32,9 +33,10 @@ class ApiError(HTTPException):
         code: str,  # words with _ between them, such as key_missing
         detail: str,  # one sentence: what is wrong and what to do
         headers: Mapping[str, str] | None = None,
+        quality: Mapping[str, Any] | None = None,  # of a photo that was refused for it, as QualityResponse
     ) -> None:
         super().__init__(status, detail, dict(headers or {}))
-        self.code = code
+        self.code, self.quality = code, quality
 
 
 class ErrorResponse(BaseModel):
@@ -43,6 +45,7 @@ class ErrorResponse(BaseModel):
     detail: str  # one sentence for users
     code: str  # for programs
     request_id: str  # the same as in the header X-Request-ID and in the log
+    quality: dict[str, Any] | None = None  # only of a photo that was refused for it, as in a prediction
 
 
 def error_response(
@@ -50,19 +53,18 @@ def error_response(
     code: str,
     detail: str,
     headers: Mapping[str, str] | None = None,
+    quality: Mapping[str, Any] | None = None,  # of a photo that was refused for it
 ) -> JSONResponse:
     """Build the JSON response of an error."""
-    return JSONResponse(
-        ErrorResponse(detail=detail, code=code, request_id=correlation_id.get() or "").model_dump(),
-        status,
-        dict(headers or {}),
-    )
+    body: dict[str, Any] = {"detail": detail, "code": code, "request_id": correlation_id.get() or ""}
+    return JSONResponse(body | ({"quality": quality} if quality else {}), status, dict(headers or {}))
 
 # %% ../../nbs/service/00_errors.ipynb #56582ec8
 async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, StarletteHTTPException)
     code = getattr(error, "code", None) or HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
-    return error_response(error.status_code, code, str(error.detail), error.headers)
+    quality = getattr(error, "quality", None)
+    return error_response(error.status_code, code, str(error.detail), error.headers, quality)
 
 
 async def _on_invalid(request: Request, error: Exception) -> JSONResponse:

@@ -11,10 +11,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ..answer.classes import Drug
 from ..answer.identify import Identification, Identifier, Pill
+from ..answer.quality.judge import Judge, Verdict
 
 # %% auto #0
-__all__ = ['NOTICE', 'DrugResponse', 'drug_response', 'BoxResponse', 'CandidateResponse', 'PillResponse', 'PhotoResponse',
-           'HintResponse', 'ModelResponse', 'Prediction', 'model_response', 'prediction_response']
+__all__ = ['NOTICE', 'DrugResponse', 'drug_response', 'ExpectedDrug', 'MatchedPill', 'DoubtfulPill', 'PrescriptionResponse',
+           'BoxResponse', 'CandidateResponse', 'PillResponse', 'PhotoResponse', 'HintResponse', 'ReasonResponse',
+           'QualityResponse', 'ModelResponse', 'Prediction', 'model_response', 'prediction_response']
 
 # %% ../../nbs/service/01_schemas.ipynb #7f5180f5
 NOTICE = (
@@ -47,6 +49,37 @@ def drug_response(
         "maker": drug.attributes.get("company"),
         "details": details,
     }
+
+# %% ../../nbs/service/01_schemas.ipynb #a572f316
+class ExpectedDrug(BaseModel):
+    """An expected drug."""
+
+    code: str = Field(examples=["K-000030"])
+    name: str
+
+
+class MatchedPill(ExpectedDrug):
+    """A pill that is an expected drug."""
+
+    pill: int = Field(description="place in `pills`, from 0")
+
+
+class DoubtfulPill(BaseModel):
+    """A pill that may be an expected drug."""
+
+    pill: int = Field(description="place in `pills`, from 0")
+    drugs: list[ExpectedDrug]
+
+
+class PrescriptionResponse(BaseModel):
+    """How the pills compare with the drugs that were expected."""
+
+    complete: bool = Field(description="every pill is expected, and every expected one is there")
+    matched: list[MatchedPill]
+    missing: list[ExpectedDrug] = Field(description="one entry for each pill that is not there")
+    surplus: list[int] = Field(description="places in `pills` of those that are none of them, or too many")
+    doubtful: list[DoubtfulPill]
+    unknown: list[str] = Field(description="items of the list that are no drug of this model, and were not checked")
 
 # %% ../../nbs/service/01_schemas.ipynb #4e3d906a
 class BoxResponse(BaseModel):
@@ -94,16 +127,42 @@ class HintResponse(BaseModel):
     )
 
 
+class ReasonResponse(BaseModel):
+    """Something that is wrong with a photo."""
+
+    reason: str = Field(examples=["blur"])
+    probability: float = Field(ge=0, le=1, examples=[0.93])
+    ko: str = Field(description="what to do, in Korean")
+    en: str = Field(description="what to do, in English")
+
+
+class QualityResponse(BaseModel):
+    """Whether a photo is good enough to tell the pill, and if not, why."""
+
+    score: float = Field(ge=0, le=1, description="1 = like a studio photo, 0 = nothing can be told", examples=[0.97])
+    tier: str = Field(description="S, A, B or C", examples=["S"])
+    good_enough: bool = Field(description="with quality=require, a photo that is not is refused")
+    reasons: list[ReasonResponse] = Field(description="the likeliest first")
+
+
 class ModelResponse(BaseModel):
     """The model behind a prediction."""
 
     version: str = Field(description="first digits of the SHA-256 of its files", examples=["0c1d5f8a2b34"])
     classifier: str = Field(examples=["tf_efficientnetv2_s.in21k_ft_in1k"])
     detector: str | None = Field(description="null = none, so there is no pipeline combo", examples=["yolo11m"])
+    quality: str | None = Field(
+        default=None,
+        description="of the network that judges photos; null = none, so predictions have no quality",
+        examples=["tf_efficientnet_lite0"],
+    )
     classes: int = Field(description="drugs that it can name", examples=[5000])
     class_map_hash: str
     classifier_size: int = Field(description="side of a crop, pixels", examples=[384])
     detector_size: int | None = Field(description="side of the photo as the detector sees it, pixels", examples=[640])
+    color: str = Field(
+        default="none", description="rule that takes the light out of the colours; none = no rule", examples=["learned"]
+    )
 
 
 class Prediction(BaseModel):
@@ -113,6 +172,9 @@ class Prediction(BaseModel):
 
     pipeline: str = Field(examples=["single"])
     photo: PhotoResponse
+    quality: QualityResponse | None = Field(
+        default=None, description="of the photo, in combo of its worst pill; null = this service has no model for it"
+    )
     pills: list[PillResponse]
     timings_ms: dict[str, float] = Field(
         description="milliseconds",
@@ -126,6 +188,12 @@ class Prediction(BaseModel):
     picture: str = Field(
         default="", description="only with picture=true: the photo as the boxes lie on it, a JPEG as a data: address"
     )
+    corrected: str = Field(
+        default="", description="only with corrected=true: the photo in the colours that were compared, as picture"
+    )
+    prescription: PrescriptionResponse | None = Field(
+        default=None, description="only with expected=...: how the pills compare with the drugs that were expected"
+    )
     notice: str = Field(examples=[NOTICE])
     model: ModelResponse
 
@@ -133,6 +201,7 @@ class Prediction(BaseModel):
 def model_response(
     identifier: Identifier,  # the models
     version: str,  # of their files
+    judge: Judge | None = None,  # of photos
 ) -> dict[str, Any]:  # as ModelResponse
     """Name and input size of each model, and the hash of the class map."""
     rules = identifier.rules
@@ -142,10 +211,12 @@ def model_response(
         "version": version,
         "classifier": str(classifier.metadata.get("model", "unnamed")),
         "detector": None if detector is None else str(detector.metadata.get("model", "unnamed")),
+        "quality": None if judge is None else judge.name,
         "classes": len(rules.class_map),
         "class_map_hash": rules.class_map.hash,
         "classifier_size": rules.classifier_size,
         "detector_size": None if detector is None else rules.detector_size,
+        "color": rules.color,
     }
 
 
@@ -165,17 +236,17 @@ def prediction_response(
     decode_ms: float,  # that decoding it took
     model: dict[str, Any],  # from `model_response`
     annotated: str | None,  # photo with boxes and names, a data: URL
+    verdict: Verdict | None = None,  # on the photo
 ) -> dict[str, Any]:  # as Prediction
     """Convert the identification of a photo to the JSON of a response."""
-    timings = (
-        {"decode": round(decode_ms, 3)}
-        | identification.timings_ms
-        | {"total": round(decode_ms + identification.timings_ms["total"], 3)}
-    )
+    before = {"decode": round(decode_ms, 3)} | ({"judge": verdict.milliseconds} if verdict else {})
+    total = sum(before.values()) + identification.timings_ms["total"]
+    timings = before | identification.timings_ms | {"total": round(total, 3)}
     hint = {"pipeline": "combo", "reason": identification.hint} if identification.hint else None
     return {
         "pipeline": identification.pipeline,
         "photo": {"width": size[0], "height": size[1]},
+        "quality": verdict.to_json() if verdict else None,
         "pills": [_pill_response(pill) for pill in identification.pills],
         "timings_ms": timings,
         "notes": identification.notes,

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 import pillsnap
+from ..answer.color.balance import COLOR_RULES, NO_CORRECTION
 from ..answer.rules import Rules
 from ..atomic import made_folder, write_text
 from ..config.plugins import pick
@@ -92,6 +93,7 @@ def check_choices(
     chosen = settings.train.classifier
     check_layout(settings.data.format)
     pick(SCHEDULES, settings.train.schedule, "train.schedule")
+    pick({NO_CORRECTION: None, **COLOR_RULES}, settings.identify.color, "identify.color")
     pick(LOSSES, chosen.loss, "train.classifier.loss")
     pick(CLASS_WEIGHTS, chosen.class_weights, "train.classifier.class_weights")
 

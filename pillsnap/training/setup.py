@@ -115,7 +115,7 @@ def check_reused_network(
     if reused not in earlier:
         return
     before = Rules.from_json(earlier["rules"])
-    used = {"detector": ("classifier_size", "margin", "mean", "std"), "classifier": ("detector_size",)}.get(
+    used = {"detector": ("classifier_size", "margin", "mean", "std", "color"), "classifier": ("detector_size",)}.get(
         settings.train.only or "", ()
     )
     differing = [
@@ -266,4 +266,5 @@ def _rules(
         nms_iou=settings.identify.nms_iou,
         sure_confidence=settings.identify.sure_confidence,
         single_scale=settings.identify.single_scale,
+        color=settings.identify.color,
     )

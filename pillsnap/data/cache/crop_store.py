@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ...answer.color.balance import NO_CORRECTION, Balance, estimate_balances
 from ...answer.crops import crop_pill
 from ..reading.photo_files import decode_photo
 from ...runtime.boxes import Box
@@ -47,7 +48,9 @@ class Crops(Sequence[Crop]):
         images: Iterable[str],  # reference of the photo of each crop
         boxes: np.ndarray
         | None = None,  # (crops, 4) x1 y1 x2 y2, pixels, NaN: the whole photo; None: all of them whole
+        color: str = NO_CORRECTION,  # how the light is taken out, as in the rules of a model
     ):
+        self.color = color
         index: dict[str, int] = {}
         self.photo_of = np.fromiter(
             (index.setdefault(image, len(index)) for image in images), np.int32
@@ -62,13 +65,14 @@ class Crops(Sequence[Crop]):
         self._starts = np.searchsorted(self.photo_of[self._by_photo], np.arange(len(index) + 1))
 
     @classmethod
-    def of(cls, crops: Sequence[Crop]) -> Crops:
-        """The same crops as arrays."""
+    def of(cls, crops: Sequence[Crop], color: str = NO_CORRECTION) -> Crops:
+        """The same crops as arrays; those that are arrays already keep their color."""
         if isinstance(crops, Crops):
             return crops
         return cls(
             (crop.image for crop in crops),
             np.array([crop.box or (np.nan,) * 4 for crop in crops], np.float64).reshape(-1, 4),
+            color,
         )
 
     def __len__(self) -> int:
@@ -89,6 +93,20 @@ class Crops(Sequence[Crop]):
     def of_photo(self, photo: int) -> np.ndarray:
         """Numbers of the crops of a photo."""
         return self._by_photo[self._starts[photo] : self._starts[photo + 1]]
+
+    def rule(self, photo: int | None = None) -> str:
+        """What the pixels depend on beside the crop: the color rule, and of one photo its boxes, which are left out."""
+        if self.color == NO_CORRECTION:
+            return ""
+        return f"{self.color}|" + ("" if photo is None else f"{self.boxes[self.of_photo(photo)].tolist()}|")
+
+    def balances(self, photo: int, decoded: Photo) -> dict[int, Balance]:
+        """What takes the light out of each crop of a photo, estimated from the whole photo without its pills."""
+        if self.color == NO_CORRECTION:
+            return {}
+        numbers = self.of_photo(photo)
+        boxes = [decoded.reduced(Box(*box.tolist())) for box in self.boxes[numbers]]
+        return dict(zip(numbers.tolist(), estimate_balances(decoded.pixels, self.color, boxes), strict=True))
 
 # %% ../../../nbs/data/cache/00_crop_store.ipynb #f4930a1e
 class Note(NamedTuple):
@@ -215,10 +233,12 @@ class _MissingCrops:
         except (ImageError, OSError) as error:
             store.damaged.update(dict.fromkeys(numbers.tolist(), str(error)))
             return
+        balances = store.crops.balances(photo, decoded)
         kept = set(store.wanted(numbers).tolist())
         for number in sorted(kept | set(self.numbers[positions].tolist())):
             try:
                 pixels = crop_photo(decoded, store.crops[number], store.size, store.margin)
+                pixels = balances[number](pixels) if balances else pixels
             except ValueError as error:
                 store.damaged[number] = f"{reference}: {error}"
                 continue

@@ -31,7 +31,8 @@ def keys_of(
     keys = np.zeros(len(crops), "V16")
     for photo in range(crops.photos()):
         reference = crops.photo(photo)
-        common = xxh3_128(f"{CROP_VERSION}|{size}|{margin}|{reference}|{photo_stamp(reference)}|".encode())
+        rule = crops.rule(photo)
+        common = xxh3_128(f"{CROP_VERSION}|{size}|{margin}|{rule}{reference}|{photo_stamp(reference)}|".encode())
         for number in crops.of_photo(photo).tolist():
             one = common.copy()
             one.update(crops.boxes[number])

@@ -29,7 +29,7 @@ def fingerprint(
     margin: float,  # fraction of the longer side added around a box
 ) -> str:  # 32 hexadecimal digits
     """Name of the file for these crops."""
-    digest = xxh3_128(f"{CROP_VERSION}|{size}|{margin}|{len(crops)}|".encode())
+    digest = xxh3_128(f"{CROP_VERSION}|{size}|{margin}|{crops.rule()}{len(crops)}|".encode())
     digest.update(crops.names)
     for array in (crops.ends, crops.photo_of, crops.boxes):
         digest.update(array.data)

@@ -23,10 +23,12 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from ...answer.identify import IdentifyError, percent
+from ...answer.quality.judge import judge_crops
 from ...atomic import write_text
 from ...errors import PillsnapError
 from ...runtime.images import KINDS, SUFFIXES, ImageError, is_photo, open_photo
 from ..inference.model_manager import LoadedModels
+from ..prescriptions import classify_expected
 from ..schemas import prediction_response
 
 # %% auto #0
@@ -99,12 +101,15 @@ def _post(
     key: str,  # "" = none
     photo: bytes,  # an image file
     parameters: dict[str, str | int],  # of the query
+    expected: str | None,  # drugs of a prescription, too long for an address
 ) -> httpx.Response:
     if not (key.isascii() and key.isprintable()):
         raise ServerUnusable("The API key has characters that no key has: check API_KEY.")
     headers = {"X-API-Key": key} if key else {}
     try:
-        return client.post(f"{url}/predict", params=parameters, headers=headers, files={"image": ("photo", photo)})
+        files = {"image": ("photo", photo)}
+        form = {} if expected is None else {"expected": expected}
+        return client.post(f"{url}/predict", params=parameters, headers=headers, files=files, data=form)
     except (httpx.ConnectError, httpx.ConnectTimeout) as error:
         raise ServerUnusable(
             f"{url} can't be reached ({error}): is the server running, and is the address right?"
@@ -152,6 +157,7 @@ def predict_remote(
     top_k: int = 5,  # candidates of each pill, 1 to 20
     patience: float = 120.0,  # seconds; requests to a busy server are repeated until then
     client: httpx.Client | None = None,  # keeps the connection for the next photo; None = a new one
+    expected: str | None = None,  # drugs of a prescription: codes with commas, or the lines of an order
 ) -> dict[str, Any]:  # as in /docs of the server: pipeline, pills, timings_ms, notes, model and more
     """Identify the pills of a photo by a server.
 
@@ -159,10 +165,10 @@ def predict_remote(
     """
     if client is None:
         with httpx.Client(timeout=TIMEOUT) as client:
-            return predict_remote(url, key, photo, pipeline, top_k, patience, client)
+            return predict_remote(url, key, photo, pipeline, top_k, patience, client, expected)
     url, data, waited = server_url(url), read_photo(photo), 0.0
     while True:
-        response = _post(client, url, key, data, {"pipeline": pipeline, "top_k": top_k})
+        response = _post(client, url, key, data, {"pipeline": pipeline, "top_k": top_k}, expected)
         wait = seconds_to_wait(response)
         if wait is None or waited + wait > patience:
             return _parse_response(response, url)
@@ -177,13 +183,17 @@ def predict_local(
     pipeline: str = "single",  # "single" = one pill, "combo" = several
     top_k: int = 5,  # candidates of each pill
     max_pixels: int = 65_000_000,  # of a photo
+    expected: str | None = None,  # drugs of a prescription: codes with commas, or the lines of an order
 ) -> dict[str, Any]:  # the JSON that a server returns
     """Identify the pills of a photo; raises `ClientError`, `ImageError` or `IdentifyError`."""
     data, begun = read_photo(photo), perf_counter()
     opened = open_photo(data, max_pixels)
     decode_ms = (perf_counter() - begun) * 1000
-    identification = loaded.identifier.identify(opened.pixels, pipeline, None, top_k, opened.size)
-    return prediction_response(identification, opened.size, decode_ms, loaded.model, None)
+    crops = loaded.identifier.crop_pills(opened.pixels, pipeline, None, opened.size)
+    verdict = None if loaded.judge is None else judge_crops(loaded.judge, opened, crops)
+    identification, compared = classify_expected(loaded.identifier, crops, top_k, expected)
+    response = prediction_response(identification, opened.size, decode_ms, loaded.model, None, verdict)
+    return response if compared is None else response | {"prescription": compared}
 
 # %% ../../../nbs/service/client/00_client.ipynb #8d62cbbe
 _CALLED_PHOTO = (*SUFFIXES, *".jxl .jp2 .dng .cr2 .cr3 .nef .arw .orf .rw2 .raf .pef".split())  # raw photos, too
@@ -241,15 +251,38 @@ def _found(
     return [pill for pill in prediction["pills"] if not detector or pill["box_confidence"] is not None]
 
 
+def _compared(
+    prescription: dict[str, Any] | None,  # of a prediction
+) -> list[str]:  # a sentence, or none
+    """Say how the pills compare with a prescription; pills by their number in the table."""
+    if prescription is None:
+        return []
+    missing = [f"{drug['code']} {drug['name']}" for drug in prescription["missing"]]
+    surplus = [f"pill {place + 1}" for place in prescription["surplus"]]
+    doubtful = [
+        f"pill {one['pill'] + 1} ({' or '.join(drug['code'] for drug in one['drugs'])}?)"
+        for one in prescription["doubtful"]
+    ]
+    parts = {"missing": missing, "surplus": surplus, "in doubt": doubtful, "not checked": prescription["unknown"]}
+    said = [f"{len(prescription['matched'])} matched", *(f"{k} {', '.join(v)}" for k, v in parts.items() if v)]
+    return [f"Prescription {'complete' if prescription['complete'] else 'not confirmed'}: {'; '.join(said)}."]
+
+
 def as_table(
     predictions: Sequence[tuple[Path, dict[str, Any]]],  # photo and prediction
-) -> str:  # a row per pill, then the notes
+) -> str:  # photos that are not good enough, a row per pill, then the notes
     """Format predictions as a table."""
     rows: list[tuple[str | int, ...]] = []
     notes: list[str] = []
+    warnings: list[str] = []
     for photo, prediction in predictions:
+        quality = prediction.get("quality")
+        if quality and not quality["good_enough"]:
+            reasons = " ".join(reason["en"] for reason in quality["reasons"])
+            warnings.append(f"{_text(photo)}: not good enough (score {quality['score']:.2f}). {reasons}")
         hint = [prediction["hint"]["reason"]] if prediction.get("hint") else []
-        notes += [f"{_text(photo)}: {note}" for note in [*prediction.get("notes", []), *hint]]
+        compared = _compared(prediction.get("prescription"))
+        notes += [f"{_text(photo)}: {note}" for note in [*compared, *prediction.get("notes", []), *hint]]
         pills = _found(prediction)
         for number, pill in enumerate(pills, 1):
             rows.append(
@@ -270,7 +303,7 @@ def as_table(
         disable_numparse=True,
         colalign=("left", "right", "left", "left", "right", "left"),
     )
-    return "\n".join([table, *notes])
+    return "\n".join([*warnings, table, *notes])
 
 
 def _line(

@@ -23,7 +23,7 @@ from pillsnap.service.endpoints.predict import (
 )
 from ..errors import ApiError
 from ..inference.model_manager import LoadedModels
-from ..schemas import Prediction
+from ..schemas import Prediction, QualityResponse
 
 # %% auto #0
 __all__ = ['batch_router', 'PhotoError', 'BatchItem', 'BatchResponse', 'batch']
@@ -34,6 +34,7 @@ class PhotoError(BaseModel):
 
     detail: str
     code: str
+    quality: QualityResponse | None = Field(default=None, description="only of a photo that was refused for it")
 
 
 class BatchItem(BaseModel):
@@ -59,7 +60,8 @@ async def _item(service: Service, loaded: LoadedModels, data: bytes, parameters:
     except ApiError as error:
         if error.status_code >= 500:
             raise
-        return {"prediction": None, "problem": {"detail": error.detail, "code": error.code}}
+        quality = {"quality": error.quality} if error.quality else {}
+        return {"prediction": None, "problem": {"detail": error.detail, "code": error.code} | quality}
 
 
 @batch_router.post(

@@ -5,13 +5,14 @@
 # %% ../../../nbs/service/endpoints/00_dependencies.ipynb #1c28a370
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fastapi import Depends, Request, Security
 from fastapi.security import APIKeyHeader
 
+from ...answer.search.lookup import Lookup
 from ...runtime.session import ModelError
 from ..errors import ApiError
 from ..guard.auth import ApiKeys
@@ -43,6 +44,8 @@ class Service:
     max_batch_bytes: int = 100_000_000  # of all files of a request
     font: Path | None = None  # of annotated photos; None = search for one
     metrics: Any = None  # ServiceMetrics; None = `/metrics` is not active
+    frame_limiter: RateLimiter | None = None  # frames of a camera per minute and key; None = no limit
+    lookup: Lookup = field(default_factory=Lookup)  # what `/search` searches
 
     def loaded(self) -> LoadedModels:
         """The models; raises `ApiError` 503 while there are none."""

@@ -6,28 +6,32 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, NamedTuple
 
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from ...answer.color.balance import Balance
 from ...answer.identify import PIPELINES, IdentifyError, Pill, PillCrops
+from ...answer.quality.judge import Verdict, judge_crops
 from ...runtime.images import KINDS, ImageError, NotAnImage, Photo, TooManyPixels, open_photo
 from ...runtime.session import ModelError
 from .dependencies import Service, count_photo
 from ..errors import ApiError
 from ..guard.uploads import UploadLimits, read_form
 from ..inference.model_manager import LoadedModels
+from ..prescriptions import classify_expected
 from ..schemas import Prediction, prediction_response
 
 # %% auto #0
-__all__ = ['predict_router', 'FILE_SCHEMA', 'PredictParameters', 'predict_parameters', 'read_request', 'predict_photo',
-           'load_models', 'form_schema', 'predict']
+__all__ = ['predict_router', 'FILE_SCHEMA', 'PredictParameters', 'predict_parameters', 'read_request', 'answering',
+           'predict_photo', 'load_models', 'form_schema', 'predict']
 
 # %% ../../../nbs/service/endpoints/03_predict.ipynb #ad629dcf
 class PredictParameters(BaseModel):
@@ -42,6 +46,17 @@ class PredictParameters(BaseModel):
     top_k: int = Field(5, ge=1, le=20, description="drugs named for each pill")
     annotate: bool = Field(False, description="also the photo with boxes and names")
     picture: bool = Field(False, description="also the photo as the boxes lie on it: decoded and upright")
+    quality: Literal["report", "require"] = Field(
+        "report", description="report = the quality is told; require = a photo that is not good enough is refused"
+    )
+    corrected: bool = Field(False, description="also the photo in the colours that were compared")
+    expected: str | None = Field(
+        None, description="drugs of a prescription, K-codes or EDI codes with commas, `*2` for two pills; or an order"
+    )
+
+    def drawn(self) -> bool:
+        """Whether a picture is asked for."""
+        return self.annotate or self.picture or self.corrected
 
 
 async def predict_parameters(
@@ -103,24 +118,53 @@ _ERRORS = (
 )
 
 
-def _decode_and_crop(
+class _Opened(NamedTuple):
+    """A photo before its pills are named."""
+
+    crops: PillCrops
+    size: tuple[int, int]  # width and height of the photo, pixels
+    photo: Photo | None  # only if it is drawn later: its pixels take most memory
+    decode_ms: float  # milliseconds
+    verdict: Verdict | None  # None: there is no model for it
+
+
+def _open_and_crop(
     service: Service,  # limits
     loaded: LoadedModels,  # the models
     data: bytes,  # an image file
     parameters: PredictParameters,  # of the request
-) -> tuple[PillCrops, tuple[int, int], Photo | None, float]:
-    """Return the crops, the photo's size, the photo if it is drawn later, and milliseconds of decoding."""
+) -> _Opened:
     with service.work_queue.decode_slots:
         begun = perf_counter()
         photo = open_photo(data, service.max_pixels)
         decode_ms = (perf_counter() - begun) * 1000
         crops = loaded.identifier.crop_pills(photo.pixels, parameters.pipeline, parameters.conf_threshold, photo.size)
-        return crops, photo.size, photo if parameters.annotate or parameters.picture else None, decode_ms
+        verdict = None if loaded.judge is None else judge_crops(loaded.judge, photo, crops)
+        drawn = photo if parameters.drawn() else None
+        return _Opened(crops, photo.size, drawn, decode_ms, verdict)
+
+
+def _require_quality(
+    verdict: Verdict | None,  # on the photo of a request that asks for a good one
+) -> None:
+    """Raise `ApiError` 422 for a photo that is not good enough, or can't be judged."""
+    if verdict is None:
+        raise ApiError(
+            422,
+            "quality_unavailable",
+            "This service has no quality.onnx to judge photos with: leave out quality=require, "
+            "or put one beside its models.",
+        )
+    if not verdict.good_enough:
+        quality = verdict.to_json()
+        reasons = " ".join(reason["en"] for reason in quality["reasons"])
+        raise ApiError(422, "not_good_enough", f"The photo is not good enough. {reasons}", quality=quality)
 
 
 def _pictures(
     photo: Photo,  # as decoded
     pills: Sequence[Pill],  # to draw, in pixels of the photo as it was sent
+    balance: Balance,  # of the photo
     font: Path | None,  # as in Service
     parameters: PredictParameters,  # of the request
 ) -> dict[str, str]:  # the pictures that it asks for, JPEGs as data: addresses
@@ -132,7 +176,19 @@ def _pictures(
         pictures["annotated"] = annotate_photo(photo.pixels, reduced, font)
     if parameters.picture:
         pictures["picture"] = upright_photo(photo.pixels)
+    if parameters.corrected:
+        pictures["corrected"] = upright_photo(balance(photo.pixels))
     return {name: "data:image/jpeg;base64," + base64.b64encode(jpeg).decode() for name, jpeg in pictures.items()}
+
+
+@contextmanager
+def answering() -> Iterator[None]:
+    """Convert what is wrong with a photo or a model into an `ApiError`."""
+    try:
+        yield
+    except tuple(kind for kind, _, _ in _ERRORS) as error:
+        status, code = next((status, code) for kind, status, code in _ERRORS if isinstance(error, kind))
+        raise ApiError(status, code, str(error)) from error
 
 
 def predict_photo(
@@ -142,15 +198,17 @@ def predict_photo(
     parameters: PredictParameters,  # of the request
 ) -> dict[str, Any]:  # as Prediction
     """Identify the pills of a photo; raises `ApiError`."""
-    try:
-        crops, size, photo, decode_ms = _decode_and_crop(service, loaded, data, parameters)
-        identification = loaded.identifier.classify_crops(crops, parameters.top_k)
-    except tuple(kind for kind, _, _ in _ERRORS) as error:
-        status, code = next((status, code) for kind, status, code in _ERRORS if isinstance(error, kind))
-        raise ApiError(status, code, str(error)) from error
-    response = prediction_response(identification, size, decode_ms, loaded.model, None)
-    if photo is not None:
-        response |= _pictures(photo, identification.pills, service.font, parameters)
+    with answering():
+        opened = _open_and_crop(service, loaded, data, parameters)
+        if parameters.quality == "require":
+            _require_quality(opened.verdict)
+        identification, compared = classify_expected(
+            loaded.identifier, opened.crops, parameters.top_k, parameters.expected
+        )
+    response = prediction_response(identification, opened.size, opened.decode_ms, loaded.model, None, opened.verdict)
+    response |= {} if compared is None else {"prescription": compared}
+    if opened.photo is not None:
+        response |= _pictures(opened.photo, identification.pills, opened.crops.balance, service.font, parameters)
     if service.metrics is not None:
         service.metrics.count_prediction(response)
     return response

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from fastapi import APIRouter, FastAPI
 
 from .predict import predict_router
+from .quality import quality_router
+from .search import search_router
 from .shared_metrics import share_metrics
 from .status import status_router
 from ..page.docs import docs_router
@@ -55,6 +57,8 @@ def _reload(app: FastAPI) -> APIRouter:
 ROUTERS = {
     "status": Endpoint("mvp", lambda app: status_router),
     "predict": Endpoint("mvp", lambda app: predict_router),
+    "quality": Endpoint("mvp", lambda app: quality_router),
+    "search": Endpoint("mvp", lambda app: search_router),
     "page": Endpoint("mvp", lambda app: page_router),
     "docs": Endpoint("mvp", lambda app: docs_router),
     "metrics": Endpoint("advanced", _metrics),

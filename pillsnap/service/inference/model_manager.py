@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 
 from ...answer.identify import Identifier
+from ...answer.quality.judge import QUALITY_FILE, Judge, find_judge
+from ...runlog import decide
 from ...runtime.session import ModelError, ModelMissing
 from ..errors import ApiError
 from ..schemas import model_response
@@ -35,6 +37,7 @@ class LoadedModels:
     folder: Path  # where their files are
     model: dict[str, Any]  # as ModelResponse
     since: float  # when they were opened, seconds since 1970
+    judge: Judge | None = None  # of photos; None = their folder has none
 
 
 def version_of(
@@ -57,9 +60,15 @@ def load(
         raise ModelMissing(
             "No model folder is set: run `make demo`, then set MODEL_PATH in .env to the folder it names."
         )
-    identifier = opener(Path(folder))
-    identifier.identify(np.full((64, 64, 3), 114, np.uint8), "single")
-    return LoadedModels(identifier, Path(folder), model_response(identifier, version_of(folder)), time.time())
+    identifier, grey = opener(Path(folder)), np.full((64, 64, 3), 114, np.uint8)
+    identifier.identify(grey, "single")
+    judge = find_judge(Path(folder))
+    if judge is None:
+        decide("photo quality", "not judged", f"there is no {QUALITY_FILE} beside the models")
+    else:
+        judge.judge(grey)
+    model = model_response(identifier, version_of(folder), judge)
+    return LoadedModels(identifier, Path(folder), model, time.time(), judge)
 
 # %% ../../../nbs/service/inference/02_model_manager.ipynb #d33a7ba3
 class ModelManager:

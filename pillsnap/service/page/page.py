@@ -14,7 +14,10 @@ from fastapi.staticfiles import StaticFiles
 __all__ = ['FILES', 'page_router', 'cacheable_file']
 
 # %% ../../../nbs/service/page/00_page.ipynb #416de079
-FILES = {"/": "page.html", "/page.css": "page.css", "/page.js": "page.js", "/texts.js": "texts.js"}
+FILES = {
+    "/": "page.html",
+    **{f"/{name}": name for name in ("page.css", "page.js", "search.js", "texts.js")},
+}
 page_router = APIRouter()
 _FOLDER = StaticFiles(packages=[("pillsnap.service.page", "files")])
 

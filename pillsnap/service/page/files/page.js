@@ -1,5 +1,6 @@
 // The page of the service: photos go in, names come out. What the server says only ever becomes text, never markup.
 
+import { setUpSearch } from "./search.js";
 import { TEXT, WORDS } from "./texts.js";
 
 const AT_ONCE = 2;        // requests at the same time
@@ -10,6 +11,8 @@ const LONG_SIDE = 2560;   // pixels that are sent at most
 const SMALL = 2_000_000;  // bytes that are sent as they are
 const QUALITY = 0.92;     // of the JPEG that is sent instead of a large photo
 const KEPT_SIDE = 1024;   // pixels of a picture that survives a reload
+const FRAME_SIDE = 640;   // pixels of a camera's frame that is judged
+const FRAME_PAUSE = 300;  // milliseconds between two frames
 const KEY = "pillsnap-key", LANGUAGE = "pillsnap-language", RESULTS = "pillsnap-results";
 
 const byId = (id) => document.getElementById(id);
@@ -25,6 +28,7 @@ let language = [recall("localStorage", LANGUAGE), navigator.language.slice(0, 2)
 let asking = 0;   // requests under way
 let keeping = 0;  // how often results were kept
 let several = true; // whether the server names several pills of a photo
+let camera = null;  // the stream of a camera that is aimed
 
 function say(name, ...values) {
   const text = TEXT[language][name];
@@ -175,10 +179,21 @@ function pill(answer, index, all) {
     make("div", { class: "level" },
       make("p", { class: "verdict" }, say(answer.sure ? "sure" : "compare")), confidence(answer.confidence)),
     facts(answer, whole ? [[say("detection"), say("whole")]] : []),
+    answer.sure ? null
+      : make("button", { type: "button", onclick: () => look.fill(seen(answer)) }, say("look_this")),
     make("details", { open: !answer.sure && all.length < 3 },
       make("summary", {}, say("candidates", answer.candidates.length)),
       make("ol", {}, answer.candidates.map((candidate) =>
         make("li", {}, make("b", {}, nameOf(candidate)), confidence(candidate.confidence), facts(candidate))))));
+}
+
+function seen({ confidence: best, candidates }) { // what the likely drugs have in common, in English
+  const likely = candidates.filter(({ confidence: share }) => share >= best / 2);
+  const english = (text) => (text ?? "").split(",").map((word) => word.trim())
+    .map((word) => WORDS.find(([korean]) => korean === word)?.[1] ?? word).filter(Boolean);
+  const common = (name) => likely.map(({ details }) => english(details[name]))
+    .reduce((all, words) => all.filter((word) => words.includes(word)));
+  return { colors: common("colors"), shapes: common("shape") };
 }
 
 function recommendation(card, { pipeline, reason }) {
@@ -192,7 +207,40 @@ function repeat(card, pipeline, look) { // a button, where the photo is still th
   return make("button", { type: "button", class: look, onclick: again }, say(`again_${pipeline}`));
 }
 
-function internals({ timings_ms, model, pills }) {
+function advice({ quality }) { // what is wrong with the photo, before the answer
+  if (!quality?.reasons.length) return null;
+  return make("div", { class: quality.good_enough ? "notes" : "notes poor" },
+    make("b", {}, say(quality.good_enough ? "could_be_better" : "poor")),
+    quality.reasons.map((reason) => make("p", {}, reason[language])));
+}
+
+function recolor(card) { // the photo in the colours that were compared, or as it was
+  const again = () => {
+    card.corrected = !card.corrected;
+    askAgain(card, card.pipeline);
+  };
+  return make("button", { type: "button", "aria-pressed": String(Boolean(card.corrected)), onclick: again },
+    say(card.corrected ? "original" : "corrected"));
+}
+
+function comparison({ prescription, pills }) { // with the drugs that were expected
+  if (!prescription) return null;
+  const { complete, matched, missing, surplus, doubtful, unknown } = prescription;
+  const at = (place) => `${place + 1} ${nameOf(pills[place])}`;
+  const coded = ({ code, name }) => `${name} (${code})`;
+  const rows = {
+    expected_matched: matched.map((one) => `${one.pill + 1} ${coded(one)}`), expected_missing: missing.map(coded),
+    expected_surplus: surplus.map(at), expected_doubtful: doubtful.map(({ pill, drugs }) =>
+      `${pill + 1}: ${drugs.map(coded).join(say("or"))}?`),
+    expected_unknown: unknown,
+  };
+  return make("div", { class: complete ? "prescription complete" : "prescription" },
+    make("b", {}, say(complete ? "expected_complete" : "expected_open")),
+    Object.entries(rows).filter(([, texts]) => texts.length)
+      .map(([name, texts]) => make("p", {}, `${say(name)}: ${texts.join(", ")}`)));
+}
+
+function internals({ timings_ms, model, pills, quality }) {
   const times = Object.entries(timings_ms).map(([step, time]) =>
     [say(step) ?? step, `${number(time, { maximumFractionDigits: time < 10 ? 1 : 0 })} ms`]);
   const networks = [model.classifier, model.detector, model.version].filter(Boolean).join(", ");
@@ -201,7 +249,9 @@ function internals({ timings_ms, model, pills }) {
   const korean = other ? [[say("korean"), other]] : [];
   return make("details", { class: "internals" }, make("summary", {}, say("details")),
     make("small", {}, say("time")), pairs("timings", times),
-    pairs("facts", [[say("detection"), seen || "–"], ...korean, [say("model"), networks]]));
+    pairs("facts", [
+      [say("detection"), seen || "–"], [say("quality"), quality ? `${quality.tier} (${percent(quality.score)})` : "–"],
+      ...korean, [say("model"), networks]]));
 }
 
 function result(card) {
@@ -210,12 +260,15 @@ function result(card) {
   const told = pills.length ? notes : notes.filter((note) => !note.startsWith("No pill was found"));
   const offered = hint?.pipeline === other || !several || !pills.length || !card.file;
   return [
+    advice(card.answer),
+    comparison(card.answer),
     pills.length ? make("ol", { class: "pills" }, pills.map(pill))
       : make("div", { class: "notes nothing" }, make("b", {}, say("nothing")), make("p", {}, say("nothing_about"))),
     hint ? recommendation(card, hint) : null,
     told.length ? make("div", { class: "notes" }, make("b", {}, say("notes")), told.map(sentence)) : null,
     language === "en" ? make("small", { lang: "en" }, notice) : make("small", {}, say("notice")),
     offered ? null : make("div", { class: "actions" }, repeat(card, other, "")),
+    card.file && card.answer.model.color !== "none" ? make("div", { class: "actions" }, recolor(card)) : null,
     internals(card.answer),
   ];
 }
@@ -239,7 +292,8 @@ function summary(card) {
   const pills = found(card.answer);
   const named = pills.map((one, index) =>
     `${index + 1}: ${nameOf(one)}, ${say(one.sure ? "sure" : "unsure")}, ${percent(one.confidence)}`);
-  return [`${card.name}: ${say("pills", named.length)}`, ...named].join(". ");
+  const { quality } = card.answer, poor = quality && !quality.good_enough ? [say("poor")] : [];
+  return [`${card.name}: ${say("pills", named.length)}`, ...poor, ...named].join(". ");
 }
 
 function busy(card) {
@@ -325,7 +379,9 @@ function cardOf(name, pipeline, file, source) {
 function add(files) {
   byId("drop-problem")?.remove();
   const pipeline = document.querySelector("[name=pipeline]:checked").value;
-  const added = files.map((file) => cardOf(file.name, pipeline, file, URL.createObjectURL(file)));
+  const expected = byId("expected").value.trim();
+  const added = files.map((file) =>
+    Object.assign(cardOf(file.name, pipeline, file, URL.createObjectURL(file)), { expected }));
   cards.unshift(...added);
   byId("cards").prepend(...added.map((card) => card.node));
   byId("none-yet").hidden = cards.length > 0;
@@ -391,8 +447,11 @@ async function ask(card) {
   if (own) return failed({ own, retry: true });
   const told = parse(text);
   if (status === 200 && told.photo) {
-    if (told.picture) show(card, told.picture);
-    return { state: "done", answer: { ...told, picture: null }, problem: null };
+    const shown = told.corrected || told.picture;
+    if (shown) show(card, shown);
+    else if (card.recolored) show(card, URL.createObjectURL(card.prepared.sent));
+    card.recolored = Boolean(told.corrected);
+    return { state: "done", answer: { ...told, picture: null, corrected: null }, problem: null };
   }
   const until = waitUntil(status, header("Retry-After"));
   card.tries += until ? 1 : 0;
@@ -409,6 +468,7 @@ function parse(text) { // something between here and the server may answer with 
 function post(card, key) { // only XMLHttpRequest tells how much is sent
   const { sent, unseen } = card.prepared, form = new FormData(), request = new XMLHttpRequest();
   form.append("image", sent, card.name);
+  if (card.expected) form.append("expected", card.expected);
   return new Promise((resolve) => {
     let clock = 0;
     const end = (answer) => { clearTimeout(clock); resolve(answer); };
@@ -422,7 +482,8 @@ function post(card, key) { // only XMLHttpRequest tells how much is sent
       status: request.status, text: request.responseText, header: (name) => request.getResponseHeader(name)
     }));
     for (const kind of ["error", "abort"]) request.addEventListener(kind, () => end({ own: "unreachable" }));
-    request.open("POST", `predict?pipeline=${card.pipeline}${unseen ? "&picture=true" : ""}`);
+    const wanted = [unseen ? "&picture=true" : "", card.corrected ? "&corrected=true" : ""].join("");
+    request.open("POST", `predict?pipeline=${card.pipeline}${wanted}`);
     if (key) request.setRequestHeader("X-API-Key", key);
     card.stop = () => request.abort();
     card.state = "sending";
@@ -513,11 +574,86 @@ function wantKey() {
 
 async function learnWhatIsOffered() {
   // Where this fails, the first answer tells.
-  try { several = (await (await fetch("health")).json()).pipelines.includes("combo"); } catch { return; }
+  let health;
+  try { health = await (await fetch("health")).json(); } catch { return; }
+  byId("aim").hidden = !health.model?.quality || !navigator.mediaDevices?.getUserMedia;
+  several = health.pipelines.includes("combo");
   if (several) return;
   document.querySelector("fieldset").hidden = true;
   document.querySelector("[name=pipeline][value=single]").checked = true;
   cards.forEach(render);
+}
+
+// ---- Aiming: a few small frames a second are judged while the camera runs.
+
+async function aim() {
+  const wanted = { facingMode: "environment", width: { ideal: 1920 }, height: { ideal: 1080 } };
+  byId("aim").disabled = true;
+  try { camera = await navigator.mediaDevices.getUserMedia({ video: wanted }); } catch {
+    close();
+    refuse("no_camera");
+    return;
+  }
+  byId("drop-problem")?.remove();
+  byId("view").srcObject = camera;
+  byId("aiming").hidden = false;
+  byId("aiming").scrollIntoView({ block: "nearest" });
+  advise("aim_wait");
+  byId("snap").focus({ preventScroll: true });
+  byId("view").play().catch(() => null); // the camera was closed before it began
+  watch(camera);
+}
+
+async function watch(stream) {
+  while (camera === stream) {
+    const pause = await judge(stream).catch(() => { advise("unreachable"); return 2000; });
+    await new Promise((resolve) => { setTimeout(resolve, pause); });
+  }
+}
+
+async function judge(stream) { // returns the milliseconds until the next frame
+  if (!byId("view").videoWidth) return FRAME_PAUSE;
+  const key = byId("key").value.trim(), form = new FormData();
+  form.append("image", await still(FRAME_SIDE, 0.85), "frame.jpg");
+  const answer = await fetch("quality", { method: "POST", body: form, headers: key ? { "X-API-Key": key } : {} });
+  const told = parse(await answer.text());
+  if (camera !== stream) return 0;
+  if ([401, 403].includes(answer.status)) {
+    close();
+    wantKey();
+  } else if (answer.ok) {
+    advise(told.good_enough ? "aim_good" : "poor", told);
+  } else {
+    advise("aim_wait");
+  }
+  return Math.max(FRAME_PAUSE, waitUntil(answer.status, answer.headers.get("Retry-After")) - Date.now());
+}
+
+function advise(name, { good_enough, reasons } = {}) {
+  const text = (!good_enough && reasons?.[0]?.[language]) || say(name);
+  byId("advice").className = good_enough ? "good" : "";
+  if (byId("advice").textContent !== text) byId("advice").textContent = text; // said once by screen readers
+}
+
+function still(longest, quality) { // a JPEG of what the camera sees
+  const { videoWidth, videoHeight } = byId("view"), scale = Math.min(1, longest / Math.max(videoWidth, videoHeight));
+  const canvas = canvasOf(Math.round(videoWidth * scale), Math.round(videoHeight * scale));
+  canvas.getContext("2d").drawImage(byId("view"), 0, 0, canvas.width, canvas.height);
+  return new Promise((resolve) => { canvas.toBlob(resolve, "image/jpeg", quality); });
+}
+
+function close() {
+  camera?.getTracks().forEach((track) => track.stop());
+  camera = null;
+  byId("view").srcObject = null;
+  byId("aiming").hidden = true;
+  byId("aim").disabled = false;
+}
+
+async function snap() {
+  const photo = await still(LONG_SIDE, QUALITY);
+  close();
+  add([new File([photo], `${say("snapped")}.jpg`, { type: "image/jpeg" })]);
 }
 
 // ---- What a person does.
@@ -530,7 +666,17 @@ function speak(chosen) {
   for (const button of document.querySelectorAll("[data-language]"))
     button.setAttribute("aria-pressed", String(button.dataset.language === chosen));
   cards.forEach(render);
+  look.show();
 }
+
+const look = setUpSearch({
+  say, make, draw, pairs, number, words, imprint, announce,
+  key: () => byId("key").value.trim(),
+  refused({ own, code, detail }) { // one sentence
+    if (code === "key_missing" || code === "key_wrong") wantKey();
+    return own ? say(own) : TEXT[language].problems[code] ?? detail ?? say("silent");
+  },
+});
 
 for (const button of document.querySelectorAll("[data-language]")) {
   button.addEventListener("click", () => {
@@ -543,17 +689,25 @@ for (const [button, input] of [["choose", "photos"], ["shoot", "camera"]]) {
   // An empty value lets the same file be chosen again.
   byId(input).addEventListener("change", ({ target }) => { add([...target.files]); target.value = ""; });
 }
+for (const [button, action] of [["aim", aim], ["snap", snap], ["stop", close]])
+  byId(button).addEventListener("click", action);
+document.addEventListener("visibilitychange", () => { if (document.hidden) close(); });
+byId("expected-choose").addEventListener("click", () => byId("expected-file").click());
+byId("expected-file").addEventListener("change", async ({ target }) => {
+  byId("expected").value = (await target.files[0]?.text() ?? "").slice(0, 20_000);
+  target.value = "";
+});
 function take(event, { files }) { // what is dropped or pasted
-  if (event.target === byId("key") && files.length === 0) return;
+  if (event.target.matches?.("input, textarea") && files.length === 0) return;
   event.preventDefault();
   if (files.length) add([...files]);
   else refuse();
 }
 
-function refuse() {
+function refuse(reason = "no_file") {
   byId("drop-problem")?.remove();
-  const named = { id: "drop-problem", class: "problem", role: "alert", "data-text": "no_file" };
-  const problem = make("p", named, say("no_file"));
+  const named = { id: "drop-problem", class: "problem", role: "alert", "data-text": reason };
+  const problem = make("p", named, say(reason));
   document.querySelector(".drop").after(problem);
   problem.scrollIntoView({ block: "nearest" });
 }

@@ -1,0 +1,154 @@
+"""The colour rule of the pipeline: the same in training and in serving, and refused where it differs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_models import RULES, save_classifier, save_detector
+
+from pillsnap.answer.color.balance import COLOR_RULES, NO_CORRECTION, Balance, estimate_balance, estimate_balances
+from pillsnap.answer.color.learned import LEARNED, LEARNED_RULE
+from pillsnap.answer.factory import load_identifier
+from pillsnap.answer.identify import Identifier
+from pillsnap.answer.rules import ModelMismatch, Rules
+from pillsnap.config.load import settings_as_yaml
+from pillsnap.config.schema import Settings, SettingsError
+from pillsnap.data.cache.crop_store import Crops, CropStore
+from pillsnap.data.cache.open import open_store
+from pillsnap.runtime.boxes import Box
+from pillsnap.runtime.color.spaces import to_encoded, to_linear
+from pillsnap.training.checkpoint import CheckpointError, check_same_settings
+from pillsnap.training.run import check_choices
+
+BOX = Box(120, 80, 220, 160)
+each_rule = pytest.mark.parametrize("rule", [NO_CORRECTION, *COLOR_RULES])
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    """A red pill on paper, under a warm lamp."""
+    pixels = np.full((240, 320, 3), (220, 200, 150), np.uint8)
+    pixels = np.clip(pixels + np.random.default_rng(0).normal(0, 5, pixels.shape), 0, 255).astype(np.uint8)
+    cv2.ellipse(pixels, (170, 120), (50, 40), 0, 0, 360, (190, 60, 40), -1, cv2.LINE_AA)
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+def identifier_of(rule: str) -> Identifier:
+    """It finds one pill in `BOX`."""
+    x1, y1, x2, y2 = BOX
+    scale = RULES.detector_size / 320
+    row = [(x1 + x2) / 2 * scale, ((y1 + y2) / 2 + 40) * scale, (x2 - x1) * scale, (y2 - y1) * scale, 0.9]
+    rules = replace(RULES, color=rule, single_scale=1.0)
+    return Identifier(lambda batch: batch, lambda batch: np.array(row, np.float32)[None, :, None], rules)
+
+
+def served(photo: Path, rule: str) -> np.ndarray:
+    """The crop that the classifier gets in serving."""
+    return identifier_of(rule).crop_pills(np.asarray(Image.open(photo)), "combo").crops[0]
+
+
+@each_rule
+def test_training_and_serving_see_the_same_pixels(rule: str, photo: Path):
+    crops = Crops([str(photo)], np.array([BOX], np.float64), rule)
+    store = CropStore(crops, RULES.classifier_size, RULES.margin, 10**7)
+    assert np.abs(store[0].astype(int) - served(photo, rule)).max() <= 1
+
+
+@each_rule
+@pytest.mark.parametrize("cache", ["hotset", "lmdb"])
+def test_a_cache_never_returns_the_pixels_of_another_rule(rule: str, cache: str, photo: Path, tmp_path: Path):
+    for color in (NO_CORRECTION, rule, NO_CORRECTION):
+        crops = Crops([str(photo)], np.array([BOX], np.float64), color)
+        store = open_store(crops, 64, 0.12, 10**7, cache, tmp_path / "cache")
+        assert np.array_equal(store[0], CropStore(crops, 64, 0.12, 10**7)[0])
+
+
+def test_the_light_is_gone(photo: Path):
+    pixels = np.asarray(Image.open(photo))
+    for rule in COLOR_RULES:
+        corrected = estimate_balance(pixels, rule, [BOX])(pixels)
+        paper = corrected[:60].reshape(-1, 3).mean(axis=0)
+        assert np.ptp(paper) < 4 and np.ptp(pixels[:60].reshape(-1, 3).mean(axis=0)) > 60
+    assert estimate_balance(np.zeros((50, 50, 3), np.uint8), "gray_world") == Balance()
+
+
+def test_the_whole_photo_can_be_shown_as_it_was_compared(photo: Path):
+    pixels = np.asarray(Image.open(photo))
+    assert np.array_equal(identifier_of(NO_CORRECTION).crop_pills(pixels, "combo").balance(pixels), pixels)
+    shown = identifier_of("gray_world").crop_pills(pixels, "combo").balance(pixels)
+    assert np.ptp(shown[:60].reshape(-1, 3).mean(axis=0)) < 4
+
+
+def test_a_photo_without_surroundings_is_canonical():
+    cut_out = np.zeros((90, 90, 3), np.uint8)
+    cv2.ellipse(cut_out, (45, 45), (30, 20), 20, 0, 360, (200, 90, 40), -1)
+    framed = np.pad(np.full((40, 90, 3), (230, 180, 90), np.uint8), ((25, 25), (0, 0), (0, 0)))
+    for image, boxes in ((cut_out, []), (cut_out, [Box(15, 15, 75, 75)]), (framed, [])):
+        for rule in COLOR_RULES:
+            assert estimate_balance(image, rule, boxes) == Balance()
+    assert estimate_balance(framed, "gray_world", [Box(30, 30, 60, 60)]) != Balance(), "the box tells what is around"
+
+
+def test_the_learned_rule_corrects_each_side_of_a_mixed_light(photo: Path):
+    pixels = np.asarray(Image.open(photo))
+    side = np.linspace(0, 1, pixels.shape[1])[None, :, None]
+    gains = np.array([1.3, 1.0, 0.7]) * (1 - side) + np.array([0.8, 1.0, 1.3]) * side
+    mixed = np.rint(255 * to_encoded(np.clip(to_linear(pixels / 255) * gains * 0.6, 0, 1))).astype(np.uint8)
+    left, right = Box(20, 80, 80, 140), Box(240, 80, 300, 140)
+    balances = estimate_balances(mixed, LEARNED_RULE, [BOX], [left, right])
+    colors = [
+        np.median(balance(mixed[80:140, int(box.x1) : int(box.x2)]).reshape(-1, 3), axis=0)
+        for box, balance in zip((left, right), balances, strict=True)
+    ]
+    whole = estimate_balance(mixed, LEARNED_RULE, [BOX])(mixed)
+    apart = np.abs(np.median(whole[:, :60].reshape(-1, 3), axis=0) - np.median(whole[:, 260:].reshape(-1, 3), axis=0))
+    assert np.abs(colors[0] - colors[1]).max() < 0.7 * apart.max()
+
+
+@pytest.mark.parametrize(
+    "gains, noted", [((1.0, 1.0, 1.0), False), ((1.0, 0.35, 0.1), True), ((0.03, 0.03, 0.03), True)]
+)
+@pytest.mark.parametrize("rule", COLOR_RULES)
+def test_the_answer_says_when_the_light_was_far_from_the_studio(
+    rule: str, gains: tuple[float, ...], noted: bool, photo: Path, monkeypatch: pytest.MonkeyPatch
+):
+    pixels = np.full((240, 320, 3), 190, np.uint8)
+    cv2.ellipse(pixels, (170, 120), (50, 40), 0, 0, 360, (190, 60, 40), -1, cv2.LINE_AA)
+    lit = np.rint(255 * to_encoded(to_linear(pixels / 255) * gains)).astype(np.uint8)
+    notes = identifier_of(rule).crop_pills(lit, "combo").notes
+    assert any(note.startswith("The light was too coloured or too dark") for note in notes) == noted
+
+
+def test_a_classifier_whose_learned_rule_was_trained_anew_is_refused():
+    value = replace(RULES, color=LEARNED_RULE).to_json()
+    assert Rules.from_json(value).color == LEARNED_RULE and value["color_weights"] == LEARNED.to_json()
+    value["color_weights"] = value["color_weights"] | {"level": -3.0}
+    with pytest.raises(ModelMismatch, match="learned has other numbers"):
+        Rules.from_json(value)
+
+
+def test_files_with_other_rules_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    save_detector(tmp_path)
+    monkeypatch.setattr("tiny_models.RULES", replace(RULES, color="gray_world"))
+    save_classifier(tmp_path)
+    with pytest.raises(ModelMismatch, match="color"):
+        load_identifier(tmp_path)
+
+
+def test_the_rule_can_neither_be_misspelt_nor_changed_by_a_resumed_run(tmp_path: Path):
+    settings = Settings()
+    other = settings.model_copy(update={"identify": settings.identify.model_copy(update={"color": "gray_world"})})
+    wrong = settings.model_copy(update={"identify": settings.identify.model_copy(update={"color": "grey_world"})})
+    check_choices(other)
+    with pytest.raises(SettingsError, match="identify.color is 'grey_world'.*none, .*shades_of_gray, learned"):
+        check_choices(wrong)
+    content = {"config": settings_as_yaml(settings)}
+    check_same_settings(content, tmp_path / "last.pt", settings)
+    with pytest.raises(CheckpointError, match="identify.color was none, now gray_world"):
+        check_same_settings(content, tmp_path / "last.pt", other)

@@ -1,0 +1,115 @@
+"""A handful against the drugs that are expected: in the service, the client and the command."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+from tiny_models import CONFIG, KEY, RIGHT, photo_jpeg
+
+from pillsnap import cli
+from pillsnap.config.environment import Environment
+from pillsnap.config.load import load_settings
+from pillsnap.serve import create_app
+
+WHITE, RED, BLUE = "K-000030", "K-000007", "K-000101"  # the photo has a white and a red pill
+
+
+@pytest.fixture(scope="module")
+def client(models: Path) -> Iterator[TestClient]:
+    settings = load_settings(CONFIG, ["serve.requests_per_minute=0"])
+    with TestClient(create_app(settings, Environment((RIGHT,), model_path=models))) as opened:
+        yield opened
+
+
+def answer(client: TestClient, expected: str, pipeline: str = "combo") -> dict[str, Any]:
+    """The response for the photo of two pills."""
+    response = client.post(
+        "/predict",
+        params={"pipeline": pipeline},
+        headers=KEY,
+        files={"image": photo_jpeg()},
+        data={"expected": expected},
+    )
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def summary(prescription: dict[str, Any]) -> tuple[list[str], list[str], list[int], list[int]]:
+    """Codes that are matched and missing, places of the surplus and the doubtful pills."""
+    return (
+        [one["code"] for one in prescription["matched"]],
+        [drug["code"] for drug in prescription["missing"]],
+        prescription["surplus"],
+        [one["pill"] for one in prescription["doubtful"]],
+    )
+
+
+@pytest.mark.parametrize(
+    "expected, said",
+    [
+        (f"{WHITE},{RED}", ([WHITE, RED], [], [], [])),
+        (f"{RED};k-30", ([WHITE, RED], [], [], [])),
+        ("649900030, 641600011", ([WHITE, RED], [], [], [])),  # by EDI codes
+        (f"{WHITE},{RED},{BLUE}", ([WHITE, RED], [BLUE], [], [])),
+        (WHITE, ([WHITE], [], [1], [])),
+        (f"{WHITE},{BLUE}", ([WHITE], [BLUE], [1], [])),
+        (f"{WHITE}*2,{RED}", ([WHITE, RED], [WHITE], [], [])),
+        (BLUE, ([], [BLUE], [0, 1], [])),
+    ],
+)
+def test_what_is_there_and_what_is_not(client: TestClient, expected: str, said: tuple[list[str], ...]) -> None:
+    found = answer(client, expected)
+    assert summary(found["prescription"]) == said
+    assert found["prescription"]["complete"] is (said[1:] == ([], [], []))
+    assert [pill["code"] for pill in found["pills"]] == [WHITE, RED], "nothing is bent into an expected drug"
+    assert all(pill["sure"] and len(pill["candidates"]) == 3 for pill in found["pills"])
+
+
+@pytest.mark.parametrize(
+    "expected, note",
+    [
+        (f"{WHITE},K-999999", "No drug of this model"),
+        (f"{WHITE},{WHITE}", "more than once"),
+        ("K-999999", "No drug of this model"),
+        (" , ", "is empty"),
+        ("", "is empty"),
+        ("K" * 30_000, "30,000 characters"),
+        (f"<b>{WHITE}</b>", "No drug of this model"),
+    ],
+)
+def test_an_odd_list_is_one_sentence_and_the_rest_goes_on(client: TestClient, expected: str, note: str) -> None:
+    found = answer(client, expected)
+    assert len([text for text in found["notes"] if note in text]) == 1 and len(found["pills"]) == 2
+    assert found.get("prescription") is None or not found["prescription"]["complete"]
+
+
+def test_without_a_list_nothing_is_said(client: TestClient) -> None:
+    response = client.post("/predict?top_k=2", headers=KEY, files={"image": photo_jpeg()}).json()
+    assert "prescription" not in response and len(response["pills"][0]["candidates"]) == 2
+
+
+def test_each_photo_of_a_batch_is_compared(client: TestClient) -> None:
+    photos = [("images", photo_jpeg()), ("images", photo_jpeg())]
+    answers = client.post(f"/batch?pipeline=combo&expected={WHITE},{RED}", headers=KEY, files=photos).json()["answers"]
+    assert [one["prescription"]["complete"] for one in (item["prediction"] for item in answers)] == [True, True]
+
+
+def test_the_command_takes_a_list_and_a_file(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photo.jpg").write_bytes(photo_jpeg())
+    (tmp_path / "order.csv").write_bytes(f"번호,코드\n1,{WHITE}\n2,{BLUE}\n".encode("cp949"))
+    command = ["predict", "photo.jpg", "--model", str(models), "--pipeline", "combo"]
+    assert cli.main([*command, "--expected", f"{WHITE},{RED}"]) == 0
+    assert "Prescription complete: 2 matched." in capsys.readouterr().out
+    assert cli.main([*command, "--expected", "order.csv"]) == 0
+    said = capsys.readouterr().out
+    assert f"1 matched; missing {BLUE} Blue tablet; surplus pill 2; not checked 번호,코드." in said
+    assert cli.main([*command, "--expected", WHITE, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["prescription"]["surplus"] == [1]
