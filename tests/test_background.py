@@ -18,12 +18,15 @@ from pillsnap.answer.identify import Identifier
 from pillsnap.answer.outlines import Background
 from pillsnap.answer.rules import ModelMismatch, Rules
 from pillsnap.answer.shapes.background import KEEP, REMOVE
+from pillsnap.config.load import load_settings
 from pillsnap.config.schema import Settings, SettingsError
 from pillsnap.data.cache.crop_store import Crops, CropStore
 from pillsnap.data.cache.open import open_store
+from pillsnap.data.samples import background_of
 from pillsnap.evaluation.evaluate import evaluate_run
 from pillsnap.export.report import export_run
 from pillsnap.runtime.images import decode_image
+from pillsnap.runtime.session import ModelError
 from pillsnap.training.checkpoint import CheckpointError, keep_segmenter, load_trained
 from pillsnap.training.run import check_choices, train
 
@@ -114,11 +117,17 @@ def test_rules_that_do_not_fit_together_are_refused(background: Background, chan
         Rules.from_json(value | change)
 
 
-def test_removing_needs_a_segmenter() -> None:
-    settings = Settings()
-    wrong = settings.model_copy(update={"identify": settings.identify.model_copy(update={"background": REMOVE})})
-    with pytest.raises(SettingsError, match="identify.segmenter"):
-        check_choices(wrong)
+def test_removing_needs_a_segmenter(background: Background) -> None:
+    for more, why in (
+        ([], "name a segmenter.onnx with identify.segmenter"),
+        ([f"identify.segmenter={background.file}", "train.segmenter.interleaved=true"], "that is trained already"),
+    ):
+        with pytest.raises(SettingsError, match=why):
+            check_choices(load_settings(profile="cpu", overrides=["identify.background=remove", *more]))
+    alone = load_settings(profile="cpu", overrides=["identify.background=remove", "train.only=segmenter"])
+    assert background_of(alone) is None, "it has no crops that are compared"
+    with pytest.raises(ModelError, match="There is no segmenter"):
+        Background.of(background.file.with_name("other.onnx"))
 
 
 def test_a_run_keeps_its_segmenter(

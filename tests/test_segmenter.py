@@ -9,15 +9,18 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from conftest import TINY
 
 from pillsnap.answer.outlines import FADED, OUTLINE_MARGIN, fade_outside, load_outliner
 from pillsnap.config.load import load_settings
 from pillsnap.config.schema import Settings
+from pillsnap.data.manifest import load_dataset
 from pillsnap.data.reading.records import DataError
 from pillsnap.evaluation.advisor import advise
 from pillsnap.evaluation.evaluate import evaluate_run
 from pillsnap.evaluation.gate import checks_of
 from pillsnap.export.report import export_run
+from pillsnap.masks.mask_samples import segmenter_samples
 from pillsnap.masks.network import fade_outside as fade_on_device
 from pillsnap.runtime.boxes import Box
 from pillsnap.runtime.outlines import encode_runs
@@ -26,6 +29,7 @@ from pillsnap.training.checkpoint import load_trained
 from pillsnap.training.run import train
 
 SIZE = 96
+SPLITS = ("train", "validation")
 torch.set_num_threads(1)  # the crops are small, and other tests run beside these
 
 
@@ -113,6 +117,32 @@ def test_the_exported_file_answers_as_the_network(trained: tuple[Path, Settings]
     assert (
         np.abs(around.min(axis=0) - (x, y)).max() < 8 and np.abs(around.max(axis=0) - (x + width, y + height)).max() < 8
     )
+
+
+def test_boxes_alone_teach_too(tmp_path: Path) -> None:
+    root = write_photos(tmp_path / "data", 16)
+    file = root / "train" / "_annotations.coco.json"
+    content = json.loads(file.read_text())
+    for annotation in content["annotations"][::2]:
+        annotation["segmentation"] = []
+    file.write_text(json.dumps(content))
+    more = ("train.segmenter.boxes=true", "train.segmenter.min_steps=2")
+    folder = train(settings_for(tmp_path, root, *more), tmp_path / "run")
+    rows = load_dataset(folder).manifest
+    sets = [segmenter_samples(rows.filter(split=split), settings_for(tmp_path, root, *more)) for split in SPLITS]
+    assert not sets[0].outlined(range(len(sets[0]))).all() and sets[1].outlined(range(len(sets[1]))).all()
+    assert (folder / "best_segmenter.pt").is_file()
+
+
+def test_it_trains_in_turn_with_the_others(tiny_data: Path, tmp_path: Path) -> None:
+    own = ["train.segmenter.interleaved=true", "model.segmenter.image_size=64", "train.segmenter.batch_size=8"]
+    own += ["train.segmenter.epochs=1", "train.segmenter.min_steps=0", f"paths.cache_root={tmp_path / 'cache'}"]
+    settings = load_settings(profile="cpu", data_root=tiny_data, overrides=[*TINY, *own, "train.evaluations=1"])
+    folder = train(settings, tmp_path / "run")
+    assert list(load_trained(folder).networks()) == ["classifier", "detector", "segmenter"]
+    report = evaluate_run(folder, settings)
+    assert report["outlines"]["pills"] > 0 and "single" in report and "combo" in report
+    assert export_run(folder, settings)["networks"] == ["classifier", "detector", "segmenter"]
 
 
 def test_a_file_that_is_no_segmenter_is_refused(tmp_path: Path) -> None:

@@ -224,6 +224,8 @@ class DetectorTraining(Section):
 class SegmenterTraining(Section):
     """Training settings of the segmenter alone."""
 
+    interleaved: bool = False
+    boxes: bool = False
     epochs: Count = 20
     min_steps: CountOrZero = 0
     batch_size: BatchSize = 16

@@ -15,7 +15,7 @@ from .splits.group_split import LEAST_TO_HOLD_OUT
 from ..runlog import decide
 
 # %% auto #0
-__all__ = ['rows_with_outline', 'rows_of', 'check_parts']
+__all__ = ['rows_with_outline', 'networks_of', 'rows_of', 'check_parts']
 
 # %% ../../nbs/data/07_parts.ipynb #0d7371ff
 def rows_with_outline(
@@ -23,6 +23,15 @@ def rows_with_outline(
 ) -> pl.DataFrame:  # pills whose label has an outline
     """Rows that have a mask."""
     return manifest.filter(pl.col("outline") != "") if "outline" in manifest.columns else manifest.clear()
+
+
+def networks_of(
+    settings: Settings,  # train is read
+) -> tuple[str, ...]:  # of classifier, detector, segmenter
+    """The networks that a run trains."""
+    if settings.train.only:
+        return (settings.train.only,)
+    return ("detector", "classifier", *(["segmenter"] if settings.train.segmenter.interleaved else []))
 
 
 def rows_of(
@@ -62,7 +71,7 @@ def check_parts(
     settings: Settings,  # train.only and data.validation_fraction are read
 ) -> None:
     """Raise `DataError` for a network without training photos, or without validation photos that nobody asked for."""
-    for network in [settings.train.only] if settings.train.only else ["detector", "classifier"]:
+    for network in networks_of(settings):
         if network == "segmenter" and rows_of(dataset.manifest, network, "train").is_empty():
             raise DataError(
                 "No label of the training photos has an outline to train the segmenter with: label polygons or masks, "

@@ -289,11 +289,11 @@ def evaluate_run(
         rows = rows_with_outline(dataset.manifest.filter(pl.col("split") == split))
         outliner = Outliner(torch_forward(trained.segmenter, device), trained.outline_size)
         report["outlines"] = evaluate_outlines(outliner, rows, settings.data.max_pixels)
-    elif trained.classifier is None:
+    if trained.classifier is None and trained.detector is not None:
         report["combo" if combinations else "all_photos"] = evaluate_boxes(
             identifier, combinations or photos, settings.data.max_pixels
         )
-    elif singles:
+    elif trained.classifier is not None and singles:
         report["single"], pairs = evaluate_single(identifier, singles, settings.data.max_pixels)
         report["confusions"] = confusion_pairs(pairs, dataset.class_map.codes)
         report["coverage"] = class_coverage(pairs, len(dataset.class_map))

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
+import polars as pl
 import torch
 
 from ..answer.outlines import OUTLINE_MARGIN, box_in_crop, crop_mask
@@ -22,9 +22,6 @@ from ..data.samples import Samples
 from ..runtime.boxes import Box
 from ..runtime.outlines import mask_of
 
-if TYPE_CHECKING:
-    import polars as pl
-
 # %% auto #0
 __all__ = ['MaskSamples', 'segmenter_samples']
 
@@ -33,29 +30,42 @@ __all__ = ['MaskSamples', 'segmenter_samples']
 class MaskSamples(Samples):
     """Samples whose box is that of the pill in its crop, with masks by number."""
 
-    outlines: Sequence[str] = ()  # of each pill, from the manifest
+    outlines: Sequence[str] = ()  # of each pill, from the manifest; "": its label is a box alone
     sizes: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int64))  # (samples, 2) width, height, pixels
 
     def masks(
         self,
         numbers: Sequence[int],  # of samples
     ) -> torch.Tensor:  # uint8 (n, 1, size, size), 1 inside
-        """The masks that these crops show."""
-        made = []
-        for number in numbers:
-            width, height = self.sizes[number].tolist()
-            box = Box(*self.store.crops.boxes[number].tolist())
-            made.append(crop_mask(mask_of(self.outlines[number], width, height), box, self.store.size))
-        return torch.from_numpy(np.stack(made)[:, None].astype(np.uint8))
+        """The masks that these crops show; the whole box where the label has no outline."""
+        made = np.zeros((len(numbers), 1, self.store.size, self.store.size), np.uint8)
+        for place, number in enumerate(numbers):
+            if self.outlines[number]:
+                width, height = self.sizes[number].tolist()
+                box = Box(*self.store.crops.boxes[number].tolist())
+                made[place, 0] = crop_mask(mask_of(self.outlines[number], width, height), box, self.store.size)
+            else:
+                x1, y1, x2, y2 = self.boxes[number].round().int().tolist()
+                made[place, 0, max(y1, 0) : y2, max(x1, 0) : x2] = 1
+        return torch.from_numpy(made)
+
+    def outlined(
+        self,
+        numbers: Sequence[int],  # of samples
+    ) -> torch.Tensor:  # bool (n,)
+        """Which of these crops have an outline."""
+        return torch.tensor([bool(self.outlines[number]) for number in numbers])
 
 
 def segmenter_samples(
     manifest: pl.DataFrame,  # rows of one split
     settings: Settings,  # data, model and paths are read
     budget: Budget | None = None,  # what the caches of this run may take, less by this call
-) -> MaskSamples:  # one sample per pill that has an outline
+) -> MaskSamples:  # one sample per pill that has an outline, or a box to learn from
     """Crops of all pills with an outline, and where their boxes lie in them."""
     rows, size = rows_with_outline(manifest), settings.model.segmenter.image_size
+    if settings.train.segmenter.boxes:
+        rows = manifest.filter((pl.col("outline") != "") | (pl.col("split") == "train"))
     corners = rows.select("x1", "y1", "x2", "y2").to_numpy().astype(np.float64)
     data, sizes = settings.data, rows.select("width", "height").to_numpy().astype(np.int64)
     store = open_store(

@@ -20,7 +20,7 @@ from ..runlog import decide
 from ..runtime.letterbox import GREY
 
 # %% auto #0
-__all__ = ['Segmenter', 'segmenter_network', 'build_segmenter', 'fade_outside', 'mask_loss']
+__all__ = ['Segmenter', 'segmenter_network', 'build_segmenter', 'fade_outside', 'mask_loss', 'box_loss']
 
 # %% ../../nbs/masks/03_network.ipynb #e379d052
 _WIDTHS = (112, 80, 56, 32)  # channels of the decoder, from 1/16 to 1/2 of the resolution
@@ -131,13 +131,33 @@ def fade_outside(
     return grey + (images - grey) * (inside + (1 - inside) * FADED)
 
 # %% ../../nbs/masks/03_network.ipynb #e3b70291
+_EDGE = 4.0  # how much more a pixel at an edge counts
+_REACH = 5  # side of the square around a pixel that makes it one at an edge, pixels
+
+
 def mask_loss(
     logits: torch.Tensor,  # float32 (n, 1, size, size)
     masks: torch.Tensor,  # float32 (n, 1, size, size), 1 inside
-) -> torch.Tensor:  # scalar: mean per crop
-    """Cross-entropy plus Dice loss."""
-    cross = functional.binary_cross_entropy_with_logits(logits, masks)
+) -> torch.Tensor:  # (n,)
+    """Cross-entropy, mostly at edges, plus Dice loss."""
+    near, far = (functional.max_pool2d(part, _REACH, 1, _REACH // 2) for part in (masks, 1 - masks))
+    weights = 1 + _EDGE * near * far
+    cross = functional.binary_cross_entropy_with_logits(logits, masks, weights, reduction="none").mean(dim=(1, 2, 3))
     inside = torch.sigmoid(logits)
     shared = (inside * masks).sum(dim=(1, 2, 3))
     dice = (2 * shared + 1) / (inside.sum(dim=(1, 2, 3)) + masks.sum(dim=(1, 2, 3)) + 1)
-    return cross + (1 - dice).mean()
+    return cross + 1 - dice
+
+
+def box_loss(
+    logits: torch.Tensor,  # float32 (n, 1, size, size)
+    boxes: torch.Tensor,  # float32 (n, 1, size, size), 1 inside of the box
+) -> torch.Tensor:  # (n,)
+    """Dice loss of the mask's projections, plus cross-entropy outside of the box."""
+    inside = torch.sigmoid(logits)
+    outside = (functional.softplus(logits) * (1 - boxes)).mean(dim=(1, 2, 3))
+    for axis in (2, 3):
+        found, wanted = inside.amax(dim=axis), boxes.amax(dim=axis)
+        shared = (found * wanted).sum(dim=(1, 2))
+        outside = outside + 1 - (2 * shared + 1) / (found.square().sum(dim=(1, 2)) + wanted.sum(dim=(1, 2)) + 1)
+    return outside

@@ -320,7 +320,7 @@ def save_run(
     common["networks"] = [name for name in NETWORKS if name in best]  # that the run has in the end
     for task in new:
         save_checkpoint({**common, task.name: task.progress.best_state}, run.folder / f"best_{task.name}.pt")
-    if new and all(best.get(name) is not None for name in PAIR):
+    if new and all(best.get(name) is not None for name in (*PAIR, *best)):
         save_checkpoint({**common, **best}, run.folder / "best.pt")
     for task in new:
         task.best_written = task.progress.best

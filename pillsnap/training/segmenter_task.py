@@ -10,28 +10,29 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional
 
-from ..data.augment import random_light, random_views
+from ..data.augment import quarter_turns, random_light, random_views
 from ..data.batches import Batch
 from ..masks.mask_metrics import boundary_f, mask_iou
 from ..masks.mask_samples import MaskSamples
-from ..masks.network import fade_outside, mask_loss
+from ..masks.network import box_loss, fade_outside, mask_loss
 from ..runtime.letterbox import GREY
 from .tasks import Row, Task
 
 # %% auto #0
-__all__ = ['boxes_around', 'augmented', 'SegmenterTask']
+__all__ = ['boxes_around', 'mixed_and_coarse', 'augmented', 'SegmenterTask']
 
 # %% ../../nbs/training/09_segmenter_task.ipynb #d4fe3ebb
-_INSIDE = 100.0  # of a mask's channel, above the grey that augmentation fills in
 _JITTER = 0.05  # of a box's side, by which each of its edges may be off
+_LOOSE, _WIDER = 0.15, 0.25  # fraction of boxes that are too large, and of their sides by how much at each edge
 
 
 def boxes_around(
     masks: torch.Tensor,  # bool (n, size, size)
     generator: torch.Generator,  # source of randomness
 ) -> torch.Tensor:  # float (n, 4) x1 y1 x2 y2, pixels; the whole crop for an empty mask
-    """The boxes around masks, each edge a little off."""
+    """The boxes around masks, each edge a little off, or all of them further out."""
     size = masks.shape[-1]
     boxes = torch.tensor([[0.0, 0.0, size, size]]).repeat(len(masks), 1)
     for number, mask in enumerate(masks.cpu()):
@@ -40,39 +41,68 @@ def boxes_around(
             edges = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
             boxes[number] = torch.stack([edge.float() for edge in edges])
     sides = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
-    return boxes + (torch.rand(boxes.shape, generator=generator) * 2 - 1) * _JITTER * sides
+    off = (torch.rand(boxes.shape, generator=generator) * 2 - 1) * _JITTER
+    loose = torch.rand(len(boxes), 1, generator=generator) < _LOOSE
+    wider = torch.rand(boxes.shape, generator=generator) * _WIDER * torch.tensor([-1.0, -1.0, 1.0, 1.0])
+    return boxes + torch.where(loose, wider, off) * sides
+
+# %% ../../nbs/training/09_segmenter_task.ipynb #f6c59094
+_INSIDE = 100.0  # of a mask's channel, above the grey that augmentation fills in
+_MIXED, _COARSE = 0.3, 0.4  # fractions of the crops whose channels change places, and that lose detail
+_LEAST = 0.25  # smallest side of a crop that loses detail, fraction of its own
+
+
+def mixed_and_coarse(
+    crops: torch.Tensor,  # float (n, 3, size, size); changed
+    generator: torch.Generator,  # source of randomness
+) -> torch.Tensor:  # the same tensor
+    """Some crops with other channels, some with the detail of a smaller one."""
+    size, chances = crops.shape[-1], torch.rand(len(crops), 2, generator=generator).tolist()
+    sides = (size * (_LEAST + (1 - _LEAST) * torch.rand(len(crops), generator=generator))).int().tolist()
+    for number, (mixed, coarse) in enumerate(chances):
+        if mixed < _MIXED:
+            crops[number] = crops[number, torch.randperm(3, generator=generator)]
+        if coarse < _COARSE:
+            small = functional.interpolate(crops[number : number + 1], (sides[number], sides[number]), mode="area")
+            crops[number] = functional.interpolate(small, (size, size), mode="bilinear")[0]
+    return crops
 
 
 def augmented(
     crops: torch.Tensor,  # uint8 (n, 3, size, size)
     masks: torch.Tensor,  # uint8 (n, 1, size, size), 1 inside
+    outlined: torch.Tensor,  # bool (n,): False where the mask is a box
     generator: torch.Generator,  # source of randomness
 ) -> tuple[torch.Tensor, torch.Tensor]:  # float (n, 3, size, size) 0 to 1; float (n, 1, size, size) 0 or 1
     """Crops and masks in new views, the crops in new light."""
-    both = random_views(torch.cat([crops.float(), GREY + _INSIDE * masks.float()], dim=1), generator)
-    return random_light(both[:, :3], generator), (both[:, 3:] > GREY + _INSIDE / 2).float()
+    both = torch.cat([crops.float(), GREY + _INSIDE * masks.float()], dim=1)
+    turned = quarter_turns(both, [torch.zeros(0, 4)] * len(both), generator)[0]
+    views = torch.where(outlined.to(both.device)[:, None, None, None], random_views(both, generator), turned)
+    light = random_light(mixed_and_coarse(views[:, :3], generator), generator)
+    return light, (views[:, 3:] > GREY + _INSIDE / 2).float()
 
-
+# %% ../../nbs/training/09_segmenter_task.ipynb #1db1cced
 class SegmenterTask(Task):
     """The segmenter, which trains on crops of pills with masks."""
 
     name, monitor = "segmenter", "miou"
 
     def prepare(self, batch: Batch, generator: torch.Generator) -> tuple[Any, ...]:
-        """Augmented crops, faded outside of their boxes, and their masks."""
-        truth = cast(MaskSamples, self.samples).masks(batch.numbers.tolist())
-        crops, masks = augmented(
-            self.hardware.to_device(batch.images), truth.to(self.hardware.device, non_blocking=True), generator
-        )
+        """Augmented crops, faded outside of their boxes, their masks, and which of these are more than a box."""
+        samples, numbers, device = cast(MaskSamples, self.samples), batch.numbers.tolist(), self.hardware.device
+        truth = samples.masks(numbers).to(device, non_blocking=True)
+        outlined = samples.outlined(numbers).to(device, non_blocking=True)
+        crops, masks = augmented(self.hardware.to_device(batch.images), truth, outlined, generator)
         faded = fade_outside(crops, boxes_around(masks[:, 0] > 0, generator))
-        return self.hardware.to_device(faded), masks
+        return self.hardware.to_device(faded), masks, outlined
 
     def loss(self, inputs: tuple[Any, ...]) -> torch.Tensor:
         """Mean of the loss over the crops."""
-        crops, masks = inputs
+        crops, masks, outlined = inputs
         with self.hardware.autocast():
             logits = (self.network if self.forward is None else self.forward)(crops)
-        return mask_loss(logits.float(), masks)
+        logits = logits.float()
+        return torch.where(outlined, mask_loss(logits, masks), box_loss(logits, masks)).mean()
 
     def evaluate_batch(self, network: nn.Module, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
         """IoU and boundary F of each crop, and the pixels of its mask."""

@@ -16,15 +16,17 @@ import torch
 from torch import nn
 
 from ..answer.rules import Rules
+from ..answer.shapes.background import KEEP, REMOVE
 from ..config.schema import Settings
 from ..data.cache.budget import Budget, reads_per_byte
+from ..data.parts import networks_of
 from ..data.samples import Samples, background_of, classifier_samples, detector_samples
 from ..masks.mask_samples import segmenter_samples
 from ..masks.network import build_segmenter
 from ..models.classifier import build_classifier, normalisation
 from ..models.detector import build_detector
 from ..runlog import decide
-from .checkpoint import PAIR, CheckpointError, earlier_weights
+from .checkpoint import CheckpointError, earlier_weights
 from .classifier_task import ClassifierTask
 from .detector_task import DetectorTask
 from .device.distributed import ALONE, ProcessGroup
@@ -65,8 +67,7 @@ def open_samples(
         ),
         ("segmenter validation", segmenter_samples, parts["validation"], train.evaluations, outlined),
     ]
-    chosen = (train.only,) if train.only else PAIR
-    wanted = [item for item in wanted if item[0].startswith(chosen)]
+    wanted = [item for item in wanted if item[0].startswith(networks_of(settings))]
     wanted.sort(key=lambda item: reads_per_byte(*item[3:]), reverse=True)
     budget = Budget.of(settings)
     return {name: opening(rows, settings, budget) for name, opening, rows, _, _ in wanted}
@@ -81,14 +82,14 @@ def build_networks(
 
     With train.only it is this network alone.
     """
-    names, earlier = settings.model.classifier, earlier_weights(settings)
+    names, earlier, wanted = settings.model.classifier, earlier_weights(settings), networks_of(settings)
     networks: dict[str, nn.Module] = {}
-    if settings.train.only in (None, "detector"):
+    if "detector" in wanted:
         networks["detector"] = build_detector(settings.model.detector.name)
-    if settings.train.only == "segmenter":
+    if "segmenter" in wanted:
         chosen = settings.model.segmenter
         networks["segmenter"] = build_segmenter(chosen.name, chosen.pretrained and "segmenter" not in (earlier or {}))
-    if settings.train.only in (None, "classifier"):
+    if "classifier" in wanted:
         networks["classifier"] = build_classifier(
             names.name,
             len(dataset.class_map),
@@ -268,6 +269,6 @@ def _rules(
         sure_confidence=settings.identify.sure_confidence,
         single_scale=settings.identify.single_scale,
         color=settings.identify.color,
-        background=settings.identify.background,
+        background=KEEP if background is None else REMOVE,
         segmenter="" if background is None else background.hash,
     )
