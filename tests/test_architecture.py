@@ -45,7 +45,7 @@ LAYERS = [
 # Subpackages of a package in the same order; "" stands for the modules of the package itself.
 SUBPACKAGES = {
     "runtime": ["", "color"],
-    "answer": ["color", "", "quality", "search"],
+    "answer": ["color", "shapes", "", "quality", "search"],
     "color": ["networks", "data", "tasks", ""],
     "data": ["reading", "labelling", "readers", "scan", "splits", "cache", ""],
     "training": ["device", "report", ""],

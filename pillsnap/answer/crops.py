@@ -10,11 +10,13 @@ import math
 import cv2
 import numpy as np
 
+from .shapes.background import crop_cover, remove_background
+from .shapes.masks import PillMask
 from ..runtime.boxes import Box
 from ..runtime.letterbox import GREY, resize
 
 # %% auto #0
-__all__ = ['crop_window', 'crop_pill']
+__all__ = ['crop_window', 'crop_pill', 'without_background']
 
 # %% ../../nbs/answer/02_crops.ipynb #90393b19
 def crop_window(
@@ -47,6 +49,17 @@ def crop_pill(
     if size is None or size == side:
         return inside.copy()
     return resize(inside, size, size)
+
+
+def without_background(
+    crop: np.ndarray,  # RGB, uint8, (size, size, 3), from `crop_pill`
+    mask: PillMask,  # of its pill
+    box: Box,  # that was cropped, pixels of the photo
+    margin: float,  # as for `crop_pill`
+    photo: tuple[int, int],  # width, height of the photo, pixels
+) -> np.ndarray:  # RGB, uint8, (size, size, 3)
+    """The pill of a crop on black; the crop as it is where hardly anything was outlined."""
+    return remove_background(crop, crop_cover(mask, crop_window(box, margin, *photo), photo, len(crop)))
 
 
 def _clip_box(

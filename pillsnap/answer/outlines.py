@@ -5,8 +5,10 @@
 # %% ../../nbs/answer/20_outlines.ipynb #22a95de0
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import cv2
@@ -14,15 +16,16 @@ import numpy as np
 
 from .crops import crop_pill, crop_window
 from .rules import ModelMismatch
+from .shapes.masks import PillMask, Wanted, grid_size, scaled, settle
+from ..atomic import sha256
 from ..errors import PillsnapError
 from ..runtime.boxes import Box
 from ..runtime.letterbox import GREY
-from ..runtime.outlines import trace
-from ..runtime.session import open_model
+from ..runtime.session import ModelMissing, open_model
 
 # %% auto #0
-__all__ = ['OUTLINE_MARGIN', 'FADED', 'box_in_crop', 'fade_outside', 'crop_mask', 'mask_in_photo', 'OutlinerError', 'Outliner',
-           'load_outliner']
+__all__ = ['OUTLINE_MARGIN', 'FADED', 'SEGMENTER_FILE', 'box_in_crop', 'fade_outside', 'crop_mask', 'window_of', 'OutlinerError',
+           'stability', 'Outliner', 'load_outliner', 'find_outliner', 'Background']
 
 # %% ../../nbs/answer/20_outlines.ipynb #0e774e9a
 OUTLINE_MARGIN = 0.2  # fraction of a box's longer side added around it
@@ -67,28 +70,33 @@ def crop_mask(
     return cv2.resize(window, (size, size), interpolation=interpolation) >= 128
 
 
-def mask_in_photo(
+def window_of(
     logits: np.ndarray,  # float32 (size, size), of the crop
-    box: Box,  # pixels of the photo
-    photo: tuple[int, int],  # width, height of the photo, pixels
-) -> np.ndarray:  # bool (height, width)
-    """The mask of a crop, at the photo's size: its largest part, without holes."""
-    width, height = photo
-    left, top, side = crop_window(box, OUTLINE_MARGIN, width, height)
-    window = (cv2.resize(logits, (side, side), interpolation=cv2.INTER_LINEAR) > 0).astype(np.uint8)
-    outlines, _ = cv2.findContours(window, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-    largest = max(outlines, key=cv2.contourArea, default=None)
-    whole = np.zeros_like(window)
-    if largest is not None:
-        cv2.drawContours(whole, [largest], -1, 1, cv2.FILLED)
-    mask = np.zeros((height, width), bool)
-    rows, columns = slice(max(top, 0), min(top + side, height)), slice(max(left, 0), min(left + side, width))
-    mask[rows, columns] = whole[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
-    return mask
+    box: Box,  # pixels of the mask
+    grid: tuple[int, int],  # width, height of the photo, pixels of the mask
+) -> Wanted:
+    """What a crop says of the pixels in its window, without what lies outside of the photo."""
+    left, top, side = crop_window(box, OUTLINE_MARGIN, *grid)
+    rows, columns = slice(max(top, 0), min(top + side, grid[1])), slice(max(left, 0), min(left + side, grid[0]))
+    window = cv2.resize(logits, (side, side), interpolation=cv2.INTER_LINEAR)
+    seen = window[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
+    return Wanted(seen, columns.start, rows.start)
 
 # %% ../../nbs/answer/20_outlines.ipynb #09689d1d
+_LARGEST = 1024  # pixels of the largest window of a mask
+_AROUND = 1.0  # of the logits' threshold, for the stability
+
+
 class OutlinerError(PillsnapError):
     """A photo or a model from which no outlines can be made; the message names the reason and what to do."""
+
+
+def stability(
+    logits: np.ndarray,  # float32 (size, size)
+) -> float:  # 0 to 1; 0 for an empty mask
+    """How little a mask changes with its threshold."""
+    larger = int((logits > -_AROUND).sum())
+    return float((logits > _AROUND).sum() / larger) if larger else 0.0
 
 
 @dataclass(frozen=True)
@@ -97,30 +105,45 @@ class Outliner:
 
     segment: Callable[[np.ndarray], np.ndarray]  # float32 (n, 3, size, size), 0 to 1 -> logits (n, 1, size, size)
     size: int  # side of a crop, pixels
+    name: str = "unnamed"  # of the network
+
+    def outline(
+        self,
+        image: np.ndarray,  # RGB, uint8, (height, width, 3)
+        boxes: Sequence[Box],  # of the pills, pixels of the photo
+    ) -> list[PillMask]:  # of each pill, none overlaps another
+        """Outline each box's pill; raises `OutlinerError` for a photo without a box."""
+        if not boxes:
+            raise OutlinerError("There is no pill in the photo to outline: move closer, or use more light.")
+        photo = (image.shape[1], image.shape[0])
+        scale = min(1.0, _LARGEST / max(crop_window(box, OUTLINE_MARGIN, *photo)[2] for box in boxes))
+        grid, windows, scores = grid_size(photo, scale), [], []
+        for box in boxes:  # one by one: a handful of pills would take much memory at once
+            crop = crop_pill(image, box, OUTLINE_MARGIN, self.size)
+            read = fade_outside(crop, box_in_crop(box, photo, self.size))
+            logits = np.asarray(self.segment(read[None]))[0, 0]
+            windows.append(window_of(logits, scaled(box, scale), grid))
+            scores.append(round(stability(logits), 4))
+        return [
+            PillMask(inside, window.left, window.top, score, scale)
+            for inside, window, score in zip(settle(windows), windows, scores, strict=True)
+        ]
 
     def masks(
         self,
         image: np.ndarray,  # RGB, uint8, (height, width, 3)
         boxes: Sequence[Box],  # of the pills, pixels of the photo
     ) -> list[np.ndarray]:  # bool (height, width), of each pill
-        """The mask of each box's pill; raises `OutlinerError` for a photo without a box."""
-        if not boxes:
-            raise OutlinerError("There is no pill in the photo to outline: move closer, or use more light.")
-        photo = (image.shape[1], image.shape[0])
-        masks = []
-        for box in boxes:  # one by one: a handful of pills would take much memory at once
-            crop = crop_pill(image, box, OUTLINE_MARGIN, self.size)
-            read = fade_outside(crop, box_in_crop(box, photo, self.size))
-            masks.append(mask_in_photo(np.asarray(self.segment(read[None]))[0, 0], box, photo))
-        return masks
+        """The mask of each box's pill at the photo's size; raises `OutlinerError` as `outline`."""
+        return [mask.in_photo((image.shape[1], image.shape[0])) for mask in self.outline(image, boxes)]
 
     def polygons(
         self,
         image: np.ndarray,  # RGB, uint8, (height, width, 3)
         boxes: Sequence[Box],  # of the pills, pixels of the photo
     ) -> list[list[float]]:  # x, y, x, y… of each pill, pixels; empty where no pill was found in the box
-        """The polygon around each box's pill; raises `OutlinerError` as `masks`."""
-        return [next(iter(trace(mask)), []) for mask in self.masks(image, boxes)]
+        """The polygon around each box's pill; raises `OutlinerError` as `outline`."""
+        return [mask.polygon().ravel().tolist() for mask in self.outline(image, boxes)]
 
 # %% ../../nbs/answer/20_outlines.ipynb #3d792c2b
 def load_outliner(
@@ -140,4 +163,49 @@ def load_outliner(
     size = model.input_shape[-1]
     if not isinstance(size, int):
         raise ModelMismatch(f"{file} has no fixed size of its crops: export it again.")
-    return Outliner(model, size)
+    return Outliner(model, size, str(model.metadata.get("model", "unnamed")))
+
+
+SEGMENTER_FILE = "segmenter.onnx"
+
+
+def find_outliner(
+    folder: Path,  # with classifier.onnx and perhaps segmenter.onnx
+    threads: int = 0,  # ONNX Runtime threads; 0 = one per core
+) -> Outliner | None:  # None: there is no segmenter
+    """Open the segmenter of a folder; raises `ModelError` or `ModelMismatch` for one that can't be used."""
+    file = Path(folder) / SEGMENTER_FILE
+    return load_outliner(file, threads) if file.is_file() else None
+
+# %% ../../nbs/answer/20_outlines.ipynb #5e1a07b2
+@lru_cache(maxsize=2)
+def _opened(file: Path, content: str, process: int) -> Outliner:
+    return load_outliner(file, 1)  # without threads of its own: a process may be forked
+
+
+@dataclass(frozen=True)
+class Background:
+    """A segmenter's file that takes the background away, in any process."""
+
+    file: Path
+    hash: str  # SHA-256 of the file
+
+    @classmethod
+    def of(
+        cls,
+        file: Path,  # segmenter.onnx of an export
+    ) -> Background:
+        """Open the file once; raises `ModelError` as `load_outliner`."""
+        if not Path(file).is_file():
+            raise ModelMissing(f"There is no segmenter {file}: name the segmenter.onnx of an export.")
+        content = sha256(Path(file))
+        _opened(Path(file), content, os.getpid())
+        return cls(Path(file), content)
+
+    def outline(
+        self,
+        image: np.ndarray,  # RGB, uint8, (height, width, 3)
+        boxes: Sequence[Box],  # of the pills, pixels of the photo
+    ) -> list[PillMask]:
+        """The mask of each box's pill."""
+        return _opened(self.file, self.hash, os.getpid()).outline(image, boxes)

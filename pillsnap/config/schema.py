@@ -283,6 +283,8 @@ class Identify(Section):
     sure_confidence: Fraction = 0.5
     single_scale: Annotated[float, Field(ge=0.1, le=1)] = 0.5
     color: str = "none"  # or a key of COLOR_RULES
+    background: Literal["keep", "remove"] = "keep"
+    segmenter: PosixPath | None = None
 
 
 class Goals(Section):

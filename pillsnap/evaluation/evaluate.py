@@ -73,7 +73,8 @@ def identifier_of(
     """An `Identifier` with the networks and the rules of a checkpoint; without a classifier it only finds pills."""
     device = device or choose_device()
     forward = {name: torch_forward(network, device) for name, network in trained.networks().items()}
-    return Identifier(forward.get("classifier", no_classifier), forward.get("detector"), trained.rules)
+    outline = None if trained.background is None else trained.background.outline
+    return Identifier(forward.get("classifier", no_classifier), forward.get("detector"), trained.rules, outline)
 
 
 def no_classifier(

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..answer.outlines import FADED, OUTLINE_MARGIN
+from ..answer.outlines import FADED, OUTLINE_MARGIN, SEGMENTER_FILE
 from ..answer.rules import Rules
 from ..atomic import sha256, write_json
 from ..config.schema import Settings
@@ -38,7 +38,15 @@ from pillsnap.export.samples import (
 )
 from ..runlog import decide
 from ..runtime.letterbox import normalise
-from ..training.checkpoint import NETWORKS, CheckpointError, Trained, best_file, load_checkpoint, load_trained
+from pillsnap.training.checkpoint import (
+    NETWORKS,
+    CheckpointError,
+    Trained,
+    best_file,
+    load_checkpoint,
+    load_trained,
+    with_background,
+)
 
 # %% auto #0
 __all__ = ['sources_of', 'Comparison', 'export_format', 'export_run', 'export_formats']
@@ -64,7 +72,10 @@ def sources_of(
     }
     sizes = {"classifier": trained.rules.classifier_size, "detector": trained.rules.detector_size or 0}
     own: dict[str, dict[str, Any]] = {"segmenter": {"outline_margin": OUTLINE_MARGIN, "faded": FADED}}
-    calibration = {task: partial(calibration_batches, task, dataset, trained.rules, settings) for task in sizes}
+    calibration = {
+        task: partial(calibration_batches, task, dataset, trained.rules, settings, background=trained.background)
+        for task in sizes
+    }
     if trained.segmenter is not None:
         sizes["segmenter"] = trained.outline_size
         calibration["segmenter"] = partial(outline_calibration, dataset, trained.outline_size, settings)
@@ -191,7 +202,7 @@ def export_run(
         check_formats(["onnx", *(formats or settings.export.formats)]),
         dataset_of_run(folder, settings.paths.data_root),
     )
-    trained = load_trained(folder) if checkpoint is None else _trained_of(checkpoint, dataset)
+    trained = load_trained(folder) if checkpoint is None else with_background(_trained_of(checkpoint, dataset), folder)
     file = checkpoint or best_file(folder)
     weights = sha256(file)
     work, target = Path(folder) / "export-rejected", Path(folder) / "export"
@@ -199,6 +210,8 @@ def export_run(
     work.mkdir()
     try:
         report = export_formats(names, trained, dataset, work, settings)
+        if trained.background is not None:
+            shutil.copyfile(trained.background.file, work / SEGMENTER_FILE)
     except OSError as error:
         shutil.rmtree(work, ignore_errors=True)
         raise ExportError(
@@ -285,7 +298,9 @@ def _samples_of(task: str, trained: Trained, dataset: Dataset, settings: Setting
     """The images that one network is compared on."""
     if task == "segmenter":
         return outline_samples(dataset, trained.outline_size, settings, wide)
-    return (crop_samples if task == "classifier" else frame_samples)(dataset, trained.rules, settings, wide)
+    if task == "classifier":
+        return crop_samples(dataset, trained.rules, settings, wide, trained.background)
+    return frame_samples(dataset, trained.rules, settings, wide)
 
 
 def _release(report: dict[str, Any], work: Path, target: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import numpy as np
 import polars as pl
 
 from ..answer.color.balance import NO_CORRECTION
-from ..answer.outlines import OUTLINE_MARGIN, box_in_crop, crop_mask, fade_outside
+from ..answer.outlines import OUTLINE_MARGIN, Background, box_in_crop, crop_mask, fade_outside
 from ..answer.rules import Rules
 from ..config.schema import Settings
 from ..data.cache.crop_store import Crop, Crops
@@ -54,6 +54,7 @@ def crop_samples(
     rules: Rules,  # margin, image size and normalisation
     settings: Settings,  # export and data.max_pixels are read
     wide: bool = False,  # see `wanted_images`
+    background: Background | None = None,  # of the run; None: it is kept
 ) -> Samples:  # of the classifier
     """Held-out crops, or training crops where nothing was held out; raises `ExportError` when there are none."""
     rows = _compared(dataset).filter(pl.col("class_index") >= 0)
@@ -61,7 +62,7 @@ def crop_samples(
     chosen = cover_classes(rows["class_index"].to_list(), count)
     rows = rows[chosen if wide or settings.export.compare != "smoke" else chosen[:count]]
     pixels, crops, truth = _readable(
-        Crops.of(_pill_crops(rows), rules.color),
+        Crops.of(_pill_crops(rows), rules.color, background),
         rows["class_index"].to_list(),
         rules.classifier_size,
         rules.margin,
@@ -172,6 +173,7 @@ def calibration_batches(
     rules: Rules,  # margin, image sizes and normalisation
     settings: Settings,  # export.calibration_images and data.max_pixels are read
     batch: int = 8,  # images in a batch
+    background: Background | None = None,  # of the run; None: it is kept
 ) -> Iterator[np.ndarray]:  # float32 (n, 3, size, size), normalised
     """Batches of training crops or photos; none where the dataset has no training split."""
     rows, size = _of_splits(dataset, "train"), rules.classifier_size if task == "classifier" else rules.detector_size
@@ -179,8 +181,8 @@ def calibration_batches(
     crops = _pill_crops(rows) if task == "classifier" else [Crop(photo.image) for photo in true_photos(rows)]
     wanted = min(settings.export.calibration_images, len(crops))
     chosen = [crops[number * len(crops) // wanted] for number in range(wanted)]
-    color = rules.color if task == "classifier" else NO_CORRECTION
-    store = open_store(Crops.of(chosen, color), size, rules.margin, settings.data.max_pixels)
+    color, cut = (rules.color, background) if task == "classifier" else (NO_CORRECTION, None)
+    store = open_store(Crops.of(chosen, color, cut), size, rules.margin, settings.data.max_pixels)
     mean, std = (rules.mean, rules.std) if task == "classifier" else ((0, 0, 0), (1, 1, 1))
     for start in range(0, wanted, batch):
         pixels = [

@@ -21,8 +21,10 @@ import yaml
 from torch import nn
 
 import pillsnap
+from ..answer.outlines import SEGMENTER_FILE, Background
 from ..answer.rules import Rules
-from ..atomic import replacing
+from ..answer.shapes.background import REMOVE
+from ..atomic import replacing, sha256
 from ..config.layers import Layer
 from ..config.load import settings_as_yaml
 from ..config.schema import Settings, SettingsError
@@ -36,8 +38,9 @@ from .tasks import Task
 
 # %% auto #0
 __all__ = ['PAIR', 'NETWORKS', 'CheckpointError', 'save_checkpoint', 'load_checkpoint', 'newest_checkpoint', 'random_states',
-           'restore_random_states', 'Trained', 'best_file', 'load_best', 'load_trained', 'network_names',
-           'model_config', 'earlier_weights', 'save_run', 'check_same_settings', 'resume_run']
+           'restore_random_states', 'Trained', 'best_file', 'load_best', 'keep_segmenter', 'with_background',
+           'load_trained', 'network_names', 'model_config', 'earlier_weights', 'save_run', 'check_same_settings',
+           'resume_run']
 
 # %% ../../nbs/training/06_checkpoint.ipynb #ecfb8bf7
 class CheckpointError(PillsnapError):
@@ -155,6 +158,7 @@ class Trained:
         self.classifier: nn.Module | None = None
         self.detector: nn.Module | None = None
         self.segmenter: nn.Module | None = None
+        self.background: Background | None = None  # takes the background of crops away, from `with_background`
         if "segmenter" in content:
             self.segmenter = segmenter_network(self.names["segmenter"]).eval()
             self.segmenter.load_state_dict(content["segmenter"])
@@ -201,12 +205,43 @@ def load_best(
     return content
 
 
+def keep_segmenter(
+    background: Background,  # that the run's crops are cut out with
+    folder: Path,  # run folder
+) -> None:
+    """Copy the segmenter into the run; raises `CheckpointError` where the run has another one."""
+    kept = Path(folder) / SEGMENTER_FILE
+    if kept.exists() and sha256(kept) != background.hash:
+        raise CheckpointError(
+            f"The run {folder} was trained with another segmenter than {background.file}: name its own {kept} with "
+            "identify.segmenter."
+        )
+    with replacing(kept) as temporary:
+        shutil.copyfile(background.file, temporary)
+
+
+def with_background(
+    trained: Trained,  # networks of a run
+    folder: Path,  # run folder
+) -> Trained:
+    """Open the segmenter of a run whose crops have no background; raises `CheckpointError` where it can't be used."""
+    if trained.rules.background == REMOVE:
+        file = Path(folder) / SEGMENTER_FILE
+        if not file.is_file() or sha256(file) != trained.rules.segmenter:
+            raise CheckpointError(
+                f"The run {folder} was trained without background, and its segmenter {file} is missing or another "
+                f"one: copy there the file whose SHA-256 begins with {trained.rules.segmenter[:12]}."
+            )
+        trained.background = Background.of(file)
+    return trained
+
+
 def load_trained(
     folder: Path,  # run folder with best weights
 ) -> Trained:  # networks in evaluation mode, on the CPU
     """The trained networks of a run, one or both; raises `CheckpointError` when they can't be used."""
     try:
-        return Trained(load_best(folder))
+        return with_background(Trained(load_best(folder)), folder)
     except (KeyError, RuntimeError) as error:
         raise CheckpointError(
             f"The checkpoint {best_file(folder)} does not hold what this version needs ({error}): train again."

@@ -29,6 +29,7 @@ from ..data.manifest import load_dataset, prepare_data, save_dataset
 from ..data.moved import dataset_of_run, follow_data
 from ..data.parts import check_parts
 from ..data.readers.layouts import check_layout
+from ..data.samples import background_of
 from ..provenance import git_revision
 from ..runlog import LOGGER, RunLog, decide, open_run
 from ..sample.write import write_sample
@@ -36,6 +37,7 @@ from pillsnap.training.checkpoint import (
     CheckpointError,
     check_same_settings,
     earlier_weights,
+    keep_segmenter,
     load_checkpoint,
     newest_checkpoint,
     resume_run,
@@ -94,6 +96,7 @@ def check_choices(
     check_layout(settings.data.format)
     pick(SCHEDULES, settings.train.schedule, "train.schedule")
     pick({NO_CORRECTION: None, **COLOR_RULES}, settings.identify.color, "identify.color")
+    background_of(settings)
     pick(LOSSES, chosen.loss, "train.classifier.loss")
     pick(CLASS_WEIGHTS, chosen.class_weights, "train.classifier.class_weights")
 
@@ -203,8 +206,10 @@ def _train(
             else save_dataset(prepare_data(settings, data_root(settings)), folder)
         )
     )
-    dataset = load_dataset(folder)
+    dataset, background = load_dataset(folder), background_of(settings)
     check_parts(dataset, settings)
+    if background is not None:
+        group.first(lambda: keep_segmenter(background, folder))
     before = found[1]["tasks"] if found else {}
     seed_everything(settings.seed)
     tasks, rules = build_tasks(dataset, settings, choose_hardware(settings), group, before)

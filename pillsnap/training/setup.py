@@ -19,7 +19,7 @@ from ..answer.rules import Rules
 from ..config.schema import Settings
 from ..data.cache.budget import Budget, reads_per_byte
 from ..data.parts import networks_of
-from ..data.samples import Samples, classifier_samples, detector_samples
+from ..data.samples import Samples, background_of, classifier_samples, detector_samples
 from ..masks.mask_samples import segmenter_samples
 from ..masks.network import build_segmenter
 from ..models.classifier import build_classifier, normalisation
@@ -115,9 +115,10 @@ def check_reused_network(
     if reused not in earlier:
         return
     before = Rules.from_json(earlier["rules"])
-    used = {"detector": ("classifier_size", "margin", "mean", "std", "color"), "classifier": ("detector_size",)}.get(
-        settings.train.only or "", ()
-    )
+    used = {
+        "detector": ("classifier_size", "margin", "mean", "std", "color", "background", "segmenter"),
+        "classifier": ("detector_size",),
+    }.get(settings.train.only or "", ())
     differing = [
         f"{name} {getattr(before, name)}, not {getattr(rules, name)}"
         for name in used
@@ -253,7 +254,7 @@ def _rules(
     dataset: Dataset, settings: Settings, normal: tuple[tuple[float, ...], tuple[float, ...]], detector: bool
 ) -> Rules:
     """The rules of a run; without a detector they have no size for one."""
-    names = settings.model
+    names, background = settings.model, background_of(settings)
     mean, std = cast(tuple[tuple[float, float, float], tuple[float, float, float]], normal)
     return Rules(
         class_map=dataset.class_map,
@@ -267,4 +268,6 @@ def _rules(
         sure_confidence=settings.identify.sure_confidence,
         single_scale=settings.identify.single_scale,
         color=settings.identify.color,
+        background=settings.identify.background,
+        segmenter="" if background is None else background.hash,
     )
