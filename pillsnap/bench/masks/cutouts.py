@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from ...answer.color.balance import NO_CORRECTION
-from ...answer.crops import crop_pill
+from ...answer.crops import crop_pill, crop_window
 from ...answer.outlines import Outliner
+from ...answer.shapes.background import crop_cover, remove_background
+from ...answer.shapes.masks import PillMask
 from ..color.corrections import CORRECTIONS
 from ..color.lights import AS_IS
 from ..color.phones import phone_ranks, studio_gallery
@@ -32,18 +34,19 @@ __all__ = ['WITH', 'WITHOUT', 'Pair', 'cut_crop', 'described_without', 'ask_both
 # %% ../../../nbs/bench/masks/03_cutouts.ipynb #ce1719c2
 WITH, WITHOUT = "with background", "without background"
 _SIDE = 224  # of the network's input, pixels
-_LEAST = 0.1  # area of a mask as a fraction of its box's, below which the pill was not found
+_FEW = 16  # pixels that are no pill
+_MARGIN = 0.12  # of a crop, as in training and serving
 
 
 def cut_crop(
     image: np.ndarray,  # RGB, uint8, (height, width, 3)
-    mask: np.ndarray,  # bool (height, width)
+    mask: PillMask,  # of its pill
     box: Box,  # of the pill, pixels
 ) -> np.ndarray:  # RGB, uint8, (side, side, 3)
     """A pill on black; with its background where the mask misses it."""
-    if mask.sum() < _LEAST * (box.x2 - box.x1) * (box.y2 - box.y1):
-        return crop_pill(image, box, size=_SIDE)
-    return crop_pill(np.where(mask[..., None], image, np.uint8(0)), box_of(mask), size=_SIDE)
+    photo = (image.shape[1], image.shape[0])
+    cover = crop_cover(mask, crop_window(box, _MARGIN, *photo), photo, _SIDE)
+    return remove_background(crop_pill(image, box, _MARGIN, _SIDE), cover)
 
 
 def described_without(
@@ -55,10 +58,10 @@ def described_without(
     colors, crops, codes, sources, numbers = [], [], [], [], []
     for number, photo in enumerate(photos):
         image = decode_image(photo.path)
-        masks = outliner.masks(image, photo.boxes)
-        for box, code, mask in zip(photo.boxes, photo.codes, masks, strict=True):
-            pixels = image[mask] if mask.sum() > 16 else pill_pixels(image, box)
-            colors.append(histogram(to_lab(pixels / 255)))
+        outlined = outliner.outline(image, photo.boxes)
+        for box, code, mask in zip(photo.boxes, photo.codes, outlined, strict=True):
+            own = image[mask.in_photo((image.shape[1], image.shape[0]))]
+            colors.append(histogram(to_lab((own if len(own) > _FEW else pill_pixels(image, box)) / 255)))
             crops.append(cut_crop(image, mask, box))
             codes.append(code)
             sources.append(photo.source)
@@ -87,20 +90,22 @@ def ask_both(
 
 # %% ../../../nbs/bench/masks/03_cutouts.ipynb #2258d50f
 _PART = 256  # studio photos in memory at a time
+_FOUND = 0.01  # fraction of a photo that a pill covers at least
 Pair = tuple[str, np.ndarray, np.ndarray]  # drug, phone photo, studio photo
 
 
 def outline_whole(
     outliner: Outliner,
     image: np.ndarray,  # RGB, uint8, (height, width, 3), of one pill
-) -> tuple[np.ndarray, Box]:  # mask, bool (height, width), and the box it was made for
+) -> tuple[PillMask, Box]:  # mask, and the box it was made for
     """The mask of the pill of a photo without a box."""
     whole = Box(0.0, 0.0, float(image.shape[1]), float(image.shape[0]))
-    (mask,) = outliner.masks(image, [whole])
-    closer = box_of(mask)
-    if mask.sum() < _LEAST**2 * mask.size:
+    (mask,) = outliner.outline(image, [whole])
+    pixels = mask.in_photo((image.shape[1], image.shape[0]))
+    if pixels.mean() < _FOUND:
         return mask, whole
-    return outliner.masks(image, [closer])[0], closer
+    closer = box_of(pixels)
+    return outliner.outline(image, [closer])[0], closer
 
 
 def studio_without(
@@ -120,7 +125,8 @@ def _studio_crop(archive: CutoutArchive, drug: str, number: int) -> np.ndarray:
     image = archive.photo(drug, number)
     whole = Box(0.0, 0.0, float(image.shape[1]), float(image.shape[0]))
     try:
-        return cut_crop(image, pill_on_black(image), whole)
+        mask = pill_on_black(image)
+        return cut_crop(image, PillMask(mask, 0, 0), box_of(mask))
     except MaskError:
         return crop_pill(image, whole, size=_SIDE)
 

@@ -24,11 +24,11 @@ from ..errors import BenchError
 from .cutouts import WITH, WITHOUT, ask_both, phones_both
 from .measures import against_boxes, crop_times, interval, pipeline_map, separated
 from .networks import DETECTOR, SEGMENTER, open_detector, trained
+from .sizes import measure_sizes
 from .truth import COUNTS, SAMPLED, touching_pairs, write_truth
 from ..report import goal, goal_lines, report_head, run_benchmark, spread
 from ...color.data.pills import read_photos
 from ...config.load import load_settings
-from ...config.schema import Settings
 from ...data.manifest import prepare_data
 from ...data.parts import rows_with_outline
 from ...data.readers.layouts import read_all
@@ -38,11 +38,12 @@ from ...masks.evaluate_outlines import evaluate_outlines
 from ...masks.write import Part, divide
 from ...runlog import setup_logging
 from ...runtime.boxes import Box
+from ...sample.plan import plan_sample
 from ...training.run import data_root
 
 # %% auto #0
-__all__ = ['PACKAGES', 'parse', 'folders_of', 'sample_rows', 'network', 'measure_sample', 'measure_composed', 'measure_boxes',
-           'measure_galleries', 'measure_phones', 'measure_time', 'measure', 'table', 'main']
+__all__ = ['PACKAGES', 'parse', 'folders_of', 'network', 'measure_sample', 'measure_composed', 'measure_boxes',
+           'measure_galleries', 'measure_phones', 'measure_rendered_sizes', 'measure_time', 'measure', 'table', 'main']
 
 # %% ../../../nbs/bench/masks/06_main.ipynb #5fc3cc50
 PACKAGES = (
@@ -84,14 +85,6 @@ def folders_of(
     return folders
 
 # %% ../../../nbs/bench/masks/06_main.ipynb #8ff62ccd
-def sample_rows(
-    options: Namespace,  # from `parse`
-    settings: Settings,  # of the sample
-) -> pl.DataFrame:  # pills with outlines, and their split
-    """The manifest of the sample."""
-    return rows_with_outline(prepare_data(settings, options.sample or data_root(settings)).manifest)
-
-
 def network(
     options: Namespace,  # from `parse`
     rows: pl.DataFrame,  # of the sample
@@ -205,6 +198,19 @@ def measure_phones(
     return [goal("phone_cutout_gain", round(gain, 4), at_least=_PHONE_GAIN, n=len(ranks[WITH]))], {"phones": shares}
 
 
+def measure_rendered_sizes(
+    outliner: Outliner,
+    root: Path,  # of the sample
+    images: Sequence[str],  # its held-out photos
+    seed: int,  # of the sample
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:  # goals, values
+    """Length and width of rendered pills."""
+    held_out = set(images)
+    photos = [photo for photo in plan_sample(seed) if str(photo.image(root)) in held_out]
+    sizes = measure_sizes(photos, outliner, seed)
+    return [goal("size_error", round(sizes["size_error"], 4), at_most=0.03, n=2 * sizes["pills"])], {"sizes": sizes}
+
+
 def measure_time(
     outliner: Outliner,
     rows: pl.DataFrame,  # held-out pills of the sample
@@ -225,7 +231,9 @@ def measure(
     """Run the benchmark; raises `BenchError` for options that can't be used."""
     began, options.out, folders = time.monotonic(), options.out.resolve(), folders_of(options)
     settings = load_settings(profile="cpu", overrides=[f"paths.cache_root={options.out / 'masks' / 'cache'}"])
-    rows, parts = sample_rows(options, settings), divide(CutoutArchive(options.studio), list(folders.values()))
+    root = options.sample or data_root(settings)
+    rows = rows_with_outline(prepare_data(settings, root).manifest)
+    parts = divide(CutoutArchive(options.studio), list(folders.values()))
     outliner, pixels = network(options, rows, parts, counts, sampled), settings.data.max_pixels
     held_out = rows.filter(pl.col("split") == "test")
     detector = options.detector or trained(options.out / "masks" / "detector", DETECTOR, options.sample)
@@ -234,6 +242,7 @@ def measure(
         measure_sample(outliner, detector, held_out, pixels),
         measure_composed(outliner, options.out / "masks" / "truth", parts["valid"], options.pairs),
         measure_boxes(outliner, folders),
+        measure_rendered_sizes(outliner, root, held_out["image"].to_list(), settings.seed),
         measure_galleries(outliner, folders, options.draws),
     ]
     if options.phone:
