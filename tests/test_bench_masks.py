@@ -78,6 +78,7 @@ def test_everything_in_small(
         "touching_separated",
         "pushin_box_iou",
         "outside_box",
+        "size_error",
         "pushin_cutout_gain",
         "phone_cutout_gain",
         "crop_ms",

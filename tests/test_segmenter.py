@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
 
 from pillsnap.answer.outlines import FADED, OUTLINE_MARGIN, fade_outside, load_outliner
 from pillsnap.config.load import load_settings
@@ -71,7 +71,8 @@ def settings_for(folder: Path, data: Path, *more: str) -> Settings:
         f"paths.run_root={folder / 'runs'}",
         *more,
     ]
-    return load_settings(profile="cpu", data_root=data, overrides=overrides)
+    latest = {text.partition("=")[0]: text for text in overrides}
+    return load_settings(profile="cpu", data_root=data, overrides=list(latest.values()))
 
 
 @pytest.fixture(scope="module")
@@ -134,10 +135,10 @@ def test_boxes_alone_teach_too(tmp_path: Path) -> None:
     assert (folder / "best_segmenter.pt").is_file()
 
 
-def test_it_trains_in_turn_with_the_others(tiny_data: Path, tmp_path: Path) -> None:
+def test_it_trains_in_turn_with_the_others(tiny_settings: Callable[..., Settings], tmp_path: Path) -> None:
     own = ["train.segmenter.interleaved=true", "model.segmenter.image_size=64", "train.segmenter.batch_size=8"]
-    own += ["train.segmenter.epochs=1", "train.segmenter.min_steps=0", f"paths.cache_root={tmp_path / 'cache'}"]
-    settings = load_settings(profile="cpu", data_root=tiny_data, overrides=[*TINY, *own, "train.evaluations=1"])
+    own += ["train.segmenter.epochs=1", "train.segmenter.min_steps=0", "train.evaluations=1"]
+    settings = tiny_settings(*own)
     folder = train(settings, tmp_path / "run")
     assert list(load_trained(folder).networks()) == ["classifier", "detector", "segmenter"]
     report = evaluate_run(folder, settings)
