@@ -162,6 +162,17 @@ def test_a_photo_without_a_pill_has_no_outline(client: TestClient, jpeg: bytes) 
         Outliner(lambda batch: batch[:, :1], 32).outline(np.zeros((9, 9, 3), np.uint8), [])
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, 900), (900, 1), (7, 5), (700, 500)])
+def test_odd_photos_are_outlined_and_measured_without_an_error(client: TestClient, size: tuple[int, int]) -> None:
+    noise = np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    for pixels in (noise, noise // 255 * 0, noise // 4 + 190):
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "PNG")
+        for scale in ("scale=card", "scale=coin:EUR1", "mm_per_pixel=0.1&camera_elevation=60&camera_distance=50"):
+            response = post_photo(client, buffer.getvalue(), f"?pipeline=combo&masks=true&{scale}")
+            assert response.status_code == 200, response.text
+
+
 def test_touching_pills_share_no_pixel(folder: Path) -> None:
     photo = np.full((200, 300, 3), 70, np.uint8)
     for middle in ((90, 100), (190, 100)):
