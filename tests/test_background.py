@@ -25,6 +25,8 @@ from pillsnap.data.cache.open import open_store
 from pillsnap.data.samples import background_of
 from pillsnap.evaluation.evaluate import evaluate_run
 from pillsnap.export.report import export_run
+from pillsnap.packaging.archive import release_files
+from pillsnap.packaging.shipped import exported_files
 from pillsnap.runtime.images import decode_image
 from pillsnap.runtime.session import ModelError
 from pillsnap.training.checkpoint import CheckpointError, keep_segmenter, load_trained
@@ -143,6 +145,8 @@ def test_a_run_keeps_its_segmenter(
     made = Path(report["folder"])
     assert load_identifier(made).rules.background == REMOVE
     assert json.dumps(report) and (made / "segmenter.onnx").read_bytes() == background.file.read_bytes()
+    assert {"classifier.onnx", "segmenter.onnx"} <= {path.name for path in exported_files(folder, ["onnx"])}
+    assert "models/segmenter.onnx" in release_files(made, None), "a release can't be served without it"
     (tmp_path / "other").mkdir()
     save_segmenter(tmp_path / "other", level=0.5)
     with pytest.raises(CheckpointError, match="another segmenter"):
