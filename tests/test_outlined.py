@@ -157,7 +157,7 @@ def test_a_photo_without_a_pill_has_no_outline(client: TestClient, jpeg: bytes) 
     black = io.BytesIO()
     Image.new("RGB", (640, 480)).save(black, "PNG")
     dark = post_photo(client, black.getvalue(), "?pipeline=combo&masks=true").json()
-    assert dark["notes"][-1].startswith("Pill 1, 2 has no outline") and dark["pills"][0]["outline_score"] is None
+    assert dark["notes"][-1].startswith("No outline for pill 1, 2:") and dark["pills"][0]["outline_score"] is None
     with pytest.raises(OutlinerError, match="no pill in the photo"):
         Outliner(lambda batch: batch[:, :1], 32).outline(np.zeros((9, 9, 3), np.uint8), [])
 
