@@ -149,15 +149,25 @@ def mask_loss(
     return cross + 1 - dice
 
 
+_SLACK = 0.1  # of a box's side, that the pill may end before it
+_THICK = 0.15  # of a box's side, that the pill covers at least in each line
+
+
 def box_loss(
     logits: torch.Tensor,  # float32 (n, 1, size, size)
     boxes: torch.Tensor,  # float32 (n, 1, size, size), 1 inside of the box
 ) -> torch.Tensor:  # (n,)
-    """Dice loss of the mask's projections, plus cross-entropy outside of the box."""
-    inside = torch.sigmoid(logits)
-    outside = (functional.softplus(logits) * (1 - boxes)).mean(dim=(1, 2, 3))
+    """Cross-entropy of the lines of the mask inside of the box, and of its pixels outside."""
+    inside, size = torch.sigmoid(logits), logits.shape[-1]
+    places = torch.arange(size, device=logits.device, dtype=logits.dtype)
+    loss = (functional.softplus(logits) * (1 - boxes)).mean(dim=(1, 2, 3))
     for axis in (2, 3):
-        found, wanted = inside.amax(dim=axis), boxes.amax(dim=axis)
-        shared = (found * wanted).sum(dim=(1, 2))
-        outside = outside + 1 - (2 * shared + 1) / (found.square().sum(dim=(1, 2)) + wanted.sum(dim=(1, 2)) + 1)
-    return outside
+        thick = (_THICK * boxes.sum(dim=axis).amax(dim=2)).clamp(min=1)[..., None]  # (n, 1, 1) pixels
+        most = torch.sort(inside, dim=axis, descending=True).values.movedim(axis, 3)
+        found = (most * (places < thick[..., None])).sum(dim=3) / torch.ceil(thick)
+        lines = boxes.amax(dim=axis)
+        count, side = lines.cumsum(dim=2), lines.sum(dim=2, keepdim=True)
+        wanted = lines * (count > _SLACK * side) * (count <= (1 - _SLACK) * side)
+        missed = -torch.log(found.clamp(min=1e-4)) * wanted
+        loss = loss + missed.sum(dim=(1, 2)) / wanted.sum(dim=(1, 2)).clamp(min=1)
+    return loss

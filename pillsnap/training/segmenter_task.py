@@ -25,7 +25,7 @@ __all__ = ['boxes_around', 'mixed_and_coarse', 'augmented', 'SegmenterTask']
 
 # %% ../../nbs/training/09_segmenter_task.ipynb #d4fe3ebb
 _JITTER = 0.05  # of a box's side, by which each of its edges may be off
-_LOOSE, _WIDER = 0.15, 0.25  # fraction of boxes that are too large, and of their sides by how much at each edge
+_LOOSE, _WIDER = 0.4, 0.2  # fraction of boxes that are too large, and of their sides by how much at each edge
 
 
 def boxes_around(

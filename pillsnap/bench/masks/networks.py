@@ -29,7 +29,7 @@ SEGMENTER = (  # settings
     "train.only=segmenter",
     "train.segmenter.boxes=true",
     "train.segmenter.epochs=1",
-    "train.segmenter.min_steps=1000",
+    "train.segmenter.min_steps=700",
     "model.segmenter.image_size=160",
     "data.leakage_check=off",
 )
