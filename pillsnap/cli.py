@@ -245,6 +245,22 @@ OPTIONS = {  # of each command, in addition to the settings
             metavar="CODES",
             help="drugs of a prescription, K-codes or EDI codes with commas, or the file of an order",
         ),
+        _option("--masks", action="store_true", help="also the outline of each pill, in JSON"),
+        _option(
+            "--scale",
+            metavar="WHAT",
+            help="also the size of each pill in mm, from what lies in the photo: card, or a coin such as coin:KRW500",
+        ),
+        _option("--mm-per-pixel", type=float, metavar="MM", help="instead of --scale: mm of a pixel in the middle"),
+        _option(
+            "--camera-elevation",
+            type=float,
+            metavar="DEGREES",
+            help="of the camera above the table, with --mm-per-pixel (default: 90, straight above)",
+        ),
+        _option(
+            "--camera-distance", type=float, metavar="MM", help="of the camera, with --mm-per-pixel (default: far away)"
+        ),
         _option("--json", action="store_true", help="a line of JSON per photo instead of a table"),
         _option("--out", type=Path, metavar="FILE", help="write to this file instead of standard output"),
     ],

@@ -151,7 +151,7 @@ def compose(arguments: Namespace) -> int:
 
     counts = (arguments.photos, arguments.held_out)
     archive, root = CutoutArchive(arguments.cutouts), settings.paths.data_root
-    print(write_composed(archive, root, arguments.out, counts, arguments.size, settings.seed))
+    print(write_composed(archive, [root], arguments.out, counts, arguments.size, settings.seed))
     return 0
 
 

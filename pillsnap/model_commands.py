@@ -18,6 +18,7 @@ from .config.schema import Settings, SettingsError
 if TYPE_CHECKING:
     from pillsnap.answer.classes import ClassMap
     from pillsnap.answer.identify import Identifier
+    from pillsnap.answer.outlined import Scale
     from pillsnap.service.inference.model_manager import LoadedModels
 
 # %% auto #0
@@ -147,6 +148,7 @@ def predict(arguments: Namespace) -> int:
     settings = _settings_or_defaults(arguments)
     environment = load_environment(_root_or_here(), settings.serve)
     request = {"pipeline": arguments.pipeline, "top_k": arguments.top_k, "expected": _expected(arguments.expected)}
+    request |= {"masks": arguments.masks, "scale": _scale(arguments)}
     if not arguments.url:
         loaded = _open_models(arguments.model or environment.model_path, settings)
         return predict_photos(
@@ -160,6 +162,15 @@ def predict(arguments: Namespace) -> int:
         return predict_photos(
             photos, partial(predict_remote, arguments.url, key, client=client, **request), arguments.json, arguments.out
         )
+
+
+def _scale(arguments: Namespace) -> Scale | None:
+    """The scale of the photos, where sizes are asked for."""
+    from pillsnap.answer.outlined import Scale
+
+    camera = (arguments.mm_per_pixel, arguments.camera_elevation, arguments.camera_distance)
+    asked = arguments.scale is not None or any(value is not None for value in camera)
+    return Scale(*camera, arguments.scale) if asked else None
 
 
 def _expected(words: str | None) -> str | None:

@@ -72,11 +72,13 @@ def test_health_with_a_model(client: TestClient) -> None:
         "classifier": "tiny classifier",
         "detector": "tiny detector",
         "quality": None,
+        "segmenter": None,
         "classes": 3,
         "class_map_hash": DRUGS.hash,
         "classifier_size": 64,
         "detector_size": 320,
         "color": "none",
+        "background": "keep",
     }
 
 

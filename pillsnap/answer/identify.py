@@ -15,8 +15,10 @@ import numpy as np
 
 from .classes import Drug
 from .color.balance import NO_CORRECTION, Balance, estimate_balances
-from .crops import crop_pill
+from .crops import crop_pill, without_background
 from .rules import ModelMismatch, Rules
+from .shapes.background import REMOVE
+from .shapes.masks import PillMask
 from ..errors import PillsnapError
 from ..runtime.boxes import Box
 from ..runtime.letterbox import letterbox, normalise
@@ -159,6 +161,7 @@ class PillCrops:
     grey: bool = False  # whether the photo has no colour, so that no pill is sure
     balance: Balance = Balance()  # the correction of the first pill, for a picture of the whole photo
     details: Sequence[np.ndarray] = ()  # the first crops larger, RGB, uint8; none where nobody reads them
+    masks: Sequence[PillMask] = ()  # of the boxes, on the decoded photo, where the background was taken away
 
 
 class Identifier:
@@ -170,12 +173,21 @@ class Identifier:
         # float32 (1, 3, size, size) -> raw (1, 5, anchors); None = no detector
         detect: Callable[[np.ndarray], np.ndarray] | None,
         rules: Rules,  # of the training
+        # photo (height, width, 3) and boxes -> their masks; None = there is no segmenter
+        outline: Callable[[np.ndarray, Sequence[Box]], list[PillMask]] | None = None,
     ) -> None:
+        """Raise `ModelMismatch` where the rules remove the background and there is no segmenter."""
+        if rules.background == REMOVE and outline is None:
+            raise ModelMismatch(
+                "The classifier was trained on crops without background and needs the segmenter that it was trained "
+                "with: put its segmenter.onnx beside it."
+            )
         self.classify = classify
         self.detect = detect
         self.rules = rules
         # Looks at a pill that is not sure once more, in a larger crop; None = nobody does.
         self.refine: Callable[[Pill, np.ndarray], Pill] | None = None
+        self.outline = outline
 
     def identify(
         self,
@@ -217,6 +229,7 @@ class Identifier:
         crops = self._crops(image, boxes, whole=pipeline == "single")
         balance = self._correct(crops, image, found, boxes)
         details = self._details(image, boxes, whole=pipeline == "single")
+        masks = self._cut_out(crops, image, boxes)
         grey = is_grey(image)
         notes += [_GREY_NOTE] if grey else [_FAR_LIGHT] if balance.far else []
         seconds = {"detect": detected - started, "crop": perf_counter() - detected}
@@ -226,7 +239,7 @@ class Identifier:
             return PillCrops(pipeline, crops, [whole], [None], notes, hint, seconds, grey, balance, details)
         if (width, height) != image.shape[1::-1]:
             boxes = boxes * np.tile([width / image.shape[1], height / image.shape[0]], 2)
-        return PillCrops(pipeline, crops, boxes, scores, notes, hint, seconds, grey, balance, details)
+        return PillCrops(pipeline, crops, boxes, scores, notes, hint, seconds, grey, balance, details, masks)
 
     def classify_crops(
         self,
@@ -332,6 +345,21 @@ class Identifier:
         for crop, balance in zip(crops, balances, strict=True):
             crop[:] = balance(crop)
         return balances[0]
+
+    def _cut_out(
+        self,
+        crops: np.ndarray,  # RGB, uint8, (n, size, size, 3); changed in place
+        image: np.ndarray,  # RGB, uint8, (height, width, 3)
+        boxes: np.ndarray,  # of the crops, pixels, (n, 4); none for a crop of the whole photo
+    ) -> list[PillMask]:  # of the boxes; none where the background is kept
+        """Take the background out of the crops, as in the training."""
+        if self.rules.background != REMOVE or self.outline is None or not len(boxes):
+            return []
+        pills = [Box(*map(float, box)) for box in boxes]
+        masks = self.outline(image, pills)
+        for crop, box, mask in zip(crops, pills, masks, strict=True):
+            crop[:] = without_background(crop, mask, box, self.rules.margin, (image.shape[1], image.shape[0]))
+        return masks
 
     def _probabilities(
         self,

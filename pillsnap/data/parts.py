@@ -15,16 +15,34 @@ from .splits.group_split import LEAST_TO_HOLD_OUT
 from ..runlog import decide
 
 # %% auto #0
-__all__ = ['rows_of', 'check_parts']
+__all__ = ['rows_with_outline', 'networks_of', 'rows_of', 'check_parts']
 
 # %% ../../nbs/data/07_parts.ipynb #0d7371ff
+def rows_with_outline(
+    manifest: pl.DataFrame,  # of a run; one from before outlines were read has no column for them
+) -> pl.DataFrame:  # pills whose label has an outline
+    """Rows that have a mask."""
+    return manifest.filter(pl.col("outline") != "") if "outline" in manifest.columns else manifest.clear()
+
+
+def networks_of(
+    settings: Settings,  # train is read
+) -> tuple[str, ...]:  # of classifier, detector, segmenter
+    """The networks that a run trains."""
+    if settings.train.only:
+        return (settings.train.only,)
+    return ("detector", "classifier", *(["segmenter"] if settings.train.segmenter.interleaved else []))
+
+
 def rows_of(
     manifest: pl.DataFrame,  # of the run
-    network: str,  # classifier or detector
+    network: str,  # classifier, detector or segmenter
     split: str,  # such as "train"
 ) -> pl.DataFrame:  # its pills in this split
     """Rows of the manifest that a network uses."""
     rows = manifest.filter(pl.col("split") == split)
+    if network == "segmenter":
+        return rows_with_outline(rows)
     return rows.filter(pl.col("class_index") >= 0) if network == "classifier" else rows
 
 
@@ -53,7 +71,12 @@ def check_parts(
     settings: Settings,  # train.only and data.validation_fraction are read
 ) -> None:
     """Raise `DataError` for a network without training photos, or without validation photos that nobody asked for."""
-    for network in [settings.train.only] if settings.train.only else ["detector", "classifier"]:
+    for network in networks_of(settings):
+        if network == "segmenter" and rows_of(dataset.manifest, network, "train").is_empty():
+            raise DataError(
+                "No label of the training photos has an outline to train the segmenter with: label polygons or masks, "
+                "or compose photos with `pillsnap compose`."
+            )
         if rows_of(dataset.manifest, network, "train").is_empty():
             left_out = counted(dataset.report["left_out"])
             raise DataError(

@@ -20,6 +20,7 @@ from typing import IO, Any
 
 import pillsnap
 from ..answer.factory import load_identifier
+from ..answer.outlines import SEGMENTER_FILE
 from ..answer.quality.judge import QUALITY_FILE, find_judge
 from ..atomic import made_folder, replacing, sha256
 from ..errors import PillsnapError
@@ -46,7 +47,7 @@ def release_files(
     """Files that serving opens, the report of the export, and the settings."""
     endings = sorted({engine.ending for engine in ENGINES.values()})
     networks = [f"{task}.{ending}" for task in TASKS for ending in endings]
-    names = [*networks, QUALITY_FILE, ENGINE_FILE, "export_report.json"]
+    names = [*networks, SEGMENTER_FILE, QUALITY_FILE, ENGINE_FILE, "export_report.json"]
     files = {f"models/{name}": Path(models) / name for name in names if (Path(models) / name).is_file()}
     return files | ({"config.yaml": Path(config)} if config else {})
 
