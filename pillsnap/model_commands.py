@@ -189,9 +189,8 @@ def _open_models(folder: Path | None, settings: Settings) -> LoadedModels:
             "there is no model folder: name one with --model, with serve.model_path or with MODEL_PATH in .env, "
             "or a server with --url"
         )
-    from pillsnap.answer.imprint.setting import read_imprints
-
     from pillsnap.answer.factory import load_identifier
+    from pillsnap.answer.imprint.setting import read_imprints
     from pillsnap.service.inference.model_manager import load
 
     def opened(path: Path) -> Identifier:

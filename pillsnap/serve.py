@@ -18,12 +18,12 @@ from anyio import to_thread
 from asgi_correlation_id import CorrelationIdMiddleware
 from fastapi import Depends, FastAPI
 from fastapi.middleware.cors import CORSMiddleware
-from .answer.imprint.setting import read_imprints
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from . import __version__
 from .answer.factory import load_identifier
 from .answer.identify import PIPELINES, Identifier
+from .answer.imprint.setting import read_imprints
 from .answer.search.lookup import Lookup
 from .config.environment import Environment, load_environment
 from .config.load import find_root, load_settings

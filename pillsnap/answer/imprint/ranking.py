@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-from .joining import Reading
-from .reader import ImprintReader
 
 from ..classes import Drug
 from ..identify import Candidate, Pill
+from .joining import Reading
+from .reader import ImprintReader
 from ..search.appearance import Sides, appearance_of
 from pillsnap.answer.search.imprints import (
     ALIKE,

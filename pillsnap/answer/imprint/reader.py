@@ -11,9 +11,9 @@ from typing import Any
 
 import cv2
 import numpy as np
+
 from .joining import Line, Reading, join_lines
 from .lines import HEIGHT, SIDE, Strip, cut_strips, lift_relief
-
 from ...errors import PillsnapError
 
 # %% auto #0

@@ -5,10 +5,9 @@
 # %% ../../../nbs/answer/imprint/04_setting.ipynb #318fec9e
 from __future__ import annotations
 
+from ..identify import Identifier
 from .ranking import ImprintRanking
 from .reader import ImprintUnavailable, open_reader
-
-from ..identify import Identifier
 from ...runlog import decide
 
 # %% auto #0

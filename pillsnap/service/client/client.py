@@ -308,6 +308,8 @@ def as_table(
         compared = _compared(prediction.get("prescription"))
         notes += [f"{_text(photo)}: {note}" for note in [*compared, *prediction.get("notes", []), *hint]]
         pills = _found(prediction)
+        read = [f"pill {number} reads {pill['imprint']}" for number, pill in enumerate(pills, 1) if pill.get("imprint")]
+        notes += [f"{_text(photo)}: {line}" for line in read]
         for number, pill in enumerate(pills, 1):
             sure = "yes" if pill["sure"] else "no"
             row = (_text(photo), number, pill["code"], pill["name"], percent(pill["confidence"]), sure)
