@@ -110,7 +110,8 @@ def test_what_is_read_puts_the_candidates_of_a_doubtful_pill_in_order(client: Te
     doubting(client, None, {})
     before = pills(client, top_k=3)
     second = [pill["candidates"][1]["code"] for pill in before]
-    doubting(client, Says(Reading("K20", 0.99)), {second[0]: "K분할선20"})
+    labels = {code: "XYZ" for code in ("K-000007", "K-000030", "K-000101")} | {second[0]: "K분할선20"}
+    doubting(client, Says(Reading("K20", 0.99)), labels)
     after = pills(client, top_k=3)
     assert {pill["imprint"] for pill in after} == {"K20"} and not any(pill["sure"] for pill in after)
     places = [[pill["candidates"] for pill in found][0] for found in (before, after)]
@@ -122,7 +123,7 @@ def test_what_is_read_puts_the_candidates_of_a_doubtful_pill_in_order(client: Te
 
 
 def test_nothing_legible_changes_nothing(client: TestClient):
-    doubting(client, None, {})
+    doubting(client, None, {"K-000030": "K20"})
     before = pills(client)
     doubting(client, Says(None), {"K-000030": "K20"})
     after = pills(client)

@@ -51,8 +51,14 @@ def join_lines(
         return None
     letters = sum(map(len, words))
     confidence = sum(line.confidence * len(line.text) for line in best[1]) / letters
-    # The halves of a capsule say the same.
+    words = [_once(word) for word in words]
     return Reading(words[0] if len(set(words)) == 1 else " ".join(words), round(confidence, 4))
+
+
+def _once(word: str) -> str:
+    """The halves of a capsule say the same, and may be read as one line."""
+    half = len(word) // 2
+    return word[:half] if half >= 2 and word[:half] == word[half:] else word
 
 
 def _between(first: float, second: float) -> float:  # degrees, 0 to 180
