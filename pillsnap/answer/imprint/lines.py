@@ -30,7 +30,8 @@ def lift_relief(
     inner = relief[len(relief) // 6 : -len(relief) // 6, len(relief) // 6 : -len(relief) // 6]
     strength = max(8.0, float(np.percentile(np.abs(inner), 98)))
     lifted = np.clip(128 + 127 * relief / strength, 0, 255).astype(np.uint8)
-    return cv2.cvtColor(lifted, cv2.COLOR_GRAY2RGB)
+    colored: np.ndarray = cv2.cvtColor(lifted, cv2.COLOR_GRAY2RGB)
+    return colored
 
 # %% ../../../nbs/answer/imprint/00_lines.ipynb #25f38884
 HEIGHT = 48  # of a line as it is read, pixels
