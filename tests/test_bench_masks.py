@@ -25,7 +25,6 @@ FAST = [
     "train.segmenter.batch_size=4",
     "export.compare=smoke",
 ]
-SMALL_DETECTOR = ["train.detector.min_steps=1", "model.detector.image_size=96", "export.compare=smoke"]
 
 
 def pill(color: tuple[int, ...], ground: int, rng: np.random.Generator) -> np.ndarray:
@@ -60,12 +59,23 @@ def data(tmp_path: Path) -> Path:
 
 
 def test_everything_in_small(
-    data: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    data: Path, tiny_data: Path, models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(bench, "measure", partial(bench.measure, counts=(6, 2), sampled=6))
-    monkeypatch.setattr(bench, "DETECTOR", (*bench.DETECTOR, *SMALL_DETECTOR))
     given = ["--data", f"pushin={data / 'tray'}", "--studio", str(data / "studio.zip"), "--phone", str(data / "phone")]
-    given += ["--sample", str(tiny_data), "--draws", "2", "--pairs", "2", "--out", str(data / "out"), *FAST]
+    given += [
+        "--sample",
+        str(tiny_data),
+        "--detector",
+        str(models),
+        "--draws",
+        "2",
+        "--pairs",
+        "2",
+        "--out",
+        str(data / "out"),
+        *FAST,
+    ]
     assert bench.main(given) == 0
     report = json.loads((data / "out" / "masks.json").read_text())
     assert report["benchmark"] == "masks" and report["seconds"] > 0

@@ -126,7 +126,7 @@ def measure_composed(
     pairs: int,  # touching ones
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:  # goals, values
     """Masks of real pills on real backgrounds."""
-    rows = pl.DataFrame([vars(record) for record in read_all(truth).records if record.official_split == "val"])
+    rows = pl.DataFrame([record._asdict() for record in read_all(truth).records if record.official_split == "val"])
     composed = evaluate_outlines(outliner, rows, 10**7)
     told = separated(outliner, touching_pairs(part, pairs))
     goals = [
