@@ -18,12 +18,17 @@ from pillsnap.answer.identify import Identifier
 from pillsnap.answer.outlines import Background
 from pillsnap.answer.rules import ModelMismatch, Rules
 from pillsnap.answer.shapes.background import KEEP, REMOVE
+from pillsnap.config.load import load_settings
 from pillsnap.config.schema import Settings, SettingsError
 from pillsnap.data.cache.crop_store import Crops, CropStore
 from pillsnap.data.cache.open import open_store
+from pillsnap.data.samples import background_of
 from pillsnap.evaluation.evaluate import evaluate_run
 from pillsnap.export.report import export_run
+from pillsnap.packaging.archive import release_files
+from pillsnap.packaging.shipped import exported_files
 from pillsnap.runtime.images import decode_image
+from pillsnap.runtime.session import ModelError
 from pillsnap.training.checkpoint import CheckpointError, keep_segmenter, load_trained
 from pillsnap.training.run import check_choices, train
 
@@ -114,11 +119,17 @@ def test_rules_that_do_not_fit_together_are_refused(background: Background, chan
         Rules.from_json(value | change)
 
 
-def test_removing_needs_a_segmenter() -> None:
-    settings = Settings()
-    wrong = settings.model_copy(update={"identify": settings.identify.model_copy(update={"background": REMOVE})})
-    with pytest.raises(SettingsError, match="identify.segmenter"):
-        check_choices(wrong)
+def test_removing_needs_a_segmenter(background: Background) -> None:
+    for more, why in (
+        ([], "name a segmenter.onnx with identify.segmenter"),
+        ([f"identify.segmenter={background.file}", "train.segmenter.interleaved=true"], "that is trained already"),
+    ):
+        with pytest.raises(SettingsError, match=why):
+            check_choices(load_settings(profile="cpu", overrides=["identify.background=remove", *more]))
+    alone = load_settings(profile="cpu", overrides=["identify.background=remove", "train.only=segmenter"])
+    assert background_of(alone) is None, "it has no crops that are compared"
+    with pytest.raises(ModelError, match="There is no segmenter"):
+        Background.of(background.file.with_name("other.onnx"))
 
 
 def test_a_run_keeps_its_segmenter(
@@ -134,6 +145,8 @@ def test_a_run_keeps_its_segmenter(
     made = Path(report["folder"])
     assert load_identifier(made).rules.background == REMOVE
     assert json.dumps(report) and (made / "segmenter.onnx").read_bytes() == background.file.read_bytes()
+    assert {"classifier.onnx", "segmenter.onnx"} <= {path.name for path in exported_files(folder, ["onnx"])}
+    assert "models/segmenter.onnx" in release_files(made, None), "a release can't be served without it"
     (tmp_path / "other").mkdir()
     save_segmenter(tmp_path / "other", level=0.5)
     with pytest.raises(CheckpointError, match="another segmenter"):

@@ -157,9 +157,20 @@ def test_a_photo_without_a_pill_has_no_outline(client: TestClient, jpeg: bytes) 
     black = io.BytesIO()
     Image.new("RGB", (640, 480)).save(black, "PNG")
     dark = post_photo(client, black.getvalue(), "?pipeline=combo&masks=true").json()
-    assert dark["notes"][-1].startswith("Pill 1, 2 has no outline") and dark["pills"][0]["outline_score"] is None
+    assert dark["notes"][-1].startswith("No outline for pill 1, 2:") and dark["pills"][0]["outline_score"] is None
     with pytest.raises(OutlinerError, match="no pill in the photo"):
         Outliner(lambda batch: batch[:, :1], 32).outline(np.zeros((9, 9, 3), np.uint8), [])
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 900), (900, 1), (7, 5), (700, 500)])
+def test_odd_photos_are_outlined_and_measured_without_an_error(client: TestClient, size: tuple[int, int]) -> None:
+    noise = np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    for pixels in (noise, noise // 255 * 0, noise // 4 + 190):
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "PNG")
+        for scale in ("scale=card", "scale=coin:EUR1", "mm_per_pixel=0.1&camera_elevation=60&camera_distance=50"):
+            response = post_photo(client, buffer.getvalue(), f"?pipeline=combo&masks=true&{scale}")
+            assert response.status_code == 200, response.text
 
 
 def test_touching_pills_share_no_pixel(folder: Path) -> None:

@@ -165,7 +165,7 @@ def outline_pills(
     pills = [_outlined(mask, full, view) for mask in masks]
     unseen = [str(number) for number, pill in enumerate(pills, 1) if not pill.polygon]
     if unseen:
-        notes.append(f"Pill {', '.join(unseen)} has no outline: its edge can't be told from the ground.")
+        notes.append(f"No outline for pill {', '.join(unseen)}: the edge can't be told from the ground.")
     return Outlined(pills, notes, _since(begun), scale is not None)
 
 

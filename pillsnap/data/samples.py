@@ -44,12 +44,17 @@ class Samples:
 
 
 def background_of(
-    settings: Settings,  # identify is read
-) -> Background | None:  # None: the background is kept
+    settings: Settings,  # identify and train are read
+) -> Background | None:  # None: the background is kept, or the run has no crops that are compared
     """What takes the background of crops away; raises `SettingsError` without a segmenter, `ModelError` for no such."""
-    chosen = settings.identify
-    if chosen.background == KEEP:
+    chosen, train = settings.identify, settings.train
+    if chosen.background == KEEP or train.only == "segmenter":
         return None
+    if train.only is None and train.segmenter.interleaved:
+        raise SettingsError(
+            "a run that removes the background needs a segmenter that is trained already: train it first, with "
+            "train.only=segmenter, and name its export with identify.segmenter"
+        )
     if chosen.segmenter is None:
         raise SettingsError(
             "identify.background is remove, which needs a segmenter: name a segmenter.onnx with identify.segmenter"

@@ -20,6 +20,8 @@ from typing import IO, Any
 
 import pillsnap
 from ..answer.factory import load_identifier
+from ..answer.outlines import SEGMENTER_FILE
+from ..answer.quality.judge import QUALITY_FILE
 from ..atomic import made_folder, replacing, sha256
 from ..errors import PillsnapError
 from ..runtime.engines import DEFAULT_ENGINE, ENGINE_FILE, ENGINES, TASKS
@@ -44,7 +46,8 @@ def release_files(
 ) -> dict[str, Path]:  # name in the archive -> file
     """Files that serving opens, the report of the export, and the settings."""
     endings = sorted({engine.ending for engine in ENGINES.values()})
-    names = [*(f"{task}.{ending}" for task in TASKS for ending in endings), ENGINE_FILE, "export_report.json"]
+    names = [*(f"{task}.{ending}" for task in TASKS for ending in endings), SEGMENTER_FILE, QUALITY_FILE]
+    names += [ENGINE_FILE, "export_report.json"]
     files = {f"models/{name}": Path(models) / name for name in names if (Path(models) / name).is_file()}
     return files | ({"config.yaml": Path(config)} if config else {})
 

@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..answer.outlines import SEGMENTER_FILE
 from ..errors import PillsnapError
 from ..runtime.engines import TASKS
 
@@ -43,8 +44,8 @@ def export_report(
 
 def exported_files(
     run: Path,  # run folder
-    formats: Iterable[str],  # onnx, safetensors
-) -> list[Path]:  # of both networks
+    formats: Sequence[str],  # onnx, safetensors
+) -> list[Path]:  # of both networks, and as onnx the segmenter where there is one
     """Files of a run in these formats; raises `ShipError` when one is missing or has failed its comparison."""
     report = export_report(run)
     exported, networks = report.get("formats", {}), report.get("networks", TASKS)
@@ -67,4 +68,5 @@ def exported_files(
     missing = [path.name for path in files if not path.is_file()]
     if missing:
         raise ShipError(f"{Path(run) / 'export'} lacks {', '.join(missing)}: export the run again.")
-    return files
+    segmenter = Path(run) / "export" / SEGMENTER_FILE
+    return [*files, *([segmenter] if "onnx" in formats and segmenter.is_file() else [])]

@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from ..answer.factory import load_identifier
+from ..answer.outlines import SEGMENTER_FILE
 from ..atomic import replacing
 from ..config.schema import Settings
 from pillsnap.registry.store import (
@@ -109,6 +110,8 @@ def pull_models(
     with tempfile.TemporaryDirectory(prefix="trial-", dir=cache) as trial:
         for task, path in pulled.items():
             (Path(trial) / f"{task}.onnx").symlink_to(path.resolve())
+        if (segmenter := Path(folder) / SEGMENTER_FILE).is_file():
+            (Path(trial) / SEGMENTER_FILE).symlink_to(segmenter.resolve())
         load_identifier(Path(trial))
     with ExitStack() as stack:  # both are written before the first takes its place
         for task, path in pulled.items():

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ..answer.rules import Rules
+from ..answer.shapes.background import KEEP, REMOVE
 from ..config.schema import Settings
 from ..data.cache.budget import Budget, reads_per_byte
 from ..data.parts import networks_of
@@ -268,6 +269,6 @@ def _rules(
         sure_confidence=settings.identify.sure_confidence,
         single_scale=settings.identify.single_scale,
         color=settings.identify.color,
-        background=settings.identify.background,
+        background=KEEP if background is None else REMOVE,
         segmenter="" if background is None else background.hash,
     )

@@ -73,7 +73,6 @@ def camera_view(
     mm_per_pixel: float,  # in the photo's middle
     elevation: float = 90.0,  # of the camera above the table, degrees
     distance: float = FAR,  # of the camera from the point in the photo's middle, mm
-    roll: float = 0.0,  # how far the photo is turned clockwise, degrees
 ) -> TableView:  # x to the right, y away from the camera, from the point in the photo's middle
     """A pinhole camera (Hartley and Zisserman 2004, 6.1) above a plane; raises `ScaleError` for impossible values."""
     if not (math.isfinite(mm_per_pixel) and mm_per_pixel > 0):
@@ -86,8 +85,7 @@ def camera_view(
     if not (math.isfinite(distance) and distance > 0):
         raise ScaleError(f"The distance of the camera is {distance:g} mm: give a positive number.")
     sin, cos = math.sin(math.radians(elevation)), math.cos(math.radians(elevation))
-    turn, lens = math.radians(roll), mm_per_pixel / distance
+    lens = mm_per_pixel / distance
     middle = np.array([[1, 0, -photo[0] / 2], [0, 1, -photo[1] / 2], [0, 0, 1.0]])
-    upright = np.array([[math.cos(turn), math.sin(turn), 0], [-math.sin(turn), math.cos(turn), 0], [0, 0, 1.0]])
     ground = np.array([[mm_per_pixel * sin, 0, 0], [0, -mm_per_pixel, 0], [0, lens * cos, sin]])
-    return TableView(ground @ upright @ middle, (0.0, -distance * cos, distance * sin))
+    return TableView(ground @ middle, (0.0, -distance * cos, distance * sin))

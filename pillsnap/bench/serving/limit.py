@@ -43,7 +43,8 @@ def engine_calls(
 
         return None if call is None else record
 
-    prediction = Identifier(recording("classify"), recording("detect"), identifier.rules).identify(image, "single")
+    recorded = Identifier(recording("classify"), recording("detect"), identifier.rules, identifier.outline)
+    prediction = recorded.identify(image, "single")
     return calls, prediction.pills[0].code
 
 

@@ -170,7 +170,7 @@ export const TEXT = {
       [/^(\S+) is in the list of expected drugs more than once/,
         (code) => `${code}이(가) 목록에 여러 번 있습니다. 두 알이면 ${code}*2로 써 주세요.`],
       [/^No pill was detected, so there is no outline/, () => "알약을 찾지 못해 윤곽이 없습니다."],
-      [/^Pill ([\d, ]+) has no outline/, (numbers) => `알약 ${numbers}의 윤곽을 배경과 구별하지 못했습니다.`],
+      [/^No outline for pill ([\d, ]+):/, (numbers) => `알약 ${numbers}의 윤곽을 배경과 구별하지 못했습니다.`],
       [/^The card was not found/, () => "카드를 찾지 못해 크기를 재지 못했습니다. 카드 전체가 보이게 알약 옆에 놓아 주세요."],
       [/^The coin was not found/, () => "동전을 찾지 못해 크기를 재지 못했습니다. 알약과 떨어지게 놓고 바로 위에서 찍어 주세요."],
       [/^No pill was found in the photo/, () => "사진에서 알약을 찾지 못했습니다."],
