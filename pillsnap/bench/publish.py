@@ -37,6 +37,7 @@ REPORTS = {  # name in results/ -> where the command writes it
     "search": "runs/bench/search.json",
     "color": "runs/bench/color.json",
     "quality": "runs/bench/quality.json",
+    "masks": "runs/bench/masks.json",
 }
 HEAD = ("benchmark", "revision", "date", "machine", "versions", "goals", "seconds")
 

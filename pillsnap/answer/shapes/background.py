@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 
 from .masks import PillMask, grid_size
+from ...runtime.letterbox import GREY
 from ...runtime.outlines import check_size
 
 # %% auto #0
@@ -23,10 +24,10 @@ def cut_out(
     crop: np.ndarray,  # RGB, uint8, (size, size, 3)
     mask: np.ndarray,  # (size, size), how much of each pixel is the pill's, 0 to 1, or bool
 ) -> np.ndarray:  # RGB, uint8, (size, size, 3)
-    """The pill of a crop on black; raises `OutlineError` for a mask of another size."""
+    """The pill of a crop on grey; raises `OutlineError` for a mask of another size."""
     check_size((mask.shape[1], mask.shape[0]), (crop.shape[1], crop.shape[0]))
     soft = cv2.GaussianBlur(mask.astype(np.float32), (0, 0), max(0.6, _SOFT * len(crop)))
-    pill: np.ndarray = np.rint(crop * soft[..., None]).astype(np.uint8)
+    pill: np.ndarray = np.rint(GREY + (crop.astype(np.float32) - GREY) * soft[..., None]).astype(np.uint8)
     return pill
 
 # %% ../../../nbs/answer/shapes/01_background.ipynb #74372c64
@@ -60,5 +61,5 @@ def remove_background(
     crop: np.ndarray,  # RGB, uint8, (size, size, 3)
     cover: np.ndarray,  # float32 (size, size), 0 to 1, from `crop_cover`
 ) -> np.ndarray:  # RGB, uint8, (size, size, 3)
-    """The pill of a crop on black; where hardly anything was outlined, the crop as it is."""
+    """The pill of a crop on grey; where hardly anything was outlined, the crop as it is."""
     return cut_out(crop, cover) if cover.mean() >= _LEAST else crop

@@ -43,7 +43,7 @@ def cut_crop(
     mask: PillMask,  # of its pill
     box: Box,  # of the pill, pixels
 ) -> np.ndarray:  # RGB, uint8, (side, side, 3)
-    """A pill on black; with its background where the mask misses it."""
+    """A pill on grey; with its background where the mask misses it."""
     photo = (image.shape[1], image.shape[0])
     cover = crop_cover(mask, crop_window(box, _MARGIN, *photo), photo, _SIDE)
     return remove_background(crop_pill(image, box, _MARGIN, _SIDE), cover)
