@@ -182,7 +182,8 @@ function pill(answer, index, all) {
     make("div", { class: "level" },
       make("p", { class: "verdict" }, say(answer.sure ? "sure" : "compare")), confidence(answer.confidence)),
     facts(answer, [
-      ...(whole ? [[say("detection"), say("whole")]] : []), ...(answer.imprint ? [[say("imprint"), answer.imprint]] : [])
+      ...(whole ? [[say("detection"), say("whole")]] : []),
+      ...(answer.imprint ? [[say("imprint"), answer.imprint]] : [])
     ]),
     answer.sure ? null
       : make("button", { type: "button", onclick: () => look.fill(seen(answer)) }, say("look_this")),
@@ -192,7 +193,7 @@ function pill(answer, index, all) {
         make("li", {}, make("b", {}, nameOf(candidate)), confidence(candidate.confidence), facts(candidate))))));
 }
 
-function seen({ confidence: best, candidates, imprint: read }) { // what was read, and what the likely drugs have in common, in English
+function seen({ confidence: best, candidates, imprint: read }) { // what the search is filled with
   const likely = candidates.filter(({ confidence: share }) => share >= best / 2);
   const english = (text) => (text ?? "").split(",").map((word) => word.trim())
     .map((word) => WORDS.find(([korean]) => korean === word)?.[1] ?? word).filter(Boolean);
