@@ -107,6 +107,9 @@ def test_a_sure_pill_is_not_read(client: TestClient):
 
 
 def test_what_is_read_puts_the_candidates_of_a_doubtful_pill_in_order(client: TestClient):
+    identifier = client.app.state.service.loaded().identifier
+    classify = identifier.classify
+    identifier.classify = lambda crops: np.asarray(classify(crops)) / 10  # as likely as each other, nearly
     doubting(client, None, {})
     before = pills(client, top_k=3)
     second = [pill["candidates"][1]["code"] for pill in before]
