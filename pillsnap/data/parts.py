@@ -10,30 +10,15 @@ import polars as pl
 from ..config.schema import Settings
 from .manifest import Dataset
 from .reading.records import DataError
+from .samples import networks_of, rows_with_outline
 from .scan.summary import counted
 from .splits.group_split import LEAST_TO_HOLD_OUT
 from ..runlog import decide
 
 # %% auto #0
-__all__ = ['rows_with_outline', 'networks_of', 'rows_of', 'check_parts']
+__all__ = ['rows_of', 'check_parts']
 
 # %% ../../nbs/data/07_parts.ipynb #0d7371ff
-def rows_with_outline(
-    manifest: pl.DataFrame,  # of a run; one from before outlines were read has no column for them
-) -> pl.DataFrame:  # pills whose label has an outline
-    """Rows that have a mask."""
-    return manifest.filter(pl.col("outline") != "") if "outline" in manifest.columns else manifest.clear()
-
-
-def networks_of(
-    settings: Settings,  # train is read
-) -> tuple[str, ...]:  # of classifier, detector, segmenter
-    """The networks that a run trains."""
-    if settings.train.only:
-        return (settings.train.only,)
-    return ("detector", "classifier", *(["segmenter"] if settings.train.segmenter.interleaved else []))
-
-
 def rows_of(
     manifest: pl.DataFrame,  # of the run
     network: str,  # classifier, detector or segmenter

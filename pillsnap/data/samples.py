@@ -23,7 +23,23 @@ if TYPE_CHECKING:
     import polars as pl
 
 # %% auto #0
-__all__ = ['Samples', 'background_of', 'classifier_samples', 'detector_samples']
+__all__ = ['rows_with_outline', 'networks_of', 'Samples', 'background_of', 'classifier_samples', 'detector_samples']
+
+# %% ../../nbs/data/02_samples.ipynb #09e8eb55
+def rows_with_outline(
+    manifest: pl.DataFrame,  # of a run; one from before outlines were read has no column for them
+) -> pl.DataFrame:  # pills whose label has an outline
+    """Rows that have a mask."""
+    return manifest.filter(manifest["outline"] != "") if "outline" in manifest.columns else manifest.clear()
+
+
+def networks_of(
+    settings: Settings,  # train is read
+) -> tuple[str, ...]:  # of classifier, detector, segmenter
+    """The networks that a run trains."""
+    if settings.train.only:
+        return (settings.train.only,)
+    return ("detector", "classifier", *(["segmenter"] if settings.train.segmenter.interleaved else []))
 
 # %% ../../nbs/data/02_samples.ipynb #a4d234e5
 @dataclass

@@ -24,8 +24,8 @@ from ..atomic import write_json
 from ..config.schema import Settings
 from ..data.manifest import Dataset
 from ..data.moved import dataset_of_run
-from ..data.parts import rows_with_outline
 from ..data.reading.photo_files import decode_photo, read_photo
+from ..data.samples import rows_with_outline
 from ..masks.evaluate_outlines import evaluate_outlines
 from pillsnap.metrics import (
     NothingToEvaluate,

@@ -18,7 +18,7 @@ from ..config.schema import Settings
 from ..data.cache.crop_store import Crop, Crops
 from ..data.cache.open import open_store
 from ..data.manifest import Dataset
-from ..data.parts import rows_with_outline
+from ..data.samples import rows_with_outline
 from ..evaluation.evaluate import TruePhoto, true_photos
 from .compare import Samples, cover_classes
 from .onnx import ExportError

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
-import polars as pl
 import torch
 
 from ..answer.outlines import OUTLINE_MARGIN, box_in_crop, crop_mask
@@ -17,10 +17,12 @@ from ..config.schema import Settings
 from ..data.cache.budget import Budget
 from ..data.cache.crop_store import Crops
 from ..data.cache.open import open_store
-from ..data.parts import rows_with_outline
-from ..data.samples import Samples
+from ..data.samples import Samples, rows_with_outline
 from ..runtime.boxes import Box
 from ..runtime.outlines import mask_of
+
+if TYPE_CHECKING:
+    import polars as pl
 
 # %% auto #0
 __all__ = ['MaskSamples', 'segmenter_samples']
@@ -65,7 +67,7 @@ def segmenter_samples(
     """Crops of all pills with an outline, and where their boxes lie in them."""
     rows, size = rows_with_outline(manifest), settings.model.segmenter.image_size
     if settings.train.segmenter.boxes:
-        rows = manifest.filter((pl.col("outline") != "") | (pl.col("split") == "train"))
+        rows = manifest.filter((manifest["outline"] != "") | (manifest["split"] == "train"))
     corners = rows.select("x1", "y1", "x2", "y2").to_numpy().astype(np.float64)
     data, sizes = settings.data, rows.select("width", "height").to_numpy().astype(np.int64)
     store = open_store(

@@ -19,8 +19,7 @@ from ..answer.rules import Rules
 from ..answer.shapes.background import KEEP, REMOVE
 from ..config.schema import Settings
 from ..data.cache.budget import Budget, reads_per_byte
-from ..data.parts import networks_of
-from ..data.samples import Samples, background_of, classifier_samples, detector_samples
+from ..data.samples import Samples, background_of, classifier_samples, detector_samples, networks_of
 from ..masks.mask_samples import segmenter_samples
 from ..masks.network import build_segmenter
 from ..models.classifier import build_classifier, normalisation

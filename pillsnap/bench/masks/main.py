@@ -30,9 +30,9 @@ from ..report import goal, goal_lines, report_head, run_benchmark, spread
 from ...color.data.pills import read_photos
 from ...config.load import load_settings
 from ...data.manifest import prepare_data
-from ...data.parts import rows_with_outline
 from ...data.readers.layouts import read_all
 from ...data.reading.photo_files import decode_photo
+from ...data.samples import rows_with_outline
 from ...masks.cutouts import CutoutArchive
 from ...masks.evaluate_outlines import evaluate_outlines
 from ...masks.write import Part, divide
