@@ -90,7 +90,10 @@ def test_everything_in_small(data: Path, capsys: pytest.CaptureFixture[str]):
     assert set(report["values"]["top1"]["tray"]) == {"none", "gray_world", "shades_of_gray", "learned"}
     found = report["values"]["lights"]["tray"]
     assert found["learned"]["warm"]["median"] < found["none"]["warm"]["median"] / 2, "a uniform light is taken out"
-    assert set(report["values"]["fitted"]) == set(report["values"]["learned"]) == {"brightness", "color", "level"}
+    fitted, served = report["values"]["fitted"], report["values"]["learned"]
+    assert set(fitted) == set(served) == {"brightness", "color", "level", "pill", "white"}
+    assert sum(fitted["brightness"]) == pytest.approx(1, abs=1e-3) == sum(served["color"])
+    assert fitted["white"] != served["white"], "that of these studio photos"
     low, high = report["values"]["intervals"]["tray"]["light_loss"]
     assert low <= goals["tray_light_loss"]["value"] <= high
     assert "nilut kilobytes" in capsys.readouterr().out

@@ -15,6 +15,7 @@ import psutil
 import pytest
 from conftest import HEAD, goal_values
 
+from pillsnap.answer.factory import load_identifier
 from pillsnap.bench.errors import BenchError
 from pillsnap.bench.report import is_met
 from pillsnap.bench.serving import main as serve
@@ -167,6 +168,16 @@ def test_start_memory_and_long_load_are_measured(report: dict, run: Path) -> Non
 
 def options(run: Path, out: Path, *more: str) -> Namespace:
     return serve.parse(["--run", str(run), "--out", str(out), *SHORT, *more])
+
+
+def test_the_service_and_the_limit_correct_colours(run: Path, tmp_path: Path) -> None:
+    words = ("--color", "learned", "--peers", "--soak-minutes", "0")
+    report = serve.bench_serve(options(run, tmp_path / "out", *words))
+    assert goal_values(report)["single_p95_over_limit"] > 0 and report["setup"]["color"] == "learned"
+    assert 2 <= report["setup"]["photos"]["engine_calls"] <= 3, "the correction is no call of the engine"
+    assert report["servers"]["ours"]["1"]["errors"] == report["servers"]["ours"]["1"]["other_drug"] == 0
+    folder = session.with_color(run / "export", "learned", tmp_path / "models")
+    assert load_identifier(folder).rules.color == "learned" and load_identifier(run / "export").rules.color == "none"
 
 
 def test_errors_and_the_end_of_a_server_are_in_the_report(

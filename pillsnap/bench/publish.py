@@ -35,6 +35,9 @@ REPORTS = {  # name in results/ -> where the command writes it
     "infer": "runs/bench/infer.json",
     "serve": "runs/bench/serve.json",
     "search": "runs/bench/search.json",
+    "color": "runs/bench/color.json",
+    "quality": "runs/bench/quality.json",
+    "masks": "runs/bench/masks.json",
 }
 HEAD = ("benchmark", "revision", "date", "machine", "versions", "goals", "seconds")
 

@@ -8,10 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from .report import is_met
+
 # %% auto #0
 __all__ = ['Report', 'Rows', 'TABLES', 'markdown', 'machine_text', 'value_of', 'demo_rows', 'demo_rows_korean',
            'demo_seconds_rows', 'loader_rows', 'label_rows', 'training_rows', 'accuracy_rows', 'engine_rows',
-           'server_rows', 'service_rows', 'search_rows']
+           'server_rows', 'goal_rows', 'service_rows', 'search_rows', 'outline_rows', 'quality_rows', 'color_rows',
+           'color_phone_rows']
 
 # %% ../../nbs/bench/03_tables.ipynb #47c96541
 Report = Mapping[str, Any]
@@ -245,15 +248,23 @@ def server_rows(
     return rows
 
 
+def goal_rows(
+    report: Report,  # of any benchmark
+    title: str = "goal",  # above the names
+) -> Rows:
+    """All goals and their values."""
+    rows = [[title, "measured", "goal"]]
+    for item in report["goals"]:
+        bound = f"at least {item['at_least']:g}" if "at_least" in item else f"at most {item['at_most']:g}"
+        rows.append([item["name"].replace("_", " "), f"{item['value']:.4g}", bound])
+    return rows
+
+
 def service_rows(
     report: Report,  # of the serving benchmark
 ) -> Rows:
     """The goals of the service, and its long load."""
-    rows = [["the service", "measured", "goal"]]
-    for item in report["goals"]:
-        bound = f"at least {item['at_least']:g}" if "at_least" in item else f"at most {item['at_most']:g}"
-        rows.append([item["name"].replace("_", " "), f"{item['value']:.4g}", bound])
-    soak = report["soak"]
+    rows, soak = goal_rows(report, "the service"), report["soak"]
     label = f"{soak['minutes']:g} minutes of {soak['clients']} clients"
     drift = f"{soak['memory_slope_mb_per_minute']:.2f} MB a minute, {soak['answers']:,} responses"
     return [*rows, [label, drift, ""]]
@@ -272,6 +283,71 @@ def search_rows(
         rows.append([f"p50 / p95 of {count:,} records", "", f"{times['p50']:.1f} / {times['p95']:.1f} ms", "", "", ""])
     return rows
 
+# %% ../../nbs/bench/03_tables.ipynb #2df8cef1
+_OUTLINES = {
+    "sample_map": "rendered pills, from the photo on: mask mAP@0.5:0.95",
+    "sample_miou": "rendered pills, true boxes: mean IoU",
+    "sample_boundary_f": "rendered pills, true boxes: boundary F at 2 pixels",
+    "composed_miou": "composed real pills, true boxes: mean IoU",
+    "touching_separated": "touching pairs, both pills with IoU of 0.75 or more",
+    "outside_box": "photos of hands and tables: pixels outside of the labelled box",
+    "size_error": "length and width of rendered pills, median error",
+    "phone_cutout_gain": "photos of phones among studio photos: gain of top-5 without background",
+    "crop_ms": "one pill on two cores, ms",
+}
+_KINDS = {
+    "_box_iou": "box around the mask against the labelled one, median IoU: {}",
+    "_cutout_gain": "gallery of five photos of each drug: gain of top-1 without background: {}",
+}
+
+
+def outline_rows(
+    report: Report,  # of the masks benchmark
+) -> Rows:
+    """The goals, with the number of pills, pairs or photos."""
+    rows = [["outlines", "measured", "goal", "number"]]
+    for item in report["goals"]:
+        name = item["name"]
+        texts = [text.format(name.removesuffix(kind)) for kind, text in _KINDS.items() if name.endswith(kind)]
+        bound = f"at least {item['at_least']:g}" if "at_least" in item else f"at most {item['at_most']:g}"
+        rows.append([_OUTLINES.get(name) or texts[0], f"{item['value']:.3f}", bound, f"{item['n']:,}"])
+    return rows
+
+# %% ../../nbs/bench/03_tables.ipynb #310218a0
+def quality_rows(
+    report: Report,  # of the benchmark of photo quality
+) -> Rows:
+    """The goals of photo quality."""
+    rows = [["photo quality", "measured", "goal", ""]]
+    for item in report["goals"]:
+        value = "" if item["value"] is None else f"{item['value']:.3g}"
+        bound = f"at least {item['at_least']:g}" if "at_least" in item else f"at most {item['at_most']:g}"
+        rows.append([item["name"].replace("_", " "), value, bound, "met" if is_met(item) else "not met"])
+    return rows
+
+# %% ../../nbs/bench/03_tables.ipynb #c01ab5e2
+def color_rows(
+    report: Report,  # of the colour benchmark
+) -> Rows:
+    """Top-1 of each dataset and correction, in the photos' own light and in the others."""
+    found = report["values"]["top1"]
+    lights = list(next(iter(next(iter(found.values())).values())))
+    rows = [["photos, rule", *lights]]
+    for name, rules in found.items():
+        rows += [[f"{name}, `{rule}`", *(f"{top[light]:.3f}" for light in lights)] for rule, top in rules.items()]
+    return rows
+
+
+def color_phone_rows(
+    report: Report,  # of the colour benchmark
+) -> Rows:
+    """Phone photos next to studio photos, with each correction."""
+    rows = [["phone photos, rule", "dE2000 of the pill, median", "95th percentile", "top-1", "top-5", "top-20"]]
+    for rule, found in report["values"]["phone"].items():
+        tops = (f"{found[f'top{top}']:.3f}" for top in (1, 5, 20))
+        rows.append([f"`{rule}`", f"{found['median']:.1f}", f"{found['p95']:.1f}", *tops])
+    return rows
+
 # %% ../../nbs/bench/03_tables.ipynb #c116871d
 TABLES: dict[str, tuple[str, Callable[[Report], Rows]]] = {  # name -> report, function
     "demo": ("demo", demo_rows),
@@ -285,4 +361,9 @@ TABLES: dict[str, tuple[str, Callable[[Report], Rows]]] = {  # name -> report, f
     "servers": ("serve", server_rows),
     "service": ("serve", service_rows),
     "search": ("search", search_rows),
+    "color": ("color", color_rows),
+    "color-phones": ("color", color_phone_rows),
+    "color-goals": ("color", goal_rows),
+    "quality": ("quality", quality_rows),
+    "outlines": ("masks", outline_rows),
 }

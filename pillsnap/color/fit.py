@@ -5,16 +5,18 @@
 # %% ../../nbs/color/05_fit.ipynb #38be4d8b
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 
+import cv2
 import numpy as np
 
 from ..answer.color.balance import gain_table
-from ..answer.color.learned import EDGES, FEATURES, LightWeights, light_features, mixed_color
+from ..answer.color.learned import EDGES, FEATURES, LightWeights, light_features, mixed_color, pill_light
 from ..answer.color.surroundings import surroundings
+from ..answer.crops import crop_pill
 from .data.light import draw_light, relight
 from .data.pills import PillPhoto, histogram, pill_pixels
 from .data.studio import photo_bytes
@@ -23,7 +25,7 @@ from ..runtime.color.spaces import to_lab, to_linear
 from ..runtime.images import decode_image
 
 # %% auto #0
-__all__ = ['FitError', 'LightSample', 'light_samples', 'light_score', 'fit_light', 'studio_brightness']
+__all__ = ['Embed', 'FitError', 'LightSample', 'light_samples', 'light_score', 'fit_light', 'studio_white']
 
 # %% ../../nbs/color/05_fit.ipynb #a6d61f6a
 class FitError(PillsnapError):
@@ -35,7 +37,9 @@ class LightSample:
     """A pill and what surrounds it."""
 
     features: np.ndarray  # (features, 3), log2 of linear light
+    pill: np.ndarray  # (3,), log2 of the linear light of the pill
     pixels: np.ndarray  # RGB, uint8, (n, 3): the colours of the pill
+    crop: np.ndarray  # RGB, uint8, (side, side, 3), for a network
     drug: str
     source: str  # the same for all copies of a photo
     drawn: bool  # whether the light was drawn
@@ -50,6 +54,7 @@ def _taken(photo: PillPhoto, lights: int, rng: np.random.Generator) -> Iterator[
 
 
 _EVERY = 5  # pixels of a pill of which one is kept
+_SIDE = 128  # of a crop, pixels
 
 
 def light_samples(
@@ -68,94 +73,119 @@ def light_samples(
                 continue
             for box, code in zip(photo.boxes, photo.codes, strict=True):
                 pixels = pill_pixels(image, box)[::_EVERY]
-                found.append(LightSample(light_features(around, box), pixels, code, photo.source, drawn > 0))
+                pill = pill_light(around, box)
+                assert pill is not None, "there is a box"
+                crop = crop_pill(image, box, size=_SIDE)
+                features = light_features(around, box)
+                found.append(LightSample(features, pill, pixels, crop, code, photo.source, drawn > 0))
     if not found:
         raise FitError("No photo shows a pill with something around it: name photos that were not cut out.")
     return found
 
 # %% ../../nbs/color/05_fit.ipynb #6a39538b
-def _histograms(samples: Sequence[LightSample], weights: LightWeights) -> np.ndarray:
-    """Histograms of corrected colours."""
-    rows = []
+Embed = Callable[[Sequence[np.ndarray]], np.ndarray]  # crops (side, side, 3) -> unit vectors (n, numbers)
+
+
+def _vectors(samples: Sequence[LightSample], weights: LightWeights | None, embed: Embed | None) -> np.ndarray:
+    """Describe corrected pills; without weights they stay as they are."""
+    rows, crops = [], []
     for sample in samples:
-        table = gain_table(1 / mixed_color(sample.features, weights))
+        gains = np.ones(3) if weights is None else 1 / mixed_color(sample.features, weights, sample.pill)
+        table = gain_table(gains)
         corrected = np.stack([table[sample.pixels[:, channel], channel] for channel in range(3)], axis=1)
         rows.append(histogram(to_lab(corrected / 255)))
-    return np.stack(rows)
+        if embed is not None:
+            crops.append(cv2.LUT(sample.crop, table[:, None]))
+    histograms = np.stack(rows)
+    return histograms if embed is None else np.concatenate([histograms, embed(crops)], axis=1)
+
+
+def _found(samples: Sequence[LightSample], vectors: np.ndarray) -> tuple[float, float]:
+    """Top-1 in the photos' own light and in drawn lights, both halves of the sources asking the other."""
+    sources = sorted({sample.source for sample in samples})
+    half = set(np.random.default_rng(0).permutation(sources)[::2].tolist())
+    drugs, drawn = np.array([sample.drug for sample in samples]), np.array([sample.drawn for sample in samples])
+    first = np.array([sample.source in half for sample in samples])
+    hits, lit = [np.zeros(0)], [np.zeros(0, bool)]
+    for gallery in (first, ~first):
+        kept, asked = np.flatnonzero(gallery & ~drawn), np.flatnonzero(~gallery)
+        asked = asked[np.isin(drugs[asked], drugs[kept])]
+        if len(asked):
+            hits.append(drugs[kept[(vectors[asked] @ vectors[kept].T).argmax(axis=1)]] == drugs[asked])
+            lit.append(drawn[asked])
+    right, lights = np.concatenate(hits), np.concatenate(lit)
+    own, others = (float(right[lights == each].mean()) if (lights == each).any() else 0.0 for each in (False, True))
+    return own, others
 
 
 def light_score(
     samples: Sequence[LightSample],  # of one dataset
     weights: LightWeights,
-) -> float:  # mean of top-1 in the photos' own light and in drawn lights
+    embed: Embed | None = None,  # the frozen network; None: histograms alone
+) -> float:  # mean of top-1 in the photos' own light and in drawn lights, less what is lost in their own light
     """How well pills are found."""
-    sources = sorted({sample.source for sample in samples})
-    half = set(np.random.default_rng(0).permutation(sources)[::2].tolist())
-    drugs, drawn = np.array([sample.drug for sample in samples]), np.array([sample.drawn for sample in samples])
-    gallery = np.array([sample.source in half for sample in samples])
-    vectors = _histograms(samples, weights)
-    kept, asked = np.flatnonzero(gallery & ~drawn), np.flatnonzero(~gallery)
-    asked = asked[np.isin(drugs[asked], drugs[kept])]
-    if not len(asked):
-        return 0.0
-    right = drugs[kept[(vectors[asked] @ vectors[kept].T).argmax(axis=1)]] == drugs[asked]
-    parts = [right[drawn[asked] == lit] for lit in (False, True)]
-    return float(np.mean([part.mean() for part in parts if len(part)]))
+    own, lit = _found(samples, _vectors(samples, weights, embed))
+    uncorrected = _found(samples, _vectors(samples, None, embed))[0]
+    return (own + lit) / 2 - max(0.0, uncorrected - own)
 
 # %% ../../nbs/color/05_fit.ipynb #c0a39414
-def _mixtures(names: Sequence[str]) -> list[tuple[float, ...]]:
-    """Weights of each feature alone and of each pair, in the order of `FEATURES`."""
-    chosen = [(name,) for name in names] + list(combinations(names, 2))
-    return [tuple(1 / len(pair) if name in pair else 0.0 for name in FEATURES) for pair in chosen]
+_PILL = (0.0, 0.5, 0.7, 0.85, 1.0)  # weights of the pill that are tried
+_FINAL = 3  # mixtures that the network sees
 
 
-_FIRST = tuple(float(name == "quantile 0.75") for name in FEATURES)
+def _mixtures(names: Sequence[str], most: int) -> list[tuple[float, ...]]:
+    """Even weights of every one to `most` features, in the order of `FEATURES`."""
+    chosen = [each for count in range(1, most + 1) for each in combinations(names, count)]
+    return [tuple(1 / len(each) if name in each else 0.0 for name in FEATURES) for each in chosen]
+
+
+_FIRST = tuple(float(name == "mean, power 6") for name in FEATURES)
+
+
+def _best(
+    tried: Sequence[LightWeights], datasets: Sequence[Sequence[LightSample]], embed: Embed | None
+) -> LightWeights:
+    """The weights with the best mean score; a network sees the best of the histograms."""
+
+    def score(weights: LightWeights, network: Embed | None) -> float:
+        return float(np.mean([light_score(samples, weights, network) for samples in datasets]))
+
+    ranked = sorted(tried, key=lambda weights: -score(weights, None))
+    return ranked[0] if embed is None else max(ranked[:_FINAL], key=lambda weights: score(weights, embed))
 
 
 def fit_light(
     datasets: Sequence[Sequence[LightSample]],  # from `light_samples`
-    pill_brightness: float = -2.1,  # mean log2 of the linear light of pills in the studio
+    white: float = -1.24,  # log2 of linear light: brightest channel of a pill in the studio
+    embed: Embed | None = None,  # the frozen network; None: histograms alone
 ) -> LightWeights:
-    """Learn the weights, and the level at which pills get the brightness that they have in the studio."""
-
-    def score(weights: LightWeights) -> float:
-        return float(np.mean([light_score(samples, weights) for samples in datasets]))
-
-    level = _level(datasets, _FIRST, pill_brightness)
-    color = max(_mixtures(FEATURES), key=lambda each: score(LightWeights(_FIRST, each, level)))
+    """Learn the weights, and the level at which ground and pills agree about the exposure."""
+    first = LightWeights(_FIRST, _FIRST, 0.0, pill=0.85, white=white)
+    colors = [replace(first, color=color) for color in _mixtures(FEATURES, 3)]
+    color = _best([_leveled(datasets, weights) for weights in colors], datasets, embed)
     names = [name for name in FEATURES if name != EDGES]
-    brightness = max(
-        _mixtures(names),
-        key=lambda each: score(LightWeights(each, color, _level(datasets, each, pill_brightness))),
-    )
-    return LightWeights(brightness, color, _level(datasets, brightness, pill_brightness))
+    grounds = [replace(color, brightness=brightness) for brightness in _mixtures(names, 2)]
+    ground = _best([_leveled(datasets, weights) for weights in grounds], datasets, embed)
+    return _best([replace(ground, pill=pill) for pill in _PILL], datasets, embed)
 
 
-def _level(
-    datasets: Sequence[Sequence[LightSample]],
-    brightness: tuple[float, ...],  # weights
-    wanted: float,  # mean log2 of the linear light of pills
-) -> float:
-    """The level that gives pills in their own light a brightness."""
-    differences = [
-        np.mean(
-            [
-                np.log2(np.maximum(to_linear(np.median(sample.pixels, axis=0) / 255), 1e-4)).mean()
-                - np.asarray(brightness) @ sample.features.mean(axis=1)
-                for sample in samples
-                if not sample.drawn
-            ]
-        )
-        for samples in datasets
-    ]
-    return round(wanted - float(np.mean(differences)), 3)
+def _leveled(datasets: Sequence[Sequence[LightSample]], weights: LightWeights) -> LightWeights:
+    """The weights with the level at which most pills are as bright as in the studio."""
+    levels = []
+    for samples in datasets:
+        own = [sample for sample in samples if not sample.drawn]
+        brightness = [np.asarray(weights.brightness) @ sample.features.mean(axis=1) for sample in own]
+        cast = [np.asarray(weights.color) @ (each.features - each.features.mean(axis=1)[:, None]) for each in own]
+        pills = [float((sample.pill - each).max()) for sample, each in zip(own, cast, strict=True)]
+        levels.append(float(np.median(np.array(brightness) - np.array(pills))) + weights.white)
+    return replace(weights, level=round(float(np.mean(levels)), 3))
 
 # %% ../../nbs/color/05_fit.ipynb #5f01a667
-def studio_brightness(
+def studio_white(
     studio: Path,  # folder or ZIP file with photos of pills that are cut out on black
     most: int = 1000,  # photos that are read
-) -> float:  # mean log2 of linear light
-    """How bright pills are in the studio."""
+) -> float:  # log2 of linear light
+    """How bright pills are in the studio; raises `FitError` where no photo can be read."""
     found = []
     for number, (name, data) in enumerate(photo_bytes(studio)):
         if number == most:
@@ -163,7 +193,7 @@ def studio_brightness(
         image = decode_image(data, name=name)
         inside = image[image.max(axis=2) > 16]
         if len(inside):
-            found.append(float(np.log2(np.maximum(to_linear(np.median(inside, axis=0) / 255), 1e-4)).mean()))
+            found.append(float(np.log2(np.maximum(to_linear(np.median(inside, axis=0).max() / 255), 1e-4))))
     if not found:
         raise FitError(f"There is no photo in {studio} that can be read: name the file with studio photos.")
-    return float(np.mean(found))
+    return round(float(np.median(found)), 3)

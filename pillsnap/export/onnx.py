@@ -34,7 +34,7 @@ class ExportError(PillsnapError):
 class Source:
     """A trained network and what its files carry."""
 
-    task: str  # classifier or detector
+    task: str  # classifier, detector or segmenter
     network: nn.Module  # one tensor in, one or two out; on the CPU, in evaluation mode
     size: int  # side of an image, pixels
     metadata: dict[str, Any]  # rules, name of the network, revisions
@@ -47,9 +47,9 @@ class Source:
     @property
     def outputs(self) -> list[str]:
         """Names of the network's outputs."""
-        if self.task == "detector":
-            return ["detections"]
-        return ["logits", "embeddings"] if isinstance(self.network, PillNetwork) else ["logits"]
+        if isinstance(self.network, PillNetwork):
+            return ["logits", "embeddings"]
+        return [{"classifier": "logits", "detector": "detections", "segmenter": "masks"}[self.task]]
 
     def example(
         self,

@@ -21,9 +21,9 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 
 from ..atomic import replacing, write_json
-from ..evaluation.evaluate import as_arrays, torch_forward
+from ..evaluation.evaluate import torch_forward
 from .onnx import ExportError, Source, traceable
-from ..models.classifier import PillNetwork
+from ..models.classifier import PillNetwork, as_arrays
 from ..models.detector import RawDetections, detector_network
 from ..runtime.session import Network
 

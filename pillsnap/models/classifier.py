@@ -9,6 +9,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import timm
 import torch
 from timm.data.config import resolve_model_data_config
@@ -19,7 +20,8 @@ from ..config.schema import SettingsError
 from ..runlog import decide
 
 # %% auto #0
-__all__ = ['PACKAGED_WEIGHTS', 'EMBEDDING_SIZE', 'packaged_state', 'PillNetwork', 'build_classifier', 'normalisation']
+__all__ = ['PACKAGED_WEIGHTS', 'EMBEDDING_SIZE', 'packaged_state', 'PillNetwork', 'as_arrays', 'build_classifier',
+           'normalisation']
 
 # %% ../../nbs/models/00_classifier.ipynb #094518eb
 PACKAGED_WEIGHTS = {  # timm name -> import name of the package that carries its weights
@@ -84,6 +86,14 @@ class PillNetwork(nn.Module):
     ) -> None:
         """Gradient checkpointing of the timm network, where it has it."""
         cast(Any, self.body).set_grad_checkpointing(enable)
+
+
+def as_arrays(
+    computed: torch.Tensor | tuple[torch.Tensor, ...],  # of a network with one output or several
+) -> tuple[np.ndarray, ...]:  # float32
+    """Convert the outputs of a network."""
+    tensors = computed if isinstance(computed, tuple) else (computed,)
+    return tuple(tensor.float().cpu().numpy() for tensor in tensors)
 
 # %% ../../nbs/models/00_classifier.ipynb #4bb4e33e
 def build_classifier(

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from ..answer.gallery.gallery_file import GALLERY_FILE, settle_gallery
 from ..answer.gallery.recognise import open_identifier
+from ..answer.outlines import SEGMENTER_FILE
+from ..answer.quality.judge import QUALITY_FILE, find_judge
 from ..atomic import replacing
 from ..config.schema import Settings
 from pillsnap.registry.store import (
@@ -29,13 +31,17 @@ from .versions import promote, promoted, pull, push, rollback
 from ..runtime.engines import TASKS
 
 # %% auto #0
-__all__ = ['run_files', 'exported_networks', 'push_run', 'files_to_push', 'pull_models', 'describe_store', 'describe_version',
-           'configured_store', 'run_models_command']
+__all__ = ['QUALITY', 'STORED', 'run_files', 'exported_networks', 'push_run', 'files_to_push', 'pull_models', 'describe_store',
+           'describe_version', 'configured_store', 'run_models_command']
 
 # %% ../../nbs/registry/03_release.ipynb #21a5f99d
+QUALITY = "quality"
+STORED = (*TASKS, QUALITY)  # tasks that a run may have
+
+
 def run_files(
     run: Path,  # run folder
-    task: str,  # classifier or detector
+    task: str,  # one of STORED
     resumable: bool = False,  # also last.pt, from which training resumes
 ) -> dict[str, Path]:  # name in the store -> file
     """Files of a run that make a version; raises `StoreError` when its export is missing or has failed."""
@@ -50,6 +56,8 @@ def run_files(
             f"The export of {run} has failed its comparison ({report} says why): "
             "only models that answer as they were trained are pushed."
         )
+    if task == QUALITY:  # its own training has compared it with its network
+        return {"model.onnx": Path(run) / "export" / QUALITY_FILE}
     files = {
         "best.pt": Path(run) / f"best_{task}.pt",
         "model.onnx": Path(run) / "export" / f"{task}.onnx",
@@ -64,13 +72,14 @@ def run_files(
 
 def exported_networks(
     run: Path,  # run folder
-) -> Sequence[str]:  # classifier, detector, or both
+) -> Sequence[str]:  # classifier, detector, or both, and quality where its file lies beside them
     """Networks of a run's export; both where nothing tells."""
+    beside = [QUALITY] if (Path(run) / "export" / QUALITY_FILE).is_file() else []
     try:
         report = json.loads((Path(run) / "export" / "export_report.json").read_text(encoding="utf-8"))
-        return list(report.get("networks", TASKS))
+        return [*report.get("networks", TASKS), *beside]
     except (OSError, ValueError, AttributeError):
-        return TASKS
+        return [*TASKS, *beside]
 
 
 def push_run(
@@ -99,7 +108,8 @@ def files_to_push(
 # %% ../../nbs/registry/03_release.ipynb #fc0a3e3b
 def pull_models(
     store: ModelStore,
-    folder: Path,  # gets classifier.onnx and detector.onnx, and the gallery of the classifier, if it has one
+    # gets classifier.onnx, detector.onnx, quality.onnx where one is promoted or numbered, and the classifier's gallery
+    folder: Path,
     cache: Path,  # folder that keeps pulled versions
     numbers: Mapping[str, int],  # task -> version; a missing task gets the promoted one
 ) -> dict[str, int]:  # task -> version in the folder
@@ -107,17 +117,22 @@ def pull_models(
 
     Raises `StoreError`, or `ModelError` for files that can't be served together; the folder does not change then.
     """
-    chosen = {task: numbers.get(task) or promoted(store, task) for task in TASKS}
+    chosen = {task: numbers.get(task) or promoted(store, task) for task in STORED}
+    if chosen[QUALITY] is None:
+        del chosen[QUALITY]  # photos are not judged
     folders = {task: pull(store, task, number, cache) for task, number in chosen.items()}
     pulled = {f"{task}.onnx": versions / "model.onnx" for task, versions in folders.items()}
     gallery = folders["classifier"] / GALLERY_FILE
     tried = pulled | ({GALLERY_FILE: gallery} if gallery.is_file() else {})
+    if (segmenter := Path(folder) / SEGMENTER_FILE).is_file():
+        tried[SEGMENTER_FILE] = segmenter
     Path(cache).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="trial-", dir=cache) as trial:
         for name, path in tried.items():
             (Path(trial) / name).symlink_to(path.resolve())
         metadata = getattr(open_identifier(Path(trial)).classify, "metadata", {})
-    with ExitStack() as stack:  # both are written before the first takes its place
+        find_judge(Path(trial))
+    with ExitStack() as stack:  # all are written before the first takes its place
         for name, path in pulled.items():
             shutil.copyfile(path, stack.enter_context(replacing(Path(folder) / name)))
     settle_gallery(folder, metadata.get("weights_sha256", ""), tried.get(GALLERY_FILE))
@@ -144,7 +159,7 @@ def describe_store(
 
 def describe_version(
     store: ModelStore,
-    task: str,  # classifier or detector
+    task: str,  # one of STORED
     number: int | None,  # None: the promoted one
 ) -> str:
     """Describe one version with its files and hashes; raises `StoreError`."""
@@ -172,12 +187,14 @@ def configured_store(
 def _parse(command: str, arguments: Sequence[str]) -> tuple[str, int]:
     """Parse task and version, "" and 0 where they are missing; raises `StoreError` for invalid ones."""
     task, number = (*arguments, "", "")[:2]
-    if len(arguments) > 2 or task not in ("", *TASKS):
-        raise StoreError(f"{' '.join(arguments)!r} is not understood: name classifier or detector, and a version.")
+    if len(arguments) > 2 or task not in ("", *STORED):
+        raise StoreError(
+            f"{' '.join(arguments)!r} is not understood: name classifier, detector or quality, and a version."
+        )
     if number and not (number.isdecimal() and int(number)):
         raise StoreError(f"{number!r} is no version: name its number, for example 3.")
     if command in ("show", "promote", "rollback") and not task:
-        raise StoreError(f"Of which network should {command} be done? Name classifier or detector.")
+        raise StoreError(f"Of which network should {command} be done? Name classifier, detector or quality.")
     if command == "promote" and not number:
         raise StoreError(f"Name which version of the {task} should be promoted; `pillsnap models list` shows them.")
     return task, int(number or 0)

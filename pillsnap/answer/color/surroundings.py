@@ -22,6 +22,7 @@ _SIDE = 256  # longer side of the small copy, pixels
 _MARGIN = 0.1  # fraction of a box's longer side that is left out around it
 _BLACK, _CLIPPED = 7, 250  # levels of the brightest channel
 _EDGE = 0.1  # of the light; what changes less is noise, which has no colour of the light
+_INSIDE = 0.8  # axes of the ellipse, fraction of the box
 _LINEAR = to_linear(np.arange(256) / 255)
 
 
@@ -66,6 +67,18 @@ class Surroundings:
         """What is seen around one pill."""
         rows, columns = _span(np.asarray(box) * self.scale, reach)
         return _light(self.small[rows, columns][self.seen[rows, columns]])
+
+    def pill(
+        self,
+        box: Box,  # pixels of the photo
+    ) -> np.ndarray:  # median linear light (3,)
+        """How a pill itself looks: inside of an ellipse in its box."""
+        rows, columns = _span(np.asarray(box) * self.scale, 0)
+        part = self.small[rows, columns]
+        y, x = (np.linspace(-1, 1, size) if size > 1 else np.zeros(1) for size in part.shape[:2])
+        inside = part[y[:, None] ** 2 + x[None] ** 2 <= _INSIDE**2]
+        median: np.ndarray = np.median(_light(inside), axis=0)
+        return median
 
 
 def _span(box: np.ndarray, reach: float) -> tuple[slice, slice]:

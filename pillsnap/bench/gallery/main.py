@@ -91,7 +91,7 @@ def search_milliseconds(
     vectors = generator.normal(size=(count, size)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     codes = [f"K-{number // 20:06d}" for number in range(count)]
-    items = tuple(Reference((code,), "", row, b"", str(number)) for number, (code, row) in enumerate(zip(codes, vectors)))
+    items = tuple(Reference((codes[number],), "", row, b"", str(number)) for number, row in enumerate(vectors))
     search = Search(Gallery("drawn", {code: Drug(code, code) for code in set(codes)}, items))
     times = []
     for row in vectors[generator.integers(count, size=repeats)]:
@@ -160,10 +160,13 @@ def bench_gallery(
         pills = embed_set(identifier, root, work, leave_out=("Unknown",))
         found, sets[name] = set_goals(name, pills, options.draws)
         goals += found
-    enrolled_in, size = enroll_seconds(identifier, work), int(identifier.embed(np.zeros((1, 64, 64, 3), np.uint8)).shape[1])
+    enrolled_in = enroll_seconds(identifier, work)
+    size = identifier.embed(np.zeros((1, 64, 64, 3), np.uint8)).shape[1]
     searched = search_milliseconds(options.embeddings, size)
     goals += [
-        goal("enroll_seconds", round(median(enrolled_in), 3), at_most=1, n=len(enrolled_in), spread=spread(enrolled_in)),
+        goal(
+            "enroll_seconds", round(median(enrolled_in), 3), at_most=1, n=len(enrolled_in), spread=spread(enrolled_in)
+        ),
         goal("search_ms", round(median(searched), 2), at_most=10, n=len(searched), spread=spread(searched)),
     ]
     report = {

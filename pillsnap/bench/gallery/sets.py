@@ -57,5 +57,6 @@ def unpack_reference(
             with zipfile.ZipFile(archive) as packed:
                 packed.extractall(folder)
         except (OSError, zipfile.BadZipFile) as error:
-            raise BenchError(f"{archive} can't be unpacked ({error}): name a ZIP with a folder for each drug.") from error
+            reason = f"{archive} can't be unpacked ({error}): name a ZIP with a folder for each drug."
+            raise BenchError(reason) from error
     return folder

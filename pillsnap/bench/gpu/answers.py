@@ -24,9 +24,8 @@ from .pictures import draw_pills
 from .ways import CLASSES, named_hardware, random_network, settings_of_way
 from ..report import goal
 from ...config.schema import Settings
-from ...evaluation.evaluate import as_arrays
 from ...evaluation.request_timing import Timings, percentiles, take_turn, throughput
-from ...models.classifier import normalisation
+from ...models.classifier import as_arrays, normalisation
 from ...models.detector import RawDetections
 from ...runtime.engines import ENGINES
 from ...runtime.session import Network, available_providers

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from ...answer.color.balance import NO_CORRECTION, estimate_balances
 from ...answer.factory import load_identifier
 from ...answer.identify import Identifier
 from ..errors import BenchError
@@ -23,14 +24,14 @@ from .load import Load
 from ...runtime.images import decode_image
 
 # %% auto #0
-__all__ = ['engine_calls', 'run_bare', 'Limit', 'limit_of', 'main']
+__all__ = ['engine_calls', 'correct', 'run_bare', 'Limit', 'limit_of', 'main']
 
 # %% ../../../nbs/bench/serving/03_limit.ipynb #175b8966
 def engine_calls(
     identifier: Identifier,
     image: np.ndarray,  # RGB, uint8, (height, width, 3)
-) -> tuple[list[tuple[str, np.ndarray]], str]:  # "detect" or "classify" with its batch, in order; K-code of the pill
-    """Calls of the engine that identify the pill of a photo."""
+) -> tuple[list[tuple[str, np.ndarray]], str]:  # step and its array, in order; K-code of the pill
+    """What identifies the pill of a photo: "detect" and "classify" with a batch, "correct" with the box of the pill."""
     calls: list[tuple[str, np.ndarray]] = []
 
     def recording(step: str) -> Any:
@@ -43,8 +44,23 @@ def engine_calls(
 
         return None if call is None else record
 
-    prediction = Identifier(recording("classify"), recording("detect"), identifier.rules).identify(image, "single")
-    return calls, prediction.pills[0].code
+    recorder = Identifier(recording("classify"), recording("detect"), identifier.rules, identifier.outline)
+    crops = recorder.crop_pills(image, "single")
+    if identifier.rules.color != NO_CORRECTION:
+        known = crops.scores[0] is not None
+        calls.append(("correct", np.asarray(crops.boxes if known else np.full((1, 4), np.nan), np.float64)))
+    return calls, recorder.classify_crops(crops).pills[0].code
+
+
+def correct(
+    identifier: Identifier,
+    image: np.ndarray,  # RGB, uint8, (height, width, 3)
+    boxes: np.ndarray,  # x1 y1 x2 y2, pixels, (n, 4)
+) -> None:
+    """Estimate the light around the pills and correct a crop of each."""
+    crop = np.zeros((identifier.rules.classifier_size, identifier.rules.classifier_size, 3), np.uint8)
+    for balance in estimate_balances(image, identifier.rules.color, boxes):
+        balance(crop)
 
 
 def run_bare(
@@ -58,9 +74,12 @@ def run_bare(
     for number in range(requests):
         index = number % len(photos)
         start = perf_counter()
-        decode_image(photos[index])
+        image = decode_image(photos[index])
         for step, batch in calls[index]:
-            getattr(identifier, step)(batch)
+            if step == "correct":
+                correct(identifier, image, batch)
+            else:
+                getattr(identifier, step)(batch)
         load.milliseconds.append(round((perf_counter() - start) * 1000, 3))
         load.photos.append(index)
     load.seconds = perf_counter() - begin
@@ -131,7 +150,8 @@ def main(
     photos = [Path(path).read_bytes() for path in paths]
     found = [engine_calls(identifier, decode_image(photo)) for photo in photos]
     calls = [calls for calls, _ in found]
-    print(json.dumps({"codes": [code for _, code in found], "calls": [len(one) for one in calls]}), flush=True)
+    counts = [sum(step != "correct" for step, _ in one) for one in calls]
+    print(json.dumps({"codes": [code for _, code in found], "calls": counts}), flush=True)
     for line in sys.stdin:
         print(json.dumps(vars(run_bare(identifier, photos, calls, int(line)))), flush=True)
 

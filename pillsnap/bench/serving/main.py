@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ...answer.color.balance import COLOR_RULES
 from ...atomic import write_json
 from ..errors import BenchError
 from ..report import run_benchmark
@@ -51,6 +52,11 @@ def parse(
         default=Path("runs/bench"),
         metavar="DIR",
         help="gets serve.json, and keeps the environments of the other servers (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--color",
+        choices=list(COLOR_RULES),
+        help="correct colours by this rule, in the service and in the limit (default: as the run was trained)",
     )
     parser.add_argument(
         "--photos",

@@ -5,14 +5,19 @@
 # %% ../../../nbs/bench/serving/06_session.ipynb #40f0d2b8
 from __future__ import annotations
 
+import json
 import secrets
+import shutil
 import sys
 from argparse import Namespace
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import onnx
+
+from ...answer.rules import Rules
 from ..errors import BenchError
 from .limit import limit_of
 from .load import Load
@@ -24,9 +29,10 @@ from ...config.load import load_settings, save_settings
 from ...config.schema import Settings
 from ...evaluation.request_timing import timed_photos
 from ...runtime.engines import choose_engine
+from ...runtime.session import METADATA_KEY
 
 # %% auto #0
-__all__ = ['ServingSetup', 'prepare', 'our_program', 'programs_of', 'measure']
+__all__ = ['ServingSetup', 'with_color', 'prepare', 'our_program', 'programs_of', 'measure']
 
 # %% ../../../nbs/bench/serving/06_session.ipynb #d69844fe
 @dataclass
@@ -44,8 +50,25 @@ class ServingSetup:
     @property
     def models(self) -> Path:  # folder
         """The exported files."""
-        run: Path = self.options.run
-        return run / "export"
+        run, work = Path(self.options.run), Path(self.work)
+        return work / "models" if self.options.color else run / "export"
+
+
+def with_color(
+    folder: Path,  # exported files
+    rule: str,  # value of identify.color
+    copy: Path,  # gets the same files
+) -> Path:  # the copy
+    """Copy models and write another colour rule into them: it costs the same time as where it was trained with."""
+    shutil.copytree(folder, copy)
+    for path in copy.glob("*.onnx"):
+        model = onnx.load(path)
+        properties = {item.key: item.value for item in model.metadata_props}
+        metadata = json.loads(properties[METADATA_KEY])
+        metadata["rules"] = replace(Rules.from_json(metadata["rules"]), color=rule).to_json()
+        onnx.helper.set_model_props(model, properties | {METADATA_KEY: json.dumps(metadata, ensure_ascii=False)})
+        onnx.save(model, path)
+    return copy
 
 
 def prepare(
@@ -54,6 +77,8 @@ def prepare(
 ) -> ServingSetup:
     """Load settings, write photos and create environments; raises a `ValueError` of ours on failure."""
     models = options.run / "export"
+    if options.color:
+        models = with_color(models, options.color, work / "models")
     settings = load_settings(
         overrides=[*options.overrides, f"serve.model_path={models}", "serve.requests_per_minute=0"]
     )
