@@ -13,6 +13,7 @@ try:
 except ClientError as error:
     sys.exit(f"{photo}: {error}")
 for pill in answer["pills"]:
-    print(f"{pill['code']} {pill['name']} {percent(pill['confidence'])}{'' if pill['sure'] else ' (not sure)'}")
+    doubt = "" if pill["verdict"] == "identified" else f" ({pill['verdict']})"
+    print(f"{pill['code']} {pill['name']} {percent(pill['confidence'])}{doubt}")
 for note in answer["notes"]:
     print(note)

@@ -18,6 +18,7 @@ from .color_commands import COLOR_ACTIONS, color
 from pillsnap.commands import (
     bench,
     cache,
+    calibrate,
     compose,
     evaluate,
     export,
@@ -83,6 +84,10 @@ OPTIONS = {  # of each command, in addition to the settings
     ],
     "evaluate": [
         _option("--run", type=Path, metavar="DIR", required=True, help="folder of a finished run"),
+    ],
+    "calibrate": [
+        _option("--run", type=Path, metavar="DIR", required=True, help="folder of a finished run"),
+        _option("--folds", type=int, metavar="N", default=2, help="networks trained for it, 1 to 4 (%(default)s)"),
     ],
     "runs": [
         _option(
@@ -327,6 +332,7 @@ COMMANDS = {
         cache,
         train,
         evaluate,
+        calibrate,
         runs,
         export,
         bench,

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['settings_from', 'settings_of_run', 'print_json', 'print_last', 'words_of', 'refuse', 'show_config', 'sample', 'scan',
-           'compose', 'cache', 'train', 'evaluate', 'runs', 'export', 'bench', 'gate', 'quality']
+           'compose', 'cache', 'train', 'evaluate', 'calibrate', 'runs', 'export', 'bench', 'gate', 'quality']
 
 # %% ../nbs/22_commands.ipynb #0b916f68
 def settings_from(
@@ -227,6 +227,16 @@ def evaluate(arguments: Namespace) -> int:
 
     print_json(evaluate_run(arguments.run.resolve(), settings))
     advise(arguments.run.resolve(), settings)
+    return 0
+
+
+def calibrate(arguments: Namespace) -> int:
+    """Choose when a run identifies a pill, with networks that are trained without some of its drugs."""
+    settings = settings_of_run(arguments)
+    from pillsnap.evaluation.calibrate import calibrate_run
+
+    report = calibrate_run(arguments.run.resolve(), settings, arguments.folds)
+    print_json({"verdicts": report["verdicts"], "figures": report["figures"]})
     return 0
 
 

@@ -29,6 +29,7 @@ from .bench.serving.server_process import free_port
 from .config.load import find_root, load_settings
 from .config.schema import Settings
 from .data.moved import dataset_of_run
+from .evaluation.calibrate import calibrate_run
 from .evaluation.evaluate import TruePhoto, held_out, measure_latency
 from .runlog import setup_logging
 from .runtime.images import decode_image
@@ -252,7 +253,7 @@ LENGTH = "train.detector.min_steps=750 train.classifier.min_steps=300"
 
 
 def main() -> int:  # exit status
-    """Run all parts: sample, training, evaluation, export, one HTTP prediction per pipeline, report."""
+    """Run all parts: sample, training, calibration, evaluation, export, one HTTP prediction per pipeline, report."""
     setup_logging()
     root = find_root()
     demo, run = root / "runs" / "demo", root / "runs" / "demo" / "train"
@@ -268,6 +269,8 @@ def main() -> int:  # exit status
         run_notebook(
             root, "10_train.ipynb", root / "runs" / "stage1.ipynb", stage=1, run_dir=str(run), overrides=LENGTH
         )
+    with timed("calibrate", seconds):
+        calibrate_run(run, load_settings(run / "config.yaml"), folds=1)
     with timed("evaluate", seconds):
         run_notebook(root, "11_evaluate.ipynb", demo / "evaluate.ipynb", run_dir=str(run))
     with timed("export", seconds):

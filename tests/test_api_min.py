@@ -111,7 +111,7 @@ def test_a_damaged_model_counts_as_no_model(models: Path, tmp_path: Path, jpeg: 
 
 def check_pill(pill: dict) -> None:
     drug = {"code", "edi_codes", "name", "maker", "details", "confidence"}
-    assert set(pill) == drug | {"box", "box_confidence", "sure", "candidates", "imprint"}
+    assert set(pill) == drug | {"box", "box_confidence", "verdict", "alike", "differ", "candidates", "imprint"}
     assert set(pill["box"]) == {"x1", "y1", "x2", "y2"}
     assert pill["code"].startswith("K-") and isinstance(pill["edi_codes"], list) and 0 <= pill["confidence"] <= 1
     assert pill["candidates"][0] == {name: pill[name] for name in drug}
@@ -151,7 +151,7 @@ def test_predict_schema(client: TestClient, jpeg: bytes, query: str, pipeline: s
     assert prediction["pipeline"] == pipeline and [pill["code"] for pill in prediction["pills"]] == codes
     for pill in prediction["pills"]:
         check_pill(pill)
-    assert prediction["pills"][0]["edi_codes"] == ["649900030"] and prediction["pills"][0]["sure"]
+    assert prediction["pills"][0]["edi_codes"] == ["649900030"] and prediction["pills"][0]["verdict"] == "identified"
     if pipeline == "combo":
         assert prediction["pills"][1]["edi_codes"] == ["641600010", "641600011"]
     assert list(prediction["timings_ms"]) == ["decode", "detect", "crop", "classify", "total"]
@@ -347,14 +347,14 @@ def test_half_a_photo_is_never_answered(client: TestClient, jpeg: bytes) -> None
         check_error(post_photo(client, data), 422, "damaged")
 
 
-def test_a_photo_without_colour_gets_a_note_and_is_not_sure(client: TestClient, jpeg: bytes) -> None:
-    assert post_photo(client, jpeg).json()["pills"][0]["sure"]
+def test_a_photo_without_colour_gets_a_note_and_is_not_identified(client: TestClient, jpeg: bytes) -> None:
+    assert post_photo(client, jpeg).json()["pills"][0]["verdict"] == "identified"
     for mode in ("L", "RGB"):
         grey = io.BytesIO()
         Image.open(io.BytesIO(jpeg)).convert("L").convert(mode).save(grey, "JPEG")
         answer = post_photo(client, grey.getvalue(), "?pipeline=combo").json()
         assert sum("no colour" in note for note in answer["notes"]) == 1
-        assert answer["pills"] and not any(pill["sure"] for pill in answer["pills"])
+        assert answer["pills"] and not any(pill["verdict"] == "identified" for pill in answer["pills"])
 
 
 @pytest.mark.parametrize("kind", ["HEIF", "AVIF", "TIFF", "GIF"])

@@ -46,7 +46,7 @@ LAYERS = [
 # Subpackages of a package in the same order; "" stands for the modules of the package itself.
 SUBPACKAGES = {
     "runtime": ["", "color"],
-    "answer": ["color", "shapes", "", "gallery", "quality", "search", "imprint"],
+    "answer": ["color", "shapes", "verdicts", "", "gallery", "quality", "search", "imprint"],
     "color": ["networks", "data", "tasks", ""],
     "data": ["reading", "labelling", "readers", "scan", "splits", "cache", ""],
     "training": ["device", "report", ""],

@@ -91,7 +91,7 @@ def test_photos_become_a_table_and_a_progress_bar_on_stderr(
     rows = out.splitlines()
     assert (
         status == 0
-        and rows[0].split() == ["photo", "pill", "K-code", "name", "confidence", "sure"]
+        and rows[0].split() == ["photo", "pill", "K-code", "name", "confidence", "verdict"]
         and "3/3" in err
         and "3/3" not in out
     )
@@ -101,7 +101,7 @@ def test_photos_become_a_table_and_a_progress_bar_on_stderr(
         if row.startswith(str(photos / "one.jpg"))
         and "K-000030" in row
         and "White round tablet" in row
-        and row.endswith("yes")
+        and row.endswith("identified")
     ]
     assert (
         any(str(photos / "더 깊은" / "둘.PNG") in row for row in rows)
@@ -341,7 +341,7 @@ def test_disconnect_or_timeout_fails_one_photo(photos: Path) -> None:
 
 
 def test_a_table_keeps_its_columns_under_hangul() -> None:
-    pill = {"code": "K-000030", "name": "예시정 10밀리그램", "confidence": 0.97, "sure": True}
+    pill = {"code": "K-000030", "name": "예시정 10밀리그램", "confidence": 0.97, "verdict": "identified"}
     table = as_table(
         [
             (Path("a.jpg"), {"pills": [pill, {**pill, "name": "Example"}]}),

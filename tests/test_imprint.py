@@ -21,6 +21,7 @@ from pillsnap.answer.imprint.reader import ImprintReader, ImprintUnavailable, op
 from pillsnap.answer.imprint.setting import read_imprints
 from pillsnap.answer.search.appearance import read_imprint
 from pillsnap.answer.search.imprints import plain
+from pillsnap.answer.verdicts.verdicts import Verdicts
 from pillsnap.config.environment import Environment
 from pillsnap.config.load import load_settings
 from pillsnap.config.schema import SettingsError
@@ -70,9 +71,9 @@ def client(models: Path) -> Iterator[TestClient]:
 
 
 def doubting(client: TestClient, reader: ImprintReader | None, labels: dict[str, str]) -> None:
-    """Make no pill sure, let a reader read them, and give drugs an imprint."""
+    """Identify no pill, let a reader read them, and give drugs an imprint."""
     identifier = client.app.state.service.loaded().identifier
-    object.__setattr__(identifier.rules, "sure_confidence", 1.1)
+    object.__setattr__(identifier.rules, "verdicts", Verdicts())
     drugs = list(identifier.rules.class_map)
     for drug in drugs:
         drug.attributes["print_front"] = labels.get(drug.code, "")
@@ -102,8 +103,10 @@ def test_a_sure_pill_is_not_read(client: TestClient):
     identifier = client.app.state.service.loaded().identifier
     identifier.refine = ImprintRanking(reader, list(identifier.rules.class_map))
     found = pills(client)
-    assert [pill["imprint"] for pill in found if pill["sure"]] == [None] * sum(pill["sure"] for pill in found)
-    assert reader.calls == sum(not pill["sure"] for pill in found)
+    assert [pill["imprint"] for pill in found if pill["verdict"] == "identified"] == [None] * sum(
+        pill["verdict"] == "identified" for pill in found
+    )
+    assert reader.calls == sum(pill["verdict"] != "identified" for pill in found)
 
 
 def test_what_is_read_puts_the_candidates_of_a_doubtful_pill_in_order(client: TestClient):
@@ -116,7 +119,7 @@ def test_what_is_read_puts_the_candidates_of_a_doubtful_pill_in_order(client: Te
     labels = dict.fromkeys(("K-000007", "K-000030", "K-000101"), "XYZ") | {second[0]: "K분할선20"}
     doubting(client, Says(Reading("K20", 0.99)), labels)
     after = pills(client, top_k=3)
-    assert {pill["imprint"] for pill in after} == {"K20"} and not any(pill["sure"] for pill in after)
+    assert {pill["imprint"] for pill in after} == {"K20"} and not any(pill["verdict"] == "identified" for pill in after)
     places = [[pill["candidates"] for pill in found][0] for found in (before, after)]
     ranks = [[one["code"] for one in candidates].index(second[0]) for candidates in places]
     assert ranks == [1, 0]

@@ -51,6 +51,7 @@ from tiny_models import (
 from pillsnap.answer.classes import ClassMap, Drug
 from pillsnap.answer.identify import Identifier, percent
 from pillsnap.answer.search.catalog import import_register
+from pillsnap.answer.verdicts.verdicts import Verdicts
 from pillsnap.config.environment import Environment
 from pillsnap.config.load import load_settings
 from pillsnap.serve import create_app
@@ -364,12 +365,12 @@ def test_inactive_pipelines_are_not_offered(browser: WebDriver, models: Path, ph
         assert not browser.find_elements(By.CSS_SELECTOR, ".actions") and sent_queries(browser) == ["pipeline=single"]
 
 
-def test_unsure_is_shown_in_words(browser: WebDriver, address: str, tmp_path: Path) -> None:
+def test_an_ambiguous_pill_is_shown_in_words(browser: WebDriver, address: str, tmp_path: Path) -> None:
     Image.new("RGB", (320, 320), WITHOUT_NAME).save(tmp_path / "unclear.png")
     visit(browser, address)
     send(browser, tmp_path / "unclear.png")
-    see(browser, ".pill.unsure")
-    assert "Not sure" in texts(browser, ".verdict")[0] and texts(browser, ".photo text")[0].endswith("?")
+    see(browser, ".pill.ambiguous")
+    assert "Not certain" in texts(browser, ".verdict")[0] and texts(browser, ".photo text")[0].endswith("?")
     assert browser.find_element(By.CSS_SELECTOR, ".pill details").get_attribute("open"), (
         "the other candidates are worth a look"
     )
@@ -791,7 +792,7 @@ def test_a_photo_without_a_pill(
         see(browser, ".nothing")
         answer = post_photo(address, photo, pipeline).json()
         card = browser.find_element(By.CSS_SELECTOR, ".card").text
-    assert not any(pill["sure"] for pill in answer["pills"])
+    assert not any(pill["verdict"] == "identified" for pill in answer["pills"])
     assert card.count(said) == 2 and not re.search(r"\d ?%|K-0", card), card
     assert not browser.find_elements(By.CSS_SELECTOR, ".pill, .photo rect, .actions")
     assert said in browser.find_element(By.CSS_SELECTOR, ".photo img").get_attribute("alt")
@@ -912,12 +913,12 @@ def test_numbers_cover_neither_each_other_nor_a_pill(
 
 
 @pytest.mark.parametrize("language", ["en", "ko"])
-@pytest.mark.parametrize("sure", [True, False])
+@pytest.mark.parametrize("identified", [True, False])
 def test_a_phone_shows_the_first_name_at_once_and_four_pills_on_three_screens(
-    browser: WebDriver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, language: str, sure: bool
+    browser: WebDriver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, language: str, identified: bool
 ) -> None:
-    if not sure:
-        monkeypatch.setattr(tiny_models, "RULES", replace(tiny_models.RULES, sure_confidence=1.1))
+    if not identified:
+        monkeypatch.setattr(tiny_models, "RULES", replace(tiny_models.RULES, verdicts=Verdicts()))
     folder = models_with(tmp_path / "models", monkeypatch, FOUR, REGISTER)
     photo_of(2400, 3200).save(tmp_path / "IMG_20260101_120000.jpg")
     with serving(app_for(folder)) as address:
@@ -1292,10 +1293,10 @@ def test_all_records_of_a_group_can_be_shown(browser: WebDriver, tmp_path: Path)
     assert [entry["message"] for entry in browser.get_log("browser") if "422" not in entry["message"]] == []
 
 
-def test_an_unsure_answer_leads_to_the_search_with_what_was_seen(
+def test_an_ambiguous_answer_leads_to_the_search_with_what_was_seen(
     browser: WebDriver, tmp_path: Path, photo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tiny_models, "RULES", replace(tiny_models.RULES, sure_confidence=1.1))
+    monkeypatch.setattr(tiny_models, "RULES", replace(tiny_models.RULES, verdicts=Verdicts()))
     looks = {"shape": "장방형", "colors": "하양, 빨강"}
     drugs = ClassMap([Drug(f"K-00000{number}", f"Drug {number}", (), looks) for number in range(3)])
     with serving(search_server(tmp_path, models_with(tmp_path / "models", monkeypatch, drugs=drugs))) as address:

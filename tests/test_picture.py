@@ -70,9 +70,9 @@ def no_system_fonts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def pill(
-    name: str = "예시정", box: tuple[float, ...] = (40, 60, 140, 160), sure: bool = True, code: str = "K-000030"
+    name: str = "예시정", box: tuple[float, ...] = (40, 60, 140, 160), identified: bool = True, code: str = "K-000030"
 ) -> SimpleNamespace:
-    return SimpleNamespace(box=box, code=code, name=name, confidence=0.5, sure=sure)
+    return SimpleNamespace(box=box, code=code, name=name, confidence=0.5, identified=identified)
 
 
 def annotate_pills(*pills: SimpleNamespace, size: tuple[int, int] = (640, 480), **more: object) -> np.ndarray:
@@ -124,7 +124,7 @@ def test_characters_missing_in_the_font_are_never_drawn(korean_font: Path) -> No
 
 
 def test_a_long_name_is_shortened_and_its_confidence_stays(korean_font: Path) -> None:
-    long = pill("예시정" * 200, sure=False)
+    long = pill("예시정" * 200, identified=False)
     label = annotate.label_of(long, str(korean_font), 20, 400)
     assert (
         label.startswith("예시정")
@@ -133,9 +133,12 @@ def test_a_long_name_is_shortened_and_its_confidence_stays(korean_font: Path) ->
     )
 
 
-def test_sure_is_green_and_not_sure_is_orange(korean_font: Path) -> None:
-    for sure, colour, other in ((True, annotate.SURE, annotate.UNSURE), (False, annotate.UNSURE, annotate.SURE)):
-        pixels = annotate_pills(pill(sure=sure), font=korean_font).astype(int)
+def test_identified_is_green_and_the_rest_is_orange(korean_font: Path) -> None:
+    for identified, colour, other in (
+        (True, annotate.IDENTIFIED, annotate.DOUBTFUL),
+        (False, annotate.DOUBTFUL, annotate.IDENTIFIED),
+    ):
+        pixels = annotate_pills(pill(identified=identified), font=korean_font).astype(int)
         assert (np.abs(pixels - colour).max(axis=2) < 16).sum() > 500 and not (
             np.abs(pixels - other).max(axis=2) < 16
         ).any()
@@ -145,7 +148,7 @@ def test_sure_is_green_and_not_sure_is_orange(korean_font: Path) -> None:
 def test_photos_of_any_size_become_readable(size: tuple[int, int], korean_font: Path) -> None:
     annotated = annotate_pills(pill(box=(0, 0, *size)), size=size, font=korean_font)
     assert 640 <= max(annotated.shape) <= 1600 and min(annotated.shape[:2]) >= 48
-    fraction = (np.abs(annotated.astype(int) - annotate.SURE).max(axis=2) < 16).mean()
+    fraction = (np.abs(annotated.astype(int) - annotate.IDENTIFIED).max(axis=2) < 16).mean()
     assert fraction > 0.001, "the label is there"
     assert annotate_pills(size=size).shape == annotated.shape
 

@@ -67,7 +67,7 @@ def test_what_is_there_and_what_is_not(client: TestClient, expected: str, said: 
     assert summary(found["prescription"]) == said
     assert found["prescription"]["complete"] is (said[1:] == ([], [], []))
     assert [pill["code"] for pill in found["pills"]] == [WHITE, RED], "nothing is bent into an expected drug"
-    assert all(pill["sure"] and len(pill["candidates"]) == 3 for pill in found["pills"])
+    assert all(pill["verdict"] == "identified" and len(pill["candidates"]) == 3 for pill in found["pills"])
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from pillsnap.answer.classes import ClassMap, Drug
 from pillsnap.answer.outlines import FADED, OUTLINE_MARGIN
 from pillsnap.answer.quality.rules import QualityRules
 from pillsnap.answer.rules import Rules
+from pillsnap.answer.verdicts.verdicts import Verdicts
 
 CONFIG = Path(__file__).parents[1] / "config.yaml"
 RIGHT, ANOTHER = "jC2-9wqXr_LmT4vYd0Ks", "q7Wm2-Lk0vR_t8Yc5n"
@@ -44,7 +45,7 @@ RULES = Rules(
     std=(1.0, 1.0, 1.0),
     box_confidence=0.25,
     nms_iou=0.5,
-    sure_confidence=0.5,
+    verdicts=Verdicts(identified=0.0, alike=0.1),
 )
 
 

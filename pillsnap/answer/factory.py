@@ -130,6 +130,7 @@ def _common(
     """Get the rules that both models have; raises `ModelMismatch` where they differ."""
     if classifier.detector_size is None:
         classifier = replace(classifier, detector_size=detector.detector_size)
+    detector = replace(detector, verdicts=classifier.verdicts)  # they are the classifier's alone
     names = [field.name for field in fields(Rules)]
     different = [name for name in names if getattr(classifier, name) != getattr(detector, name)]
     if different:

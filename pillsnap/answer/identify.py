@@ -19,6 +19,7 @@ from .crops import crop_pill, without_background
 from .rules import ModelMismatch, Rules
 from .shapes.background import REMOVE
 from .shapes.masks import PillMask
+from .verdicts.verdicts import AMBIGUOUS, IDENTIFIED, NO_PILL
 from ..errors import PillsnapError
 from ..runtime.boxes import Box
 from ..runtime.letterbox import letterbox, normalise
@@ -63,12 +64,20 @@ class Pill:
     box: Box  # pixels of the photo
     box_confidence: float | None  # that there is a pill, 0 to 1; None = nothing was detected, the whole photo was used
     candidates: list[Candidate]  # best first; the prediction is the first
-    # Its confidence reached the rules' sure_confidence, in a photo with colours, and the detector, where there is
-    # one, has found it.
-    sure: bool
+    verdict: str  # one of VERDICTS; only a pill in a photo with colours is identified
+    alike: int = 1  # how many of the first candidates can't be told apart
     imprint: str | None = None  # letters that were read on it; "" = none, None = it was not read
     embedding: np.ndarray | None = field(default=None, compare=False, repr=False)  # (size,); None = not computed
     matches: tuple[Match, ...] = ()  # of the gallery, most similar first; none where there is no gallery
+
+    @property
+    def identified(self) -> bool:
+        """Whether one drug stands out."""
+        return self.verdict == IDENTIFIED
+
+    def doubted(self) -> Pill:
+        """The same pill, ambiguous where it was identified: something else speaks against the drug."""
+        return replace(self, verdict=AMBIGUOUS, alike=min(2, len(self.candidates))) if self.identified else self
 
     @property
     def drug(self) -> Drug:
@@ -96,7 +105,8 @@ class Pill:
         return candidates[0] | {
             "box": self.box._asdict(),
             "box_confidence": self.box_confidence,
-            "sure": self.sure,
+            "verdict": self.verdict,
+            "alike": self.alike,
             "imprint": self.imprint,
             "candidates": candidates,
         }
@@ -120,7 +130,7 @@ class Identification:
 def percent(
     confidence: float,  # 0 to 1
 ) -> str:
-    """A confidence for people, at most 99 %: nobody is entirely sure. The page rounds alike."""
+    """A confidence for people, at most 99 %: nobody is entirely certain. The page rounds alike."""
     return f"{min(99, math.floor(100 * confidence + 0.5))}%"
 
 # %% ../../nbs/answer/03_identify.ipynb #d6aa3257
@@ -170,7 +180,7 @@ class PillCrops:
     notes: list[str]  # sentences for users
     hint: str | None  # why the pipeline combo may suit this photo better
     seconds: dict[str, float]  # detect, crop
-    grey: bool = False  # whether the photo has no colour, so that no pill is sure
+    grey: bool = False  # whether the photo has no colour, so that no pill is identified
     balance: Balance = Balance()  # the correction of the first pill, for a picture of the whole photo
     details: Sequence[np.ndarray] = ()  # the first crops larger, RGB, uint8; none where nobody reads them
     masks: Sequence[PillMask] = ()  # of the boxes, on the decoded photo, where the background was taken away
@@ -198,7 +208,7 @@ class Identifier:
         self.detect = detect
         self.rules = rules
         self.with_embeddings = False  # compute them beside the logits, in the same pass
-        # Looks at a pill that is not sure once more, in a larger crop; None = nobody does.
+        # Looks at a pill that is not identified once more, in a larger crop; None = nobody does.
         self.refine: Callable[[Pill, np.ndarray], Pill] | None = None
         self.outline = outline
 
@@ -261,16 +271,23 @@ class Identifier:
     ) -> Identification:
         """Classify the cropped pills of a photo."""
         started = perf_counter()
-        probabilities, embeddings = self._outputs(crops.crops)
+        logits, embeddings = self._outputs(crops.crops)
+        probabilities, sums = softmax(logits / self.rules.verdicts.temperature), self.rules.verdicts.scores(logits)
+        verdicts = [self._verdict(cut, score, crops.grey) for cut, score in zip(sums, crops.scores, strict=True)]
         wanted = top_k if self.refine is None else max(top_k, _REFINED)
         pills = [
-            replace(self._pill(box, score, row, wanted, crops.grey), embedding=embedding)
-            for box, score, row, embedding in zip(crops.boxes, crops.scores, probabilities, embeddings, strict=True)
+            replace(self._pill(box, score, row, verdict, wanted), embedding=embedding)
+            for box, score, row, verdict, embedding in zip(
+                crops.boxes, crops.scores, probabilities, verdicts, embeddings, strict=True
+            )
         ]
         seconds = crops.seconds | {"classify": perf_counter() - started}
         if self.refine is not None:
             started = perf_counter()
-            pills = [replace(pill, candidates=pill.candidates[:top_k]) for pill in self._refined(pills, crops.details)]
+            pills = [
+                replace(pill, candidates=pill.candidates[:top_k], alike=min(pill.alike, top_k))
+                for pill in self._refined(pills, crops.details)
+            ]
             seconds["imprint"] = perf_counter() - started
         milliseconds = {
             step: round(value * 1000, 3) for step, value in {**seconds, "total": sum(seconds.values())}.items()
@@ -278,9 +295,9 @@ class Identifier:
         return Identification(crops.pipeline, pills, milliseconds, crops.notes, crops.hint)
 
     def _refined(self, pills: list[Pill], details: Sequence[np.ndarray]) -> list[Pill]:
-        """Look once more at the pills that are not sure."""
+        """Look once more at the pills that are not identified."""
         assert self.refine is not None, "called where there is one"
-        looked = [pill if pill.sure else self.refine(pill, detail) for pill, detail in zip(pills, details)]
+        looked = [pill if pill.identified else self.refine(pill, detail) for pill, detail in zip(pills, details)]
         return [*looked, *pills[len(looked) :]]
 
     def find(
@@ -374,6 +391,24 @@ class Identifier:
             crop[:] = without_background(crop, mask, box, self.rules.margin, (image.shape[1], image.shape[0]))
         return masks
 
+    def crops_of(
+        self,
+        image: np.ndarray,  # RGB, uint8, (height, width, 3)
+        boxes: np.ndarray,  # x1 y1 x2 y2, pixels, (n, 4)
+    ) -> np.ndarray:  # RGB, uint8, (n, size, size, 3)
+        """Crop pills whose places are known, with the colours and the background that a request gives them."""
+        crops = self._crops(image, boxes, whole=False)
+        self._correct(crops, image, boxes, boxes)
+        self._cut_out(crops, image, boxes)
+        return crops
+
+    def logits_of(
+        self,
+        crops: np.ndarray,  # RGB, uint8, (n, size, size, 3)
+    ) -> np.ndarray:  # float32, (n, classes)
+        """Compute the logits of crops."""
+        return np.concatenate([self._compute(batch, embeddings=False)[0] for batch in _batches(crops)])
+
     def embed(
         self,
         crops: np.ndarray,  # RGB, uint8, (n, size, size, 3)
@@ -384,12 +419,11 @@ class Identifier:
     def _outputs(
         self,
         crops: np.ndarray,  # RGB, uint8, (n, size, size, 3)
-    ) -> tuple[np.ndarray, Sequence[np.ndarray | None]]:  # probabilities, (n, classes); embeddings, if wanted
+    ) -> tuple[np.ndarray, Sequence[np.ndarray | None]]:  # logits, (n, classes); embeddings, if wanted
         computed = [self._compute(batch, self.with_embeddings) for batch in _batches(crops)]
-        probabilities = [softmax(outputs[0]) for outputs in computed]
         embeddings = [row for outputs in computed for row in outputs[1]] if self.with_embeddings else None
         empty = np.empty((0, len(self.rules.class_map)), np.float32)
-        return np.concatenate([empty, *probabilities]), embeddings or [None] * len(crops)
+        return np.concatenate([empty, *(outputs[0] for outputs in computed)]), embeddings or [None] * len(crops)
 
     def _compute(
         self,
@@ -407,24 +441,34 @@ class Identifier:
             raise ModelMismatch("The classifier gives no embeddings: train and export it with this version.")
         return outputs
 
+    def _verdict(
+        self,
+        score: float,  # of the logits, that is cut by the thresholds
+        found: float | None,  # score of the detection, 0 to 1
+        grey: bool,  # whether the photo has no colour
+    ) -> str:  # one of VERDICTS
+        if found is None and self.detect is not None:
+            return NO_PILL
+        verdict = self.rules.verdicts.verdict(float(score))
+        return AMBIGUOUS if grey and verdict == IDENTIFIED else verdict
+
     def _pill(
         self,
         box: np.ndarray | Box,  # x1 y1 x2 y2, pixels
         score: float | None,  # of the detection, 0 to 1
         probabilities: np.ndarray,  # (classes,)
+        verdict: str,  # one of VERDICTS
         top_k: int,  # candidates
-        grey: bool,  # whether the photo has no colour
     ) -> Pill:
         candidates = [
             Candidate(self.rules.class_map[int(index)], float(probabilities[index]))
             for index in np.argsort(-probabilities, kind="stable")[:top_k]
         ]
-        # A guess from the whole photo, in which the detector has found nothing, is never sure.
-        seen = score is not None or self.detect is None
-        sure = seen and not grey and candidates[0].confidence >= self.rules.sure_confidence
-        return Pill(
-            Box(*(round(float(value), 2) for value in box)), None if score is None else float(score), candidates, sure
-        )
+        alike = 1
+        if verdict == AMBIGUOUS:
+            alike = self.rules.verdicts.look_alikes([candidate.confidence for candidate in candidates])
+        place = Box(*(round(float(value), 2) for value in box))
+        return Pill(place, None if score is None else float(score), candidates, verdict, alike)
 
 
 def _batches(

@@ -12,6 +12,7 @@ from .classes import ClassMap
 from .color.balance import COLOR_RULES, NO_CORRECTION
 from .color.learned import LEARNED, LEARNED_RULE
 from .shapes.background import KEEP, REMOVE
+from .verdicts.verdicts import Verdicts
 from ..runtime.session import ModelError
 
 # %% auto #0
@@ -34,7 +35,7 @@ class Rules:
     std: tuple[float, float, float]  # of each channel, as a fraction of 255, for the classifier
     box_confidence: float  # a detection below it is no pill, 0 to 1
     nms_iou: float  # overlap above which the weaker of two boxes is dropped, 0 to 1
-    sure_confidence: float  # a prediction below it is marked as not sure, 0 to 1
+    verdicts: Verdicts = Verdicts()  # calibration and thresholds; by default nothing is identified
     single_scale: float = 1.0  # fraction of detector_size that `single` tries first; its one pill is large
     color: str = NO_CORRECTION  # how the light is taken out of the classifier's crops; or a key of COLOR_RULES
     background: str = KEEP  # of the classifier's crops; or REMOVE
@@ -51,6 +52,7 @@ class Rules:
         """Convert to plain values for a checkpoint or the metadata of a model."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         values |= {"class_map": self.class_map.to_json(), "mean": list(self.mean), "std": list(self.std)}
+        values |= {"verdicts": self.verdicts.to_json()}
         return values | {"color_weights": LEARNED.to_json() if self.color == LEARNED_RULE else None}
 
     @classmethod
@@ -64,6 +66,7 @@ class Rules:
                 "class_map": ClassMap.from_json(value["class_map"]),
                 "mean": tuple(value["mean"]),
                 "std": tuple(value["std"]),
+                "verdicts": Verdicts.from_json(value["verdicts"]),
             }
             known = {name: each for name, each in value.items() if name != "color_weights"}
             rules = cls(**(known | parts))

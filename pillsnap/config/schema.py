@@ -283,7 +283,8 @@ class Identify(Section):
 
     box_confidence: Fraction = 0.25
     nms_iou: Fraction = 0.5
-    sure_confidence: Fraction = 0.5
+    risk: Fraction = 0.01
+    missed: Fraction = 0.05
     single_scale: Annotated[float, Field(ge=0.1, le=1)] = 0.5
     color: str = "none"  # or a key of COLOR_RULES
     imprint: Literal["auto", "off"] = "off"

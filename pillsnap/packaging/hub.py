@@ -111,7 +111,7 @@ and the thresholds, the crop rule and the class map travel inside the files.
 ## What it can't do
 
 It knows the {classes} drugs of its class map and no others: another pill gets the name of \
-the one that looks most like it. An answer below a confidence of {sure} is marked `"sure": false`. \
+the one that looks most like it, with the verdict unknown or ambiguous instead of identified. \
 It is no medical device.
 
 ## Use
@@ -172,7 +172,6 @@ def model_card(
         evaluation=evaluation_text(run),
         comparison=comparison_text(run),
         classes=len(rules["class_map"]["drugs"]),
-        sure=f"{rules['sure_confidence']:.4g}",
         where="" if repo else ", here the present one",
         imports="\nfrom huggingface_hub import snapshot_download" if repo else "",
         folder=f'Path(snapshot_download("{repo}"))' if repo else 'Path(".")',

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..answer.classes import Drug
+from ..answer.differences import differences
 from ..answer.identify import Identification, Identifier, Pill
 from ..answer.outlined import Outlined
 from ..answer.outlines import Outliner
@@ -125,11 +126,19 @@ class PillResponse(CandidateResponse):
         description="that there is a pill, 0 to 1; null = nothing was detected, the whole photo was used",
         examples=[0.94],
     )
-    sure: bool = Field(description="the confidence reached the level set for this model, in a photo with colours")
+    verdict: str = Field(
+        description="identified = one drug stands out; ambiguous = the first `alike` candidates look like it; "
+        "unknown = no drug of this model does; no_pill = nothing was detected",
+        examples=["identified"],
+    )
+    alike: int = Field(ge=1, description="how many of the first candidates can't be told apart", examples=[1])
+    differ: list[str] = Field(
+        description="by what these differ, as far as it is recorded: imprint, back, size, colour, shape", examples=[[]]
+    )
     imprint: str | None = Field(
         default=None,
-        description="only of a pill that is not sure: letters that were read on it, which put the candidates in order; "
-        "empty = none, null = it was not read",
+        description="only of a pill that is not identified: letters that were read on it, which put the candidates in "
+        "order; empty = none, null = it was not read",
         examples=["K20"],
     )
     candidates: list[CandidateResponse] = Field(
@@ -286,7 +295,9 @@ def _pill_response(pill: Pill) -> dict[str, Any]:
     answer = {
         "box": pill.box._asdict(),
         "box_confidence": pill.box_confidence,
-        "sure": pill.sure,
+        "verdict": pill.verdict,
+        "alike": pill.alike,
+        "differ": differences([candidate.drug for candidate in pill.candidates[: pill.alike]]),
         "imprint": pill.imprint,
         "candidates": candidates,
     }

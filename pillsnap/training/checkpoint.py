@@ -5,11 +5,12 @@
 # %% ../../nbs/training/06_checkpoint.ipynb #c996ba6f
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
 import zipfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
@@ -23,6 +24,7 @@ import pillsnap
 from ..answer.outlines import SEGMENTER_FILE, Background
 from ..answer.rules import Rules
 from ..answer.shapes.background import REMOVE
+from ..answer.verdicts.verdicts import Verdicts
 from ..atomic import replacing, sha256
 from ..config.layers import Layer
 from ..config.load import settings_as_yaml
@@ -37,10 +39,10 @@ from .device.distributed import ALONE, ProcessGroup
 from .tasks import Task
 
 # %% auto #0
-__all__ = ['PAIR', 'NETWORKS', 'CheckpointError', 'save_checkpoint', 'load_checkpoint', 'newest_checkpoint', 'random_states',
-           'restore_random_states', 'Trained', 'best_file', 'load_best', 'keep_segmenter', 'with_background',
-           'load_trained', 'network_names', 'model_config', 'earlier_weights', 'save_run', 'check_same_settings',
-           'resume_run']
+__all__ = ['PAIR', 'NETWORKS', 'CALIBRATION_FILE', 'CheckpointError', 'save_checkpoint', 'load_checkpoint', 'newest_checkpoint',
+           'random_states', 'restore_random_states', 'Trained', 'best_file', 'load_best', 'keep_segmenter',
+           'with_background', 'with_verdicts', 'load_trained', 'network_names', 'model_config', 'earlier_weights',
+           'save_run', 'check_same_settings', 'resume_run']
 
 # %% ../../nbs/training/06_checkpoint.ipynb #ecfb8bf7
 class CheckpointError(PillsnapError):
@@ -238,12 +240,34 @@ def with_background(
     return trained
 
 
+CALIBRATION_FILE = "calibration.json"  # of a run
+
+
+def with_verdicts(
+    trained: Trained,  # networks of a run
+    folder: Path,  # run folder
+) -> Trained:
+    """Give the rules of a run the thresholds that were chosen for its weights; raises `CheckpointError` if damaged."""
+    file, weights = Path(folder) / CALIBRATION_FILE, Path(folder) / "best_classifier.pt"
+    if trained.classifier is None or not file.is_file() or not weights.is_file():
+        return trained
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if content["weights_sha256"] == sha256(weights):
+            trained.rules = replace(trained.rules, verdicts=Verdicts.from_json(content["verdicts"]))
+        else:
+            decide("verdicts", "none", f"{file} was made for other weights: calibrate the run again", fallback=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file} can't be read ({error}): calibrate the run again.") from error
+    return trained
+
+
 def load_trained(
     folder: Path,  # run folder with best weights
 ) -> Trained:  # networks in evaluation mode, on the CPU
     """The trained networks of a run, one or both; raises `CheckpointError` when they can't be used."""
     try:
-        return with_background(Trained(load_best(folder)), folder)
+        return with_verdicts(with_background(Trained(load_best(folder)), folder), folder)
     except (KeyError, RuntimeError) as error:
         raise CheckpointError(
             f"The checkpoint {best_file(folder)} does not hold what this version needs ({error}): train again."
@@ -360,7 +384,8 @@ _MAY_CHANGE = (
     "train.channels_last",
     "identify.box_confidence",
     "identify.nms_iou",
-    "identify.sure_confidence",
+    "identify.risk",
+    "identify.missed",
     "identify.single_scale",
     "goals",
     "latency",

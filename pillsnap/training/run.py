@@ -25,7 +25,7 @@ from ..atomic import made_folder, write_text
 from ..config.plugins import pick
 from ..config.schema import Settings
 from ..data.loaders import report_damaged
-from ..data.manifest import load_dataset, prepare_data, save_dataset
+from ..data.manifest import Dataset, load_dataset, prepare_data, save_dataset
 from ..data.moved import dataset_of_run, follow_data
 from ..data.parts import check_parts
 from ..data.readers.layouts import check_layout
@@ -107,6 +107,7 @@ def train(
     settings: Settings,  # all settings of the run
     folder: Path | None = None,  # run folder; None: a new one below paths.run_root
     watch: Callable[[Path], None] | None = None,  # called with the run folder after each evaluation
+    dataset: Dataset | None = None,  # to train on; None: that of the settings, and the run becomes the latest one
 ) -> Path:  # the run folder
     """Prepare the data, train the networks, keep the best weights.
 
@@ -132,10 +133,10 @@ def train(
             )
             if settings.plugins:
                 decide("plugins", ", ".join(settings.plugins), "modules that the setting `plugins` names")
-            _train(settings, group, run, folder, found, watch)
+            _train(settings, group, run, folder, found, watch, dataset)
     finally:
         leave_group()
-    if not group.rank and folder.is_relative_to(settings.paths.run_root):
+    if not group.rank and dataset is None and folder.is_relative_to(settings.paths.run_root):
         write_text(settings.paths.run_root / "latest", f"{folder.relative_to(settings.paths.run_root)}\n")
     return folder
 
@@ -198,6 +199,7 @@ def _train(
     folder: Path,
     found: tuple[Path, dict[str, Any], str] | None,
     watch: Callable[[Path], None] | None,
+    given: Dataset | None,
 ) -> None:
     if found and found[2]:
         decide("checkpoint", found[0].name, f"the newer one can't be used: {found[2]}", fallback=True)
@@ -205,7 +207,7 @@ def _train(
         lambda: (
             follow_data(folder, settings.paths.data_root)
             if found and _holds_data(folder)
-            else save_dataset(prepare_data(settings, data_root(settings)), folder)
+            else save_dataset(given or prepare_data(settings, data_root(settings)), folder)
         )
     )
     dataset, background = load_dataset(folder), background_of(settings)

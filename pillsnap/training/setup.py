@@ -266,7 +266,6 @@ def _rules(
         std=std,
         box_confidence=settings.identify.box_confidence,
         nms_iou=settings.identify.nms_iou,
-        sure_confidence=settings.identify.sure_confidence,
         single_scale=settings.identify.single_scale,
         color=settings.identify.color,
         background=KEEP if background is None else REMOVE,

@@ -71,7 +71,7 @@ class GalleryIdentifier(Identifier):
             matches.append(Match(drugs, similarity, reference.side, reference.picture))
         known = pill.code in gallery.drugs
         agrees = not known or any(drug.code == pill.code for drug in matches[0].drugs)
-        return replace(pill, matches=tuple(matches), sure=pill.sure and agrees)
+        return replace(pill if agrees else pill.doubted(), matches=tuple(matches))
 
 # %% ../../../nbs/answer/gallery/04_recognise.ipynb #3a204360
 def network_of(

@@ -88,7 +88,7 @@ def drug_imprints(
 
 # %% ../../../nbs/answer/imprint/03_ranking.ipynb #74bfa0b0
 class ImprintRanking:
-    """Read a pill that is not sure, and put its candidates in the order that the imprint suggests."""
+    """Read a pill that is not identified, and put its candidates in the order that the imprint suggests."""
 
     def __init__(
         self,

@@ -15,7 +15,7 @@ __all__ = ['read_imprints']
 
 # %% ../../../nbs/answer/imprint/04_setting.ipynb #c978fa57
 def read_imprints(
-    identifier: Identifier,  # is changed: it reads the pills that are not sure
+    identifier: Identifier,  # is changed: it reads the pills that are not identified
     choice: str,  # auto or off
     threads: int = 0,  # of ONNX Runtime; 0 = one per core
 ) -> Identifier:  # the same
@@ -26,7 +26,7 @@ def read_imprints(
         return identifier
     try:
         identifier.refine = ImprintRanking(open_reader(threads), list(identifier.rules.class_map))
-        decide("imprints", "on", "rapidocr is installed; pills that are not sure are read")
+        decide("imprints", "on", "rapidocr is installed; pills that are not identified are read")
     except ImprintUnavailable as error:
         decide("imprints", "off", str(error).rstrip("."))
     return identifier

@@ -108,11 +108,12 @@ def weigh(
     """Put the expected drugs first among the candidates that are about as likely."""
     first = pill.candidates[0]
     candidates = pill.candidates
-    if not pill.sure or first.drug.code in expected.counts:
+    if not pill.identified or first.drug.code in expected.counts:
         weights = dict.fromkeys(expected.counts, WEIGHT)
         candidates = sorted(
             candidates,
             key=lambda candidate: -candidate.confidence * candidate.evidence * weights.get(candidate.drug.code, 1.0),
         )
     moved = candidates[0].drug.code != first.drug.code
-    return replace(pill, candidates=list(candidates[:top_k]), sure=pill.sure and not moved)
+    kept = replace(pill, candidates=list(candidates[:top_k]), alike=min(pill.alike, top_k))
+    return kept.doubted() if moved else kept

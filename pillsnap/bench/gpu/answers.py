@@ -60,7 +60,6 @@ def random_rules(
         std=(r_std, g_std, b_std),
         box_confidence=settings.identify.box_confidence,
         nms_iou=settings.identify.nms_iou,
-        sure_confidence=settings.identify.sure_confidence,
         single_scale=settings.identify.single_scale,
     )
 

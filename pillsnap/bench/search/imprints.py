@@ -60,7 +60,7 @@ class Read:
     single: Single
     read: str  # letters and numbers
     milliseconds: float
-    sure: bool
+    identified: bool
     right_before: bool  # the first candidate, before the imprint was read
     right_after: bool
 
@@ -91,9 +91,9 @@ def read_singles(
         begun = time.perf_counter()
         ranked = ranking(pill, crops.details[0])
         milliseconds = (time.perf_counter() - begun) * 1000
-        after = pill if pill.sure else ranked
+        after = pill if pill.identified else ranked
         right = pill.code == single.code, after.code == single.code
-        found.append(Read(single, plain(ranked.imprint or ""), milliseconds, pill.sure, *right))
+        found.append(Read(single, plain(ranked.imprint or ""), milliseconds, pill.identified, *right))
     return found
 
 # %% ../../../nbs/bench/search/02_imprints.ipynb #d651fdd4
@@ -124,7 +124,7 @@ def summary(
     times = [one.milliseconds for one in found]
     values["milliseconds"] = {f"p{share}": round(float(np.percentile(times, share)), 1) for share in (50, 95)}
     before, after = (round(float(np.mean([getattr(one, name) for one in found])), 4) for name in _RIGHT)
-    values["sample"] = {"photos": len(found), "not_sure": sum(not one.sure for one in found)}
+    values["sample"] = {"photos": len(found), "not_identified": sum(not one.identified for one in found)}
     values["sample"] |= {"top1_without": before, "top1_with": after}
     goals = [
         goal(f"imprint_{name}", values[name]["exact"], at_least=bound, n=values[name]["photos"])

@@ -26,6 +26,7 @@ from ...answer.identify import IdentifyError, percent
 from ...answer.outlined import Scale, outline_pills
 from ...answer.outlines import OutlinerError
 from ...answer.quality.judge import judge_crops
+from ...answer.verdicts.verdicts import AMBIGUOUS
 from ...atomic import write_text
 from ...errors import PillsnapError
 from ...runtime.images import KINDS, SUFFIXES, ImageError, is_photo, open_photo
@@ -292,6 +293,14 @@ def _size(
     return f"{size['length']:.1f} x {size['width']:.1f}" if size else "-"
 
 
+def _verdict(
+    pill: dict[str, Any],  # of a prediction
+) -> str:
+    alike = f", {pill['alike']} look alike" if pill["verdict"] == AMBIGUOUS and pill["alike"] > 1 else ""
+    differ = f": compare {', '.join(pill['differ'])}" if alike and pill["differ"] else ""
+    return f"{pill['verdict'].replace('_', ' ')}{alike}{differ}"
+
+
 def as_table(
     predictions: Sequence[tuple[Path, dict[str, Any]]],  # photo and prediction
 ) -> str:  # photos that are not good enough, a row per pill, then the notes
@@ -311,12 +320,11 @@ def as_table(
         read = [f"pill {number} reads {pill['imprint']}" for number, pill in enumerate(pills, 1) if pill.get("imprint")]
         notes += [f"{_text(photo)}: {line}" for line in read]
         for number, pill in enumerate(pills, 1):
-            sure = "yes" if pill["sure"] else "no"
-            row = (_text(photo), number, pill["code"], pill["name"], percent(pill["confidence"]), sure)
+            row = (_text(photo), number, pill["code"], pill["name"], percent(pill["confidence"]), _verdict(pill))
             rows.append((*row, _size(pill)))
         if not pills:
             rows.append((_text(photo), "-", "-", "no pill was found", "-", "-", "-"))
-    columns = ("photo", "pill", "K-code", "name", "confidence", "sure", "size in mm")
+    columns = ("photo", "pill", "K-code", "name", "confidence", "verdict", "size in mm")
     aligned = ("left", "right", "left", "left", "right", "left", "right")
     shown = len(columns) if any("size_mm" in pill for _, found in predictions for pill in found["pills"]) else -1
     table = tabulate([row[:shown] for row in rows], columns[:shown], disable_numparse=True, colalign=aligned[:shown])

@@ -57,7 +57,7 @@ class ServiceMetrics:
             buckets=_SECONDS,
             registry=self.registry,
         )
-        self.pills = Counter("pillsnap_pills", "pills that were named", ["pipeline", "sure"], registry=self.registry)
+        self.pills = Counter("pillsnap_pills", "pills that were named", ["pipeline", "verdict"], registry=self.registry)
 
     def count_prediction(
         self,
@@ -67,7 +67,7 @@ class ServiceMetrics:
         for step, milliseconds in prediction["timings_ms"].items():
             self.steps.labels(step).observe(milliseconds / 1000)
         for pill in prediction["pills"]:
-            self.pills.labels(prediction["pipeline"], str(pill["sure"]).lower()).inc()
+            self.pills.labels(prediction["pipeline"], pill["verdict"]).inc()
 
     def collect(self) -> Iterator[Metric]:
         """Yield the gauges of this process, for `text`."""

@@ -65,6 +65,8 @@ def load(
         )
     identifier, grey = opener(Path(folder)), np.full((64, 64, 3), 114, np.uint8)
     identifier.identify(grey, "single")
+    if identifier.rules.verdicts.identified is None:
+        decide("verdicts", "nothing is identified", "not calibrated: `pillsnap calibrate`, then export")
     judge = find_judge(Path(folder))
     if judge is None:
         decide("photo quality", "not judged", f"there is no {QUALITY_FILE} beside the models")

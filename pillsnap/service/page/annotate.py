@@ -19,8 +19,8 @@ from ...answer.identify import Pill, percent
 from ...runlog import decide
 
 # %% auto #0
-__all__ = ['HANGUL_FONTS', 'SURE', 'UNSURE', 'MIN_SIDE', 'shows', 'find_font', 'label_of', 'place_labels', 'upright_photo',
-           'annotate_photo']
+__all__ = ['HANGUL_FONTS', 'IDENTIFIED', 'DOUBTFUL', 'MIN_SIDE', 'shows', 'find_font', 'label_of', 'place_labels',
+           'upright_photo', 'annotate_photo']
 
 # %% ../../../nbs/service/page/02_annotate.ipynb #b576b6f6
 HANGUL_FONTS = (
@@ -100,7 +100,7 @@ def find_font(
 
 # %% ../../../nbs/service/page/02_annotate.ipynb #c7e120d7
 def label_of(
-    pill: Pill,  # name, code, confidence and sure are read
+    pill: Pill,  # name, code, confidence and identified are read
     file: str | None,  # of the font; None = Pillow's own
     size: int,  # of the text, pixels
     max_width: float,  # of the label, pixels
@@ -108,7 +108,7 @@ def label_of(
     """Text of a label, in characters that the font has."""
     names = (" ".join(unicodedata.normalize("NFC", name).split())[:120] for name in (pill.name, pill.code))
     name = next((name for name in names if name and shows(file, name)), "?")
-    suffix = f"{'' if pill.sure else '?'} {percent(pill.confidence)}"
+    suffix = f"{'' if pill.identified else '?'} {percent(pill.confidence)}"
     font = _font(file, size)
     if font.getlength(name + suffix) <= max_width:
         return name + suffix
@@ -161,7 +161,7 @@ def place_labels(
     return placed
 
 # %% ../../../nbs/service/page/02_annotate.ipynb #d6cedd11
-SURE, UNSURE = (24, 128, 66), (190, 82, 14)  # green and orange, dark enough for white letters
+IDENTIFIED, DOUBTFUL = (24, 128, 66), (190, 82, 14)  # green and orange, dark enough for white letters
 MIN_SIDE = 640  # pixels; longest side of an annotated photo at least
 
 
@@ -210,14 +210,14 @@ def annotate_photo(
     longest: int = 1600,  # longest side of the result, pixels
     quality: int = 85,  # of the JPEG, 1 to 95
 ) -> bytes:  # a JPEG file
-    """Draw box, name and confidence of each pill onto the photo: green = sure, orange = not sure."""
+    """Draw box, name and confidence of each pill onto the photo: green = identified, orange = not."""
     canvas, scale, size = _resized_canvas(image, longest)
     pen, file, line, gap = ImageDraw.Draw(canvas), find_font(font), max(2, round(size / 7)), max(2, size // 5)
     boxes = np.array([[float(value) * scale for value in pill.box] for pill in pills]).reshape(-1, 4)
     texts = [label_of(pill, file, size, 0.45 * canvas.width - 2 * gap) for pill in pills]
     height = sum(_font(file, size).getmetrics()) + gap
     labels = np.array([(_font(file, size).getlength(text) + 2 * gap, height) for text in texts]).reshape(-1, 2)
-    colours = [SURE if pill.sure else UNSURE for pill in pills]
+    colours = [IDENTIFIED if pill.identified else DOUBTFUL for pill in pills]
     for box, colour in zip(boxes, colours, strict=True):
         pen.rectangle(tuple(box), outline="white", width=line + 2)
         pen.rectangle(

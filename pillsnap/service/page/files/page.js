@@ -39,7 +39,7 @@ function number(value, options) {
   return new Intl.NumberFormat(language, options).format(value);
 }
 
-function percent(share) { // nobody is 100 % sure; the Python client rounds alike
+function percent(share) { // nobody is 100 % certain; the Python client rounds alike
   return number(Math.min(99, Math.floor(100 * share + 0.5)) / 100, { style: "percent" });
 }
 
@@ -96,20 +96,21 @@ const draw = (tag, attributes = {}, ...children) =>
   fill(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
 
 function boxes({ photo }, pills, outlined) {
-  const around = ({ box, sure, outline }) => {
-    const look = { class: sure ? "sure" : "unsure" };
+  const around = ({ box, verdict, outline }) => {
+    const look = { class: verdict };
     if (outlined && outline?.length)
       return outline.map((points) => draw("polygon", { ...look, points: points.join(" ") }));
     return draw("rect", { ...look, x: box.x1, y: box.y1, width: box.x2 - box.x1, height: box.y2 - box.y1 });
   };
   const radius = Math.max(photo.width, photo.height) / 30;
   const places = placeBadges(photo, pills.map(({ box }) => box), radius);
-  const badge = ({ sure, box }, index) => {
+  const badge = ({ verdict, box }, index) => {
     const { x, y, away } = places[index];
     const end = { x2: Math.min(Math.max(x, box.x1), box.x2), y2: Math.min(Math.max(y, box.y1), box.y2) };
-    return draw("g", { class: sure ? "sure" : "unsure" }, away ? draw("line", { x1: x, y1: y, ...end }) : null,
+    return draw("g", { class: verdict }, away ? draw("line", { x1: x, y1: y, ...end }) : null,
       draw("circle", { cx: x, cy: y, r: radius }),
-      draw("text", { x, y, dy: "0.36em", "font-size": 1.1 * radius }, `${index + 1}${sure ? "" : "?"}`));
+      draw("text", { x, y, dy: "0.36em", "font-size": 1.1 * radius },
+        `${index + 1}${verdict === "identified" ? "" : "?"}`));
   };
   const whole = `0 0 ${photo.width} ${photo.height}`;
   return draw("svg", { "aria-hidden": "true", viewBox: whole, preserveAspectRatio: "none" },
@@ -175,19 +176,30 @@ function confidence(share) {
     make("span", {}, percent(share)));
 }
 
+function titleOf(answer) { // the name only where one drug stands out
+  if (answer.verdict === "identified") return nameOf(answer);
+  return answer.verdict === "ambiguous" ? say("perhaps", nameOf(answer)) : say("no_name");
+}
+
+function about({ verdict, alike, differ }) { // the verdict in words
+  if (verdict !== "ambiguous") return say(verdict);
+  const marks = differ.map((mark) => say(`mark_${mark}`)).join(", ");
+  return [say("ambiguous", alike), marks ? say("differ", marks) : say("compare")].join(" ");
+}
+
 function pill(answer, index, all) {
-  const whole = answer.box_confidence === null;
-  return make("li", { class: answer.sure ? "pill" : "pill unsure" },
-    make("h4", {}, make("span", { class: "number" }, String(index + 1)), nameOf(answer)),
+  const whole = answer.box_confidence === null, identified = answer.verdict === "identified";
+  return make("li", { class: `pill ${answer.verdict}` },
+    make("h4", {}, make("span", { class: "number" }, String(index + 1)), titleOf(answer)),
     make("div", { class: "level" },
-      make("p", { class: "verdict" }, say(answer.sure ? "sure" : "compare")), confidence(answer.confidence)),
+      make("p", { class: "verdict" }, about(answer)), identified ? confidence(answer.confidence) : null),
     facts(answer, [
       ...(whole ? [[say("detection"), say("whole")]] : []),
       ...(answer.imprint ? [[say("imprint"), answer.imprint]] : [])
     ]),
-    answer.sure ? null
+    identified ? null
       : make("button", { type: "button", onclick: () => look.fill(seen(answer)) }, say("look_this")),
-    make("details", { open: !answer.sure && all.length < 3 },
+    make("details", { open: answer.verdict === "ambiguous" && all.length < 3 },
       make("summary", {}, say("candidates", answer.candidates.length)),
       make("ol", {}, answer.candidates.map((candidate) =>
         make("li", {}, make("b", {}, nameOf(candidate)), confidence(candidate.confidence), facts(candidate))))));
@@ -310,7 +322,7 @@ function failure(card) {
 function summary(card) {
   const pills = found(card.answer);
   const named = pills.map((one, index) =>
-    `${index + 1}: ${nameOf(one)}, ${say(one.sure ? "sure" : "unsure")}, ${percent(one.confidence)}`);
+    `${index + 1}: ${titleOf(one)}, ${about(one)}, ${percent(one.confidence)}`);
   const { quality } = card.answer, poor = quality && !quality.good_enough ? [say("poor")] : [];
   return [`${card.name}: ${say("pills", named.length)}`, ...poor, ...named].join(". ");
 }

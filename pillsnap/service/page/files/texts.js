@@ -3,7 +3,7 @@
 export const TEXT = {
   en: {
     skip: "Skip to the results", title: "Which pill is it?",
-    intro: "Photograph a pill, or a handful: each one is named, with how sure the answer is. " +
+    intro: "Photograph a pill, or a handful: each one is named, or it is said that it can't be told. " +
       "An imprint is often on one side only, so take the front and the back.",
     notice: "This is no medical advice: ask a pharmacist or a doctor before you take anything.",
     pipeline: "Pills in a photo", single: "One pill", combo: "Several pills",
@@ -27,7 +27,12 @@ export const TEXT = {
     sent: "Sent", pills: (count) => (count === 1 ? "1 pill" : count ? `${count} pills` : "No pill found"),
     nothing: "No pill was found in this photo.",
     nothing_about: "Move closer, use an even background and more light, then take another photo.",
-    sure: "Sure", unsure: "Not sure", compare: "Not sure: compare the imprint and the other candidates",
+    identified: "Identified", unknown: "Unknown: no drug of this model looks like it",
+    no_pill: "No pill was detected", ambiguous: (count) => `Not certain: ${count} drugs look alike.`,
+    differ: (marks) => `Compare: ${marks}.`, compare: "Compare the imprint and the other candidates.",
+    perhaps: (name) => `${name}?`, no_name: "Not identified",
+    mark_imprint: "the imprint", mark_back: "the other side", mark_size: "the size", mark_colour: "the colour",
+    mark_shape: "the shape",
     confidence: "Confidence", candidates: (count) => `The ${count} most likely drugs`, detection: "Found with",
     whole: "the whole photo was taken",
     code: "K-code", edi: "EDI codes", maker: "Maker", shape: "Shape", colors: "Colours", form: "Form",
@@ -80,7 +85,7 @@ export const TEXT = {
   },
   ko: {
     skip: "결과로 건너뛰기", title: "이 알약은 무엇일까요?",
-    intro: "알약 하나 또는 여러 알을 찍으면 하나하나 이름과 확신도를 알려 드립니다. 글자는 한쪽에만 있는 경우가 많으니 앞면과 뒷면을 모두 찍어 주세요.",
+    intro: "알약 하나 또는 여러 알을 찍으면 하나하나 이름을 알려 드리고, 알 수 없으면 그렇다고 말씀드립니다. 글자는 한쪽에만 있는 경우가 많으니 앞면과 뒷면을 모두 찍어 주세요.",
     notice: "의학적 조언이 아닙니다. 약을 드시기 전에 약사나 의사에게 확인하세요.",
     pipeline: "사진 속 알약", single: "한 알", combo: "여러 알",
     single_about: "사진에서 가장 뚜렷한 한 알의 이름을 찾습니다.", combo_about: "사진의 모든 알약을 찾아 이름을 댑니다.",
@@ -97,7 +102,10 @@ export const TEXT = {
     waiting: "차례를 기다리는 중", preparing: "사진을 여는 중", sending: "보내는 중", asking: "묻는 중",
     sent: "전송", pills: (count) => (count ? `알약 ${count}개` : "알약을 찾지 못함"),
     nothing: "이 사진에서 알약을 찾지 못했습니다.", nothing_about: "더 가까이에서, 고른 배경과 밝은 빛에서 다시 찍어 주세요.",
-    sure: "확실함", unsure: "확실하지 않음", compare: "확실하지 않음: 글자와 다른 후보를 비교하세요",
+    identified: "확인됨", unknown: "알 수 없음: 이 모델에는 비슷한 약이 없습니다", no_pill: "알약을 찾지 못함",
+    ambiguous: (count) => `확실하지 않음: 비슷한 약이 ${count}개 있습니다.`, differ: (marks) => `비교할 것: ${marks}.`,
+    compare: "글자와 다른 후보를 비교하세요.", perhaps: (name) => `${name}?`, no_name: "확인되지 않음",
+    mark_imprint: "글자", mark_back: "반대쪽", mark_size: "크기", mark_colour: "색", mark_shape: "모양",
     confidence: "확신도", candidates: (count) => `가능성이 높은 약 ${count}개`, detection: "알약 검출", whole: "사진 전체를 사용",
     code: "K-코드", edi: "EDI 코드", maker: "제조사", shape: "모양", colors: "색", form: "제형", front: "앞면 글자", back: "뒷면 글자",
     imprint: "알약에서 읽은 글자",

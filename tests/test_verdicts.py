@@ -1,0 +1,66 @@
+"""Verdicts from end to end: a run is calibrated, its export carries the thresholds, and answers follow them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_models
+from tiny_models import save_classifier
+
+from pillsnap import cli
+from pillsnap.answer.factory import load_identifier
+from pillsnap.answer.rules import ModelMismatch, Rules
+from pillsnap.answer.verdicts.verdicts import VERDICTS, Verdicts
+from pillsnap.training.checkpoint import CALIBRATION_FILE, CheckpointError, load_trained
+
+
+def test_a_calibrated_run_exports_its_thresholds(
+    trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained_run, run)
+    assert load_trained(run).rules.verdicts == Verdicts(), "nothing was chosen yet"
+    words = ["calibrate", "--run", str(run), "--folds", "1", "identify.risk=0.5", "identify.missed=0.2"]
+    assert cli.main(words) == 0
+    printed = json.loads(capsys.readouterr().out)
+    report = json.loads((run / CALIBRATION_FILE).read_text(encoding="utf-8"))
+    assert printed["verdicts"] == report["verdicts"] and 0 <= printed["figures"]["unknown_auroc"] <= 1
+    chosen = report["verdicts"]["chosen_on"]
+    assert len(report["answers"]["score"]) == chosen["known_photos"] + chosen["unknown_photos"]
+    assert not all(report["answers"]["known"]), "a drug was left out"
+    assert load_trained(run).rules.verdicts == Verdicts.from_json(report["verdicts"])
+    assert cli.main(["export", "--run", str(run)]) == 0
+    assert load_identifier(run / "export").rules.verdicts == Verdicts.from_json(report["verdicts"])
+    (run / CALIBRATION_FILE).write_text(json.dumps(report | {"weights_sha256": "0" * 64}), encoding="utf-8")
+    assert load_trained(run).rules.verdicts == Verdicts(), "thresholds of other weights don't count"
+    (run / CALIBRATION_FILE).write_text("{", encoding="utf-8")
+    with pytest.raises(CheckpointError, match="calibrate the run again"):
+        load_trained(run)
+
+
+def test_thresholds_decide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    photo = np.full((80, 80, 3), (238, 234, 224), np.uint8)
+    photo[0, 0] = (0, 200, 0)  # not grey
+    for verdicts, expected in {
+        Verdicts(identified=-1e6): "identified",
+        Verdicts(identified=1e6): "ambiguous",
+        Verdicts(identified=1e6, known=1e6): "unknown",
+        Verdicts(): "ambiguous",
+    }.items():
+        monkeypatch.setattr(tiny_models, "RULES", replace(tiny_models.RULES, verdicts=verdicts))
+        save_classifier(tmp_path)
+        pill = load_identifier(tmp_path).identify(photo, "single").pills[0]
+        assert pill.verdict == expected in VERDICTS and pill.identified is (expected == "identified")
+
+
+def test_rules_without_verdicts_are_refused(tmp_path: Path) -> None:
+    save_classifier(tmp_path)
+    rules = load_identifier(tmp_path).rules.to_json()
+    del rules["verdicts"]
+    with pytest.raises(ModelMismatch, match="export it again"):
+        Rules.from_json(rules)
