@@ -246,6 +246,7 @@ OPTIONS = {  # of each command, in addition to the settings
         _option(
             "--top-k", type=int, default=5, metavar="N", help="candidates of each pill in JSON, 1 to 20 (default: 5)"
         ),
+        _option("--back", type=Path, metavar="PHOTO", help="of the other side of the one pill, beside one photo"),
         _option(
             "--expected",
             metavar="CODES",

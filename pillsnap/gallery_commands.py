@@ -128,9 +128,9 @@ def chosen_rows(
 
 def _references(identifier: Identifier, rows: pl.DataFrame, max_pixels: int) -> Iterator[Reference]:
     """A reference for each row whose photo can be read."""
+    import numpy as np
     from tqdm import tqdm
 
-    from pillsnap.answer.crops import crop_pill
     from pillsnap.answer.gallery.enroll import make_reference
     from pillsnap.data.reading.photo_files import read_photo
     from pillsnap.progress import progress_stream
@@ -138,7 +138,7 @@ def _references(identifier: Identifier, rows: pl.DataFrame, max_pixels: int) -> 
     from pillsnap.runtime.boxes import Box
     from pillsnap.runtime.images import ImageError, open_photo
 
-    rules, damaged = identifier.rules, 0
+    damaged = 0
     chosen = rows.select("image", "code", "side", "x1", "y1", "x2", "y2").rows()
     for image, code, side, *corners in tqdm(chosen, desc="gallery", file=progress_stream(), disable=None):
         try:
@@ -147,7 +147,7 @@ def _references(identifier: Identifier, rows: pl.DataFrame, max_pixels: int) -> 
         except ImageError:
             damaged += 1
             continue
-        crop = crop_pill(photo.pixels, photo.reduced(Box(*corners)), rules.margin, rules.classifier_size)
+        crop = identifier.crops_of(photo.pixels, np.array([photo.reduced(Box(*corners))]))[0]
         digest = hashlib.sha256(data + repr(corners).encode()).hexdigest()
         yield make_reference(identifier, crop, [code], side if side in ("front", "back") else "", digest)
     if damaged:

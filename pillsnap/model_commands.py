@@ -150,7 +150,11 @@ def predict(arguments: Namespace) -> int:
     settings = settings_or_defaults(arguments)
     environment = load_environment(root_or_here(), settings.serve)
     request = {"pipeline": arguments.pipeline, "top_k": arguments.top_k, "expected": _expected(arguments.expected)}
-    request |= {"masks": arguments.masks, "scale": _scale(arguments)}
+    request |= {"masks": arguments.masks, "scale": _scale(arguments), "back": arguments.back}
+    if arguments.back and (len(photos) != 1 or photos[0].is_dir() or arguments.pipeline != "single"):
+        raise SettingsError("--back is the other side of one pill: name one photo beside it, and no pipeline combo")
+    if arguments.back and arguments.expected is not None:
+        raise SettingsError("--expected compares all pills of one photo: leave out --back")
     if not arguments.url:
         loaded = _open_models(arguments.model or environment.model_path, settings)
         return predict_photos(

@@ -160,10 +160,22 @@ def test_a_drug_is_enrolled_while_serving(folder: Path):
         added = client.post("/gallery", headers={"X-Admin-Key": ADMIN}, data=fields, files=files)
         assert added.status_code == 200, added.text
         assert added.json()["drugs"] == [{"code": "G-1", "name": "Green", "references": 2, "sides": ["back", "front"]}]
-        match = client.post("/predict", **question).json()["pills"][0]["matches"][0]
+        pill = client.post("/predict", **question).json()["pills"][0]
+        match = pill["matches"][0]
+        assert not any("picture" in candidate for candidate in pill["candidates"]), "the gallery has no trained drug"
         assert match["drugs"][0]["name"] == "Green" and match["similarity"] > 0.99
         assert match["side"] in ("front", "back") and match["picture"].startswith("data:image/jpeg;base64,/9j/")
     assert isinstance(open_identifier(folder), GalleryIdentifier), "the next start serves it too"
+
+
+def test_candidates_show_their_references(folder: Path):
+    with service(folder) as client:
+        fields = {"name": "White round tablet", "code": "K-000030", "whole": "true"}
+        files = [("images", ("front.png", plain_photo((212, 207, 196))))]
+        assert client.post("/gallery", headers={"X-Admin-Key": ADMIN}, data=fields, files=files).status_code == 200
+        pill = client.post("/predict", headers=KEY, files={"image": plain_photo((210, 205, 190))}).json()["pills"][0]
+    assert pill["code"] == "K-000030" and pill["picture"] == pill["candidates"][0]["picture"]
+    assert pill["picture"].startswith("data:image/jpeg;base64,/9j/") and "picture" not in pill["candidates"][1]
 
 
 def test_archive_and_store_carry_the_gallery(

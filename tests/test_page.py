@@ -376,6 +376,19 @@ def test_an_ambiguous_pill_is_shown_in_words(browser: WebDriver, address: str, t
     )
 
 
+def test_the_back_is_asked_together_with_the_front(browser: WebDriver, address: str, photo: Path) -> None:
+    visit(browser, address)
+    send(browser, photo)
+    see(browser, ".pill")
+    (button,) = browser.find_elements(By.CSS_SELECTOR, ".turn button")
+    assert button.text == "Add the back" and sent_queries(browser) == ["pipeline=single"]
+    browser.find_element(By.CSS_SELECTOR, ".turn input").send_keys(str(photo))
+    wait(browser, lambda: texts(browser, ".turn button") == ["Take another photo of the back"])
+    see(browser, ".pill")
+    both = [one for one in requests(browser) if one["method"] == "POST"]
+    assert len(both) == 1 and texts(browser, ".verdict") == ["Identified"] and quiet(browser)
+
+
 def test_several_photos_at_once_and_one_dropped(browser: WebDriver, address: str, photo: Path, tmp_path: Path) -> None:
     for name in ("front.jpg", "back.jpg"):
         shutil.copy(photo, tmp_path / name)

@@ -41,6 +41,9 @@ class Candidate:
     drug: Drug
     confidence: float  # 0 to 1
     evidence: float = 1.0  # factor of what else was seen, such as an imprint; it changes the order
+    picture: bytes = field(
+        default=b"", compare=False, repr=False
+    )  # of a reference, a small JPEG; empty = there is none
 
     def to_json(self) -> dict[str, Any]:
         """Convert to plain values."""

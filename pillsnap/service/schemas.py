@@ -100,6 +100,9 @@ class CandidateResponse(DrugResponse):
     """One candidate drug of a pill."""
 
     confidence: float = Field(ge=0, le=1, examples=[0.97])
+    picture: str = Field(
+        default="", description="only with a gallery that has the drug: a reference, a small JPEG as a data: address"
+    )
 
 
 class SizeResponse(BaseModel):
@@ -281,14 +284,24 @@ def model_response(
     }
 
 
+def _address(jpeg: bytes) -> str:
+    """A picture as a data: address."""
+    return f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
+
+
 def _pill_response(pill: Pill) -> dict[str, Any]:
-    candidates = [drug_response(candidate.drug) | {"confidence": candidate.confidence} for candidate in pill.candidates]
+    candidates = [
+        drug_response(candidate.drug)
+        | {"confidence": candidate.confidence}
+        | ({"picture": _address(candidate.picture)} if candidate.picture else {})
+        for candidate in pill.candidates
+    ]
     matches = [
         {
             "drugs": [drug_response(drug) for drug in match.drugs],
             "similarity": match.similarity,
             "side": match.side or None,
-            "picture": f"data:image/jpeg;base64,{base64.b64encode(match.picture).decode()}",
+            "picture": _address(match.picture),
         }
         for match in pill.matches
     ]

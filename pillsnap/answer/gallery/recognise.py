@@ -29,6 +29,7 @@ __all__ = ['MATCHES', 'GalleryIdentifier', 'network_of', 'gallery_for', 'with_ga
 
 # %% ../../../nbs/answer/gallery/04_recognise.ipynb #3c3fa68e
 MATCHES = 5  # appearances that a pill is shown with
+_PICTURES = 20  # candidates that get a picture; no request has more
 
 
 class GalleryIdentifier(Identifier):
@@ -71,7 +72,12 @@ class GalleryIdentifier(Identifier):
             matches.append(Match(drugs, similarity, reference.side, reference.picture))
         known = pill.code in gallery.drugs
         agrees = not known or any(drug.code == pill.code for drug in matches[0].drugs)
-        return replace(pill if agrees else pill.doubted(), matches=tuple(matches))
+        shown = [
+            replace(candidate, picture=self.search.picture_of(candidate.drug.code, pill.embedding))
+            for candidate in pill.candidates[:_PICTURES]
+        ]
+        candidates = [*shown, *pill.candidates[_PICTURES:]]
+        return replace(pill if agrees else pill.doubted(), candidates=candidates, matches=tuple(matches))
 
 # %% ../../../nbs/answer/gallery/04_recognise.ipynb #3a204360
 def network_of(

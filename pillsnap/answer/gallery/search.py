@@ -35,6 +35,22 @@ class Search:
         appearances: dict[tuple[str, ...], int] = {}
         self._appearance = [appearances.setdefault(item.codes, len(appearances)) for item in gallery.references]
         self._appearances = len(appearances)
+        self._rows: dict[str, list[int]] = {}
+        for row, item in enumerate(gallery.references):
+            for code in item.codes:
+                self._rows.setdefault(code, []).append(row)
+
+    def picture_of(
+        self,
+        code: str,  # of a drug
+        embedding: np.ndarray,  # float32 (size,), of length 1
+    ) -> bytes:  # a small JPEG; empty where the gallery doesn't have the drug
+        """The picture of a drug's most similar reference."""
+        rows = self._rows.get(code)
+        if not rows:
+            return b""
+        best = rows[int((self._embeddings[rows] @ embedding).argmax())]
+        return self.gallery.references[best].picture
 
     def nearest(
         self,

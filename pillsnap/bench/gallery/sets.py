@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from ...answer.crops import crop_pill
 from ...answer.identify import Identifier
 from ..errors import BenchError
 from .draws import Pills
@@ -35,11 +34,11 @@ def embed_set(
     rows = pl.read_parquet(report.manifest).filter(~pl.col("code").is_in(leave_out)).sort("image", "x1", "y1")
     if not len(rows):
         raise BenchError(f"{root} has no labelled pill: name a data set with boxes.")
-    rules, turned = identifier.rules, []
+    turned = []
     for (image,), pills in rows.group_by("image", maintain_order=True):
         photo = decode_photo(str(image))
-        for corners in pills.select("x1", "y1", "x2", "y2").rows():
-            crop = crop_pill(photo.pixels, photo.reduced(Box(*corners)), rules.margin, rules.classifier_size)
+        boxes = np.array([photo.reduced(Box(*corners)) for corners in pills.select("x1", "y1", "x2", "y2").rows()])
+        for crop in identifier.crops_of(photo.pixels, boxes):
             turned.append(identifier.embed(np.stack([np.rot90(crop, turns) for turns in range(4)])))
     vectors = np.stack(turned)
     means = vectors.sum(axis=1)

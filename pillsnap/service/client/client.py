@@ -26,6 +26,7 @@ from ...answer.identify import IdentifyError, percent
 from ...answer.outlined import Scale, outline_pills
 from ...answer.outlines import OutlinerError
 from ...answer.quality.judge import judge_crops
+from ...answer.sides import classify_sides
 from ...answer.verdicts.verdicts import AMBIGUOUS
 from ...atomic import write_text
 from ...errors import PillsnapError
@@ -105,12 +106,13 @@ def _post(
     photo: bytes,  # an image file
     parameters: dict[str, Any],  # of the query
     expected: str | None,  # drugs of a prescription, too long for an address
+    back: bytes | None,  # an image file with the other side of the pill
 ) -> httpx.Response:
     if not (key.isascii() and key.isprintable()):
         raise ServerUnusable("The API key has characters that no key has: check API_KEY.")
     headers = {"X-API-Key": key} if key else {}
     try:
-        files = {"image": ("photo", photo)}
+        files = {"image": ("photo", photo)} | ({} if back is None else {"image_back": ("back", back)})
         form = {} if expected is None else {"expected": expected}
         return client.post(f"{url}/predict", params=parameters, headers=headers, files=files, data=form)
     except (httpx.ConnectError, httpx.ConnectTimeout) as error:
@@ -164,6 +166,7 @@ def predict_remote(
     *,
     masks: bool = False,  # also the outline of each pill
     scale: Scale | None = None,  # of the photo: also the size of each pill
+    back: Path | bytes | None = None,  # a photo of the other side of the one pill
 ) -> dict[str, Any]:  # as in /docs of the server: pipeline, pills, timings_ms, notes, model and more
     """Identify the pills of a photo by a server.
 
@@ -172,13 +175,14 @@ def predict_remote(
     if client is None:
         with httpx.Client(timeout=TIMEOUT) as client:
             return predict_remote(
-                url, key, photo, pipeline, top_k, patience, client, expected, masks=masks, scale=scale
+                url, key, photo, pipeline, top_k, patience, client, expected, masks=masks, scale=scale, back=back
             )
     url, data, waited = server_url(url), read_photo(photo), 0.0
     query = {"pipeline": pipeline, "top_k": top_k, **({"masks": "true"} if masks else {})}
     query |= scale.to_query() if scale else {}
+    behind = None if back is None else read_photo(back)
     while True:
-        response = _post(client, url, key, data, query, expected)
+        response = _post(client, url, key, data, query, expected, behind)
         wait = seconds_to_wait(response)
         if wait is None or waited + wait > patience:
             return _parse_response(response, url)
@@ -197,6 +201,7 @@ def predict_local(
     *,
     masks: bool = False,  # also the outline of each pill
     scale: Scale | None = None,  # of the photo: also the size of each pill
+    back: Path | bytes | None = None,  # a photo of the other side of the one pill
 ) -> dict[str, Any]:  # the JSON that a server returns
     """Identify the pills of a photo; raises `ClientError`, `ImageError`, `IdentifyError` or `OutlinerError`."""
     wanted = masks or scale is not None
@@ -207,7 +212,11 @@ def predict_local(
     decode_ms = (perf_counter() - begun) * 1000
     crops = loaded.identifier.crop_pills(opened.pixels, pipeline, None, opened.size)
     verdict = None if loaded.judge is None else judge_crops(loaded.judge, opened, crops)
-    identification, compared = classify_expected(loaded.identifier, crops, top_k, expected)
+    if back is None:
+        identification, compared = classify_expected(loaded.identifier, crops, top_k, expected)
+    else:
+        behind = loaded.identifier.crop_pills(open_photo(read_photo(back), max_pixels).pixels, "single")
+        identification, compared = classify_sides(loaded.identifier, [crops, behind], top_k), None
     outliner = loaded.outliner if wanted else None
     outlined = None if outliner is None else outline_pills(outliner, opened, crops, scale)
     response = prediction_response(identification, opened.size, decode_ms, loaded.model, None, verdict, outlined)

@@ -79,6 +79,6 @@ async def batch(
     service: Service = request.app.state.service
     async with service.work_queue.admit():
         loaded = await load_models(service)
-        photos, parameters = await read_request(request, "images", service.max_batch, query)
+        photos, _, parameters = await read_request(request, "images", service.max_batch, query)
         service.rate_limiter.check(key_name, len(photos))
         return {"answers": await asyncio.gather(*(_item(service, loaded, photo, parameters) for photo in photos))}

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.exceptions import RequestValidationError
+from ...answer.sides import classify_sides
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ...answer.color.balance import Balance
@@ -125,12 +126,14 @@ async def read_request(
     field: str,  # name of its file fields
     max_photos: int,  # of the request
     query: PredictParameters,  # of the address
-) -> tuple[list[bytes], PredictParameters]:  # the photos, and the parameters of address and form
+    others: Collection[str] = (),  # names of other file fields
+) -> tuple[list[bytes], dict[str, bytes], PredictParameters]:  # photos, other files, parameters of address and form
     """Read a form with photos and parameters; raises `ApiError`."""
     service: Service = request.app.state.service
-    all_bytes = service.max_bytes if max_photos == 1 else service.max_batch_bytes
+    all_bytes = (1 + len(others)) * service.max_bytes if max_photos == 1 else service.max_batch_bytes
     limits = UploadLimits(max_photos, service.max_bytes, all_bytes, service.upload_idle_seconds, service.upload_seconds)
-    photos, fields, _ = await read_form(request, field, limits, list(PredictParameters.model_fields))
+    sent = await read_form(request, field, limits, list(PredictParameters.model_fields), others)
+    fields = sent.fields
     try:
         form = PredictParameters.model_validate(fields)
     except ValidationError as error:
@@ -139,7 +142,8 @@ async def read_request(
         if getattr(form, name) != getattr(query, name):
             both = f"{getattr(query, name)} in the address and {fields[name][:40]} in the form"
             raise ApiError(422, "contradiction", f"The parameter {name} is {both}: send it once.")
-    return photos, await predict_parameters(request, query.model_copy(update=form.model_dump(exclude_unset=True)))
+    parameters = await predict_parameters(request, query.model_copy(update=form.model_dump(exclude_unset=True)))
+    return sent.photos, sent.others, parameters
 
 # %% ../../../nbs/service/endpoints/03_predict.ipynb #ac7b2943
 _ERRORS = (
@@ -242,6 +246,19 @@ def _pictures(
     return {name: "data:image/jpeg;base64," + base64.b64encode(jpeg).decode() for name, jpeg in pictures.items()}
 
 
+def _check_back(
+    back: bytes | None,  # photo of the other side
+    parameters: PredictParameters,  # of the request
+) -> None:
+    """Raise `ApiError` 422 for a back that doesn't go with the rest of the request."""
+    if back is None:
+        return
+    if parameters.pipeline != "single":
+        raise ApiError(422, "back_of_several", "image_back is the other side of one pill: use the pipeline single.")
+    if parameters.expected is not None:
+        raise ApiError(422, "back_of_several", "expected compares all pills of one photo: leave out image_back.")
+
+
 @contextmanager
 def answering() -> Iterator[None]:
     """Convert what is wrong with a photo or a model into an `ApiError`."""
@@ -257,16 +274,25 @@ def predict_photo(
     loaded: LoadedModels,  # the models
     data: bytes,  # an image file
     parameters: PredictParameters,  # of the request
+    back: bytes | None = None,  # an image file with the other side of the one pill
 ) -> dict[str, Any]:  # as Prediction
     """Identify the pills of a photo; raises `ApiError`."""
     _require_outliner(loaded, parameters)
+    _check_back(back, parameters)
     with answering():
         opened = _open_and_crop(service, loaded, data, parameters)
+        plain = PredictParameters(pipeline=parameters.pipeline, conf_threshold=parameters.conf_threshold)
+        behind = None if back is None else _open_and_crop(service, loaded, back, plain)
         if parameters.quality == "require":
-            _require_quality(opened.verdict)
-        identification, compared = classify_expected(
-            loaded.identifier, opened.crops, parameters.top_k, parameters.expected
-        )
+            for photo in [opened, *([behind] if behind else [])]:
+                _require_quality(photo.verdict)
+        if behind:
+            compared = None
+            identification = classify_sides(loaded.identifier, [opened.crops, behind.crops], parameters.top_k)
+        else:
+            identification, compared = classify_expected(
+                loaded.identifier, opened.crops, parameters.top_k, parameters.expected
+            )
     response = prediction_response(
         identification, opened.size, opened.decode_ms, loaded.model, None, opened.verdict, opened.outlined
     )
@@ -318,20 +344,27 @@ def form_schema(
 FILE_SCHEMA = {"type": "string", "format": "binary", "description": KINDS}
 
 
+_FORM = form_schema("image", FILE_SCHEMA)
+_FORM["requestBody"]["content"]["multipart/form-data"]["schema"]["properties"]["image_back"] = FILE_SCHEMA | {
+    "description": f"the other side of the same pill, with the pipeline single; {KINDS}"
+}
+
+
 @predict_router.post(
     "/predict",
     response_model=Prediction,
     response_model_exclude_unset=True,
     dependencies=[Depends(count_photo)],
-    openapi_extra=form_schema("image", FILE_SCHEMA),
+    openapi_extra=_FORM,
 )
 async def predict(
-    request: Request,  # multipart form with the file field `image`
+    request: Request,  # multipart form with the file field `image`, and perhaps `image_back`
     query: PredictParameters = Depends(predict_parameters),  # noqa: B008
 ) -> Any:
     """Identify the pills of a photo."""
     service: Service = request.app.state.service
     async with service.work_queue.admit():
         loaded = await load_models(service)
-        photos, parameters = await read_request(request, "image", 1, query)
-        return await service.work_queue.run(predict_photo, service, loaded, photos[0], parameters)
+        photos, others, parameters = await read_request(request, "image", 1, query, ["image_back"])
+        back = others.get("image_back")
+        return await service.work_queue.run(predict_photo, service, loaded, photos[0], parameters, back)

@@ -83,6 +83,7 @@ class Form(NamedTuple):
     photos: list[bytes]  # one or more, in their order
     fields: dict[str, str]  # name -> value of the other fields
     names: list[str]  # of the photos' files, as the client calls them
+    others: dict[str, bytes]  # name -> content of the other file fields that are there
 
 
 async def read_form(
@@ -90,6 +91,7 @@ async def read_form(
     field: str,  # their name
     limits: UploadLimits,  # of the upload
     parameters: Collection[str] = (),  # names of the other fields, which are texts
+    others: Collection[str] = (),  # names of other file fields, one file each, which may be missing
 ) -> Form:
     """Read the photos and parameters of a form; raises `ApiError`.
 
@@ -103,7 +105,7 @@ async def read_form(
         )
     refusal = _too_large(limits.max_bytes, limits.all_bytes)
     body = count_bytes(request, limits.all_bytes, refusal, limits.idle_seconds)
-    parser = MultiPartParser(request.headers, body, max_files=limits.max_photos, max_fields=16)
+    parser = MultiPartParser(request.headers, body, max_files=limits.max_photos + len(others), max_fields=16)
     parser.spool_max_size = limits.all_bytes + _ENVELOPE
     try:
         async with asyncio.timeout(limits.seconds):
@@ -117,17 +119,28 @@ async def read_form(
             422, "form_damaged", f"The form cannot be read ({reason}): send {number} in the file field '{field}'."
         ) from error
     try:
-        refuse_unknown(form, [field, *parameters], "form field")
+        refuse_unknown(form, [field, *parameters, *others], "form field")
         uploads = [upload for upload in form.getlist(field) if isinstance(upload, UploadFile)]
         photos, names = [await upload.read() for upload in uploads], [upload.filename or "" for upload in uploads]
         fields = {name: _text(form, name) for name in parameters if name in form}
+        further = {name: await _file(form, name) for name in others if name in form}
     finally:
         await form.close()
     if not photos:
         raise ApiError(422, "photo_missing", f"The form has no photo: send it in the file field '{field}'.")
-    if max(map(len, photos)) > limits.max_bytes:
+    if len(photos) > limits.max_photos:
+        raise ApiError(422, "form_damaged", f"The form has {len(photos)} photos: send one in the file field '{field}'.")
+    if max(map(len, [*photos, *further.values()])) > limits.max_bytes:
         raise refusal
-    return Form(photos, fields, names)
+    return Form(photos, fields, names, further)
+
+
+async def _file(form: FormData, name: str) -> bytes:
+    """The content of a file field; raises `ApiError` 422 when it is a text, or there twice."""
+    values = form.getlist(name)
+    if len(values) > 1 or not isinstance(values[0], UploadFile):
+        raise ApiError(422, "invalid_parameter", f"The form field {name} must be one file: send it once, as a file.")
+    return await values[0].read()
 
 
 def _text(form: FormData, name: str) -> str:

@@ -187,12 +187,27 @@ function about({ verdict, alike, differ }) { // the verdict in words
   return [say("ambiguous", alike), marks ? say("differ", marks) : say("compare")].join(" ");
 }
 
-function pill(answer, index, all) {
+function compared(answer, { answer: { photo }, picture }) { // the pill of the photo beside a reference of its drug
+  if (!answer.picture || answer.verdict === "unknown") return null;
+  const { x1, y1, x2, y2 } = answer.box;
+  const crop = draw("svg", { viewBox: `${x1} ${y1} ${x2 - x1} ${y2 - y1}`, role: "img", "aria-label": say("own") },
+    draw("image", { href: picture.src, width: photo.width, height: photo.height, preserveAspectRatio: "none" }));
+  return make("div", { class: "compared" },
+    make("figure", {}, crop, make("figcaption", {}, say("own"))),
+    make("figure", {}, reference(answer), make("figcaption", {}, say("reference"))));
+}
+
+function reference({ picture, ...drug }) {
+  return picture ? make("img", { src: picture, alt: `${say("reference")}: ${nameOf(drug)}` }) : null;
+}
+
+function pill(answer, index, all, card) {
   const whole = answer.box_confidence === null, identified = answer.verdict === "identified";
   return make("li", { class: `pill ${answer.verdict}` },
     make("h4", {}, make("span", { class: "number" }, String(index + 1)), titleOf(answer)),
     make("div", { class: "level" },
       make("p", { class: "verdict" }, about(answer)), identified ? confidence(answer.confidence) : null),
+    compared(answer, card),
     facts(answer, [
       ...(whole ? [[say("detection"), say("whole")]] : []),
       ...(answer.imprint ? [[say("imprint"), answer.imprint]] : [])
@@ -202,7 +217,8 @@ function pill(answer, index, all) {
     make("details", { open: answer.verdict === "ambiguous" && all.length < 3 },
       make("summary", {}, say("candidates", answer.candidates.length)),
       make("ol", {}, answer.candidates.map((candidate) =>
-        make("li", {}, make("b", {}, nameOf(candidate)), confidence(candidate.confidence), facts(candidate))))));
+        make("li", {}, make("b", {}, nameOf(candidate)), reference(candidate), confidence(candidate.confidence),
+          facts(candidate))))));
 }
 
 function seen({ confidence: best, candidates, imprint: read }) { // what the search is filled with
@@ -230,6 +246,15 @@ function advice({ quality }) { // what is wrong with the photo, before the answe
   return make("div", { class: quality.good_enough ? "notes" : "notes poor" },
     make("b", {}, say(quality.good_enough ? "could_be_better" : "poor")),
     quality.reasons.map((reason) => make("p", {}, reason[language])));
+}
+
+function turn(card) { // the other side of the pill, asked together with this one
+  const taken = make("input", { type: "file", accept: "image/*,.heic,.heif,.avif", hidden: true, onchange: () => {
+    Object.assign(card, { back: taken.files[0], preparedBack: null });
+    if (card.back) askAgain(card, "single");
+  } });
+  return [make("button", { type: "button", onclick: () => taken.click() }, say(card.back ? "new_back" : "add_back")),
+    taken];
 }
 
 function recolor(card) { // the photo in the colours that were compared, or as it was
@@ -291,12 +316,14 @@ function result(card) {
   return [
     advice(card.answer),
     comparison(card.answer),
-    pills.length ? make("ol", { class: "pills" }, pills.map(pill))
+    pills.length ? make("ol", { class: "pills" }, pills.map((one, index, all) => pill(one, index, all, card)))
       : make("div", { class: "notes nothing" }, make("b", {}, say("nothing")), make("p", {}, say("nothing_about"))),
     hint ? recommendation(card, hint) : null,
     told.length ? make("div", { class: "notes" }, make("b", {}, say("notes")), told.map(sentence)) : null,
     language === "en" ? make("small", { lang: "en" }, notice) : make("small", {}, say("notice")),
     offered ? null : make("div", { class: "actions" }, repeat(card, other, "")),
+    card.file && card.pipeline === "single" && pills.length && !card.answer.prescription
+      ? make("div", { class: "turn" }, turn(card)) : null,
     card.file && card.answer.model.color !== "none" ? make("div", { class: "actions" }, recolor(card)) : null,
     pills.length && card.answer.model.segmenter && (card.file || hasOutlines(card))
       ? make("div", { class: "actions" }, trace(card)) : null,
@@ -473,6 +500,7 @@ async function ask(card) {
   const key = byId("key").value.trim();
   if (/[^\x21-\x7e]/.test(key)) return failed({ own: "key_odd", key: true });
   card.prepared ??= await prepare(card.file);
+  if (card.back) card.preparedBack ??= await prepare(card.back);
   if (!cards.includes(card)) return {};
   if (card.prepared.sent !== card.file) show(card, URL.createObjectURL(card.prepared.sent));
   const { own, status, text, header } = await post(card, key);
@@ -500,6 +528,7 @@ function parse(text) { // something between here and the server may answer with 
 function post(card, key) { // only XMLHttpRequest tells how much is sent
   const { sent, unseen } = card.prepared, form = new FormData(), request = new XMLHttpRequest();
   form.append("image", sent, card.name);
+  if (card.back && card.pipeline === "single") form.append("image_back", card.preparedBack.sent, card.back.name);
   if (card.expected) form.append("expected", card.expected);
   return new Promise((resolve) => {
     let clock = 0;
