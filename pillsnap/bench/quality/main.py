@@ -18,6 +18,7 @@ import numpy as np
 from ...answer.quality.judge import Judge, load_judge
 from ...atomic import write_json
 from ..errors import BenchError
+from .peers import REQUIREMENTS, add_peers, installed_peers
 from .phone import imagenet_features, measure_phone
 from .plain import plain_pill
 from ..report import goal, goal_lines, report_head, run_benchmark
@@ -146,7 +147,6 @@ def measure_data(
     """Tiers, reasons and steadiness on the held-out part of a dataset, and failures of its classifier."""
     from pillsnap.answer.factory import load_identifier
     from pillsnap.bench.quality.failures import cases_of, measure_failures, score_of
-    from pillsnap.bench.quality.peers import installed_peers
     from pillsnap.quality.evaluate import measure_quality
     from pillsnap.quality.examples import PARTS, sources_of_folder
 
@@ -217,13 +217,14 @@ def bench_quality(
     """Train, measure and report; raises `BenchError` when that can't be done."""
     check(options)
     begun, options.out = time.perf_counter(), options.out.resolve()
+    add_peers(options.out / "quality-peers")
     models = classifiers(options)
     judge = trained_judge(options, models)
     found = {data.name: measure_data(judge, data, model) for data, model in zip(options.data, models)}
     phone = measure_phone(judge, options.phone, imagenet_features()) if options.phone else None
     megabytes = (options.out / "quality" / "quality.onnx").stat().st_size / 1e6
     report = {
-        **report_head("quality", PACKAGES),
+        **report_head("quality", (*PACKAGES, *(text.split("==")[0] for text in REQUIREMENTS))),
         "goals": make_goals(found, measure_plain(judge), phone, measure_time(judge), megabytes),
         "data": found,
         "phone": phone,
