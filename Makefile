@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || echo python3)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint lab serve bench-data bench-train bench-infer bench-serve bench-color bench-quality bench-search gpu-check results clean
+.PHONY: help demo test lint lab serve bench-data bench-train bench-infer bench-serve bench-color bench-quality bench-masks bench-search gpu-check results clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /|/' | awk -F'|' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -75,9 +75,18 @@ bench-quality: .venv/ready  ## judge photos not trained on, write runs/bench/qua
 bench-color: .venv/ready  ## measure corrections of colour, write runs/bench/color.json (OPTIONS=--data NAME=DIR ...)
 	@$(BIN)/python -m pillsnap.bench.color.main --out runs/bench $(OPTIONS)
 
+# A model of the embedded sample, whose handfuls are compared with prescriptions.
+runs/bench/sample/export/classifier.onnx: | .venv/ready
+	@$(BIN)/python -m pillsnap train --profile cpu --run-dir runs/bench/sample train.resume=last
+	@$(BIN)/python -m pillsnap export --run runs/bench/sample > /dev/null
+
+# Training and measuring read datasets with a training and a held-out part, and pills that are cut out on black.
+bench-masks: .venv/ready  ## outline pills not trained on, write runs/bench/masks.json (OPTIONS=--data NAME=DIR ...)
+	@$(BIN)/python -m pillsnap.bench.masks.main --out runs/bench $(OPTIONS)
+
 # The register is not part of the project: make bench-search REGISTER=FILE.
-bench-search: .venv/ready  ## search a pill register, write runs/bench/search.json (REGISTER= OPTIONS=)
-	@$(BIN)/python -m pillsnap.bench.search.main --register $(REGISTER) --out runs/bench $(OPTIONS)
+bench-search: .venv/ready runs/bench/sample/export/classifier.onnx  ## search, write runs/bench/search.json (REGISTER=)
+	@$(BIN)/python -m pillsnap.bench.search.main --register $(REGISTER) --run runs/bench/sample --out runs/bench $(OPTIONS)
 
 # On a machine that is lent for minutes nothing is installed: docs/gpu.md.
 gpu-check: .venv/ready  ## show what an NVIDIA card gives, write results/gpu-CARD.json (OPTIONS=--dry without a card)

@@ -14,6 +14,7 @@ requirements = {
         ("runtime", "requirements"),
         ("train", "train_requirements"),
         ("formats", "formats_requirements"),
+        ("imprint", "imprint_requirements"),
         ("bench", "bench_requirements"),
         ("dev", "dev_requirements"),
     ]
@@ -32,9 +33,10 @@ setup(
     extras_require={
         "train": requirements["train"],
         "formats": requirements["train"] + requirements["formats"],
+        "imprint": requirements["imprint"],
         "bench": requirements["train"] + requirements["bench"],
         "dev": requirements["train"] + requirements["dev"],
-        "all": requirements["train"] + requirements["formats"] + requirements["bench"] + requirements["dev"],
+        "all": sum((requirements[name] for name in requirements if name != "runtime"), []),
     },
     entry_points={"console_scripts": ["pillsnap=pillsnap.cli:main"]},
 )

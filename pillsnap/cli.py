@@ -132,6 +132,9 @@ OPTIONS = {  # of each command, in addition to the settings
         ),
         _option("--model", type=Path, metavar="FILE", help="trained model (default: quality.onnx in --out)"),
         _option("--out", type=Path, metavar="DIR", help="gets the model (default: quality below paths.run_root)"),
+        _option(
+            "--classifier", type=Path, metavar="DIR", help="train: exported models whose failures it learns to foresee"
+        ),
     ],
     "color": [
         _option(
@@ -166,12 +169,12 @@ OPTIONS = {  # of each command, in addition to the settings
             nargs="*",
             default=[],
             metavar="TASK VERSION",
-            help="classifier or detector, and a number; a file for info",
+            help="classifier, detector or quality, and a number; a file for info",
         ),
         _option("--run", type=Path, metavar="DIR", help="folder of an exported run to push"),
         _option("--note", default="", help="kept with what is pushed"),
         _option("--resumable", action="store_true", help="push last.pt too, which training goes on from"),
-        _option("--out", type=Path, metavar="DIR", help="folder to pull classifier.onnx and detector.onnx into"),
+        _option("--out", type=Path, metavar="DIR", help="folder to pull the promoted ONNX files into"),
     ],
     "ship": [
         _option(
@@ -241,6 +244,22 @@ OPTIONS = {  # of each command, in addition to the settings
             "--expected",
             metavar="CODES",
             help="drugs of a prescription, K-codes or EDI codes with commas, or the file of an order",
+        ),
+        _option("--masks", action="store_true", help="also the outline of each pill, in JSON"),
+        _option(
+            "--scale",
+            metavar="WHAT",
+            help="also the size of each pill in mm, from what lies in the photo: card, or a coin such as coin:KRW500",
+        ),
+        _option("--mm-per-pixel", type=float, metavar="MM", help="instead of --scale: mm of a pixel in the middle"),
+        _option(
+            "--camera-elevation",
+            type=float,
+            metavar="DEGREES",
+            help="of the camera above the table, with --mm-per-pixel (default: 90, straight above)",
+        ),
+        _option(
+            "--camera-distance", type=float, metavar="MM", help="of the camera, with --mm-per-pixel (default: far away)"
         ),
         _option("--json", action="store_true", help="a line of JSON per photo instead of a table"),
         _option("--out", type=Path, metavar="FILE", help="write to this file instead of standard output"),

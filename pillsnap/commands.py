@@ -151,7 +151,7 @@ def compose(arguments: Namespace) -> int:
 
     counts = (arguments.photos, arguments.held_out)
     archive, root = CutoutArchive(arguments.cutouts), settings.paths.data_root
-    print(write_composed(archive, root, arguments.out, counts, arguments.size, settings.seed))
+    print(write_composed(archive, [root], arguments.out, counts, arguments.size, settings.seed))
     return 0
 
 
@@ -321,9 +321,13 @@ def quality(arguments: Namespace) -> int:
 
     folder = (arguments.out or settings.paths.run_root / "quality").resolve()
     if arguments.what == "train":
-        from pillsnap.quality.train import train_doorkeeper
+        from pillsnap.answer.factory import load_identifier
+        from pillsnap.quality.failures import told_by
+        from pillsnap.quality.train import train_quality
 
-        train_doorkeeper(sources_of_folder(settings, data_root(settings), "train"), folder)
+        models = arguments.classifier
+        told = told_by(load_identifier(models, detect=False)) if models else None
+        train_quality(sources_of_folder(settings, data_root(settings), "train"), folder, told=told)
         print(folder / "quality.onnx")
         return 0
     from pillsnap.answer.quality.judge import load_judge
@@ -333,9 +337,9 @@ def quality(arguments: Namespace) -> int:
         raise SettingsError(f"there is no quality model {model}: train one, or name its file with --model")
     judge = load_judge(model)
     if arguments.what == "test":
-        from pillsnap.quality.evaluate import measure_doorkeeper
+        from pillsnap.quality.evaluate import measure_quality
 
-        print_json(measure_doorkeeper(judge, sources_of_folder(settings, data_root(settings), *PARTS[1:])))
+        print_json(measure_quality(judge, sources_of_folder(settings, data_root(settings), *PARTS[1:])))
         return 0
     from pillsnap.quality.grade import as_csv, grade_photos
 

@@ -17,6 +17,8 @@ from .config.schema import Settings, SettingsError
 
 if TYPE_CHECKING:
     from pillsnap.answer.classes import ClassMap
+    from pillsnap.answer.identify import Identifier
+    from pillsnap.answer.outlined import Scale
     from pillsnap.service.inference.model_manager import LoadedModels
 
 # %% auto #0
@@ -146,6 +148,7 @@ def predict(arguments: Namespace) -> int:
     settings = _settings_or_defaults(arguments)
     environment = load_environment(_root_or_here(), settings.serve)
     request = {"pipeline": arguments.pipeline, "top_k": arguments.top_k, "expected": _expected(arguments.expected)}
+    request |= {"masks": arguments.masks, "scale": _scale(arguments)}
     if not arguments.url:
         loaded = _open_models(arguments.model or environment.model_path, settings)
         return predict_photos(
@@ -159,6 +162,15 @@ def predict(arguments: Namespace) -> int:
         return predict_photos(
             photos, partial(predict_remote, arguments.url, key, client=client, **request), arguments.json, arguments.out
         )
+
+
+def _scale(arguments: Namespace) -> Scale | None:
+    """The scale of the photos, where sizes are asked for."""
+    from pillsnap.answer.outlined import Scale
+
+    camera = (arguments.mm_per_pixel, arguments.camera_elevation, arguments.camera_distance)
+    asked = arguments.scale is not None or any(value is not None for value in camera)
+    return Scale(*camera, arguments.scale) if asked else None
 
 
 def _expected(words: str | None) -> str | None:
@@ -178,9 +190,14 @@ def _open_models(folder: Path | None, settings: Settings) -> LoadedModels:
             "or a server with --url"
         )
     from pillsnap.answer.factory import load_identifier
+    from pillsnap.answer.imprint.setting import read_imprints
     from pillsnap.service.inference.model_manager import load
 
-    return load(Path(folder), partial(load_identifier, threads=settings.serve.threads, engine=settings.serve.engine))
+    def opened(path: Path) -> Identifier:
+        identifier = load_identifier(path, settings.serve.threads, settings.serve.engine)
+        return read_imprints(identifier, settings.identify.imprint, settings.serve.threads)
+
+    return load(Path(folder), opened)
 
 # %% ../nbs/23_model_commands.ipynb #ab3ee2d0
 def catalog(arguments: Namespace) -> int:

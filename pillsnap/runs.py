@@ -32,7 +32,8 @@ class RunError(PillsnapError):
 
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "decisions.json", "run.log")  # any of them makes a folder a run
-MONITORS = {"classifier": "macro_f1", "detector": "map50"}  # task -> the metric that selects its best weights
+# task -> the metric that selects its best weights
+MONITORS = {"classifier": "macro_f1", "detector": "map50", "segmenter": "miou"}
 _STAMP = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),\d+ (\w+) +(.*)")  # a line of run.log: time, level, text
 
 
@@ -205,13 +206,17 @@ COLUMNS: dict[str, type[pl.DataType]] = {
     "minutes": pl.Float64,
     "classifier_steps": pl.Int64,
     "detector_steps": pl.Int64,
+    "segmenter_steps": pl.Int64,
     "top1": pl.Float64,
     "macro_f1": pl.Float64,
     "map50": pl.Float64,
+    "miou": pl.Float64,
     "test_top1": pl.Float64,
     "test_map50": pl.Float64,
+    "test_miou": pl.Float64,
     "classifier_img_s": pl.Float64,
     "detector_img_s": pl.Float64,
+    "segmenter_img_s": pl.Float64,
     "fallbacks": pl.Int64,
     "shortages": pl.Int64,
     "advice": pl.String,
@@ -269,10 +274,11 @@ def summarise_run(
         **{f"{task}_steps": rows[-1]["step"] if rows else None for task, rows in steps.items()},
         **{
             metric: _number(record.best(task).get(metric))
-            for task, metric in (("classifier", "top1"), ("classifier", "macro_f1"), ("detector", "map50"))
+            for task, metric in (("classifier", "top1"), *MONITORS.items())
         },
         "test_top1": _number(_nested(record.evaluation, "single", "top1")),
         "test_map50": _number(_nested(record.evaluation, "combo", "map50")),
+        "test_miou": _number(_nested(record.evaluation, "outlines", "miou")),
         **{f"{task}_img_s": _number(rate, 1) for task, rate in rates.items()},
         "fallbacks": sum(item.get("fallback") is True for item in record.decisions),
         "shortages": sum(len(record.shortages(task)) for task in MONITORS),

@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from . import __version__
 from .answer.factory import load_identifier
 from .answer.identify import PIPELINES, Identifier
+from .answer.imprint.setting import read_imprints
 from .answer.search.lookup import Lookup
 from .config.environment import Environment, load_environment
 from .config.load import find_root, load_settings
@@ -45,8 +46,8 @@ from .service.logging import AccessLog, setup_service_logging
 __all__ = ['app', 'create_app']
 
 # %% ../nbs/20_serve.ipynb #4bae5a3c
-def _open(folder: Path, threads: int, engine: str, advanced: bool) -> Identifier:
-    identifier = load_identifier(folder, threads, engine, detect=advanced)
+def _open(folder: Path, threads: int, engine: str, advanced: bool, imprint: str = "off") -> Identifier:
+    identifier = read_imprints(load_identifier(folder, threads, engine, detect=advanced), imprint, threads)
     if advanced:
         from pillsnap.service.inference.dynamic_batching import DynamicBatcher, choose_batching
 
@@ -116,7 +117,13 @@ def _service(settings: Settings, environment: Environment, root: Path) -> Servic
     return Service(
         ModelManager(
             serve.model_path or environment.model_path,
-            partial(_open, threads=serve.threads, engine=serve.engine, advanced=serve.features != "mvp"),
+            partial(
+                _open,
+                threads=serve.threads,
+                engine=serve.engine,
+                advanced=serve.features != "mvp",
+                imprint=settings.identify.imprint,
+            ),
         ),
         ApiKeys(environment.api_keys, allow_anonymous=environment.allow_weak_keys),
         ApiKeys(environment.admin_keys),

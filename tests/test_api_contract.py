@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 from serving import ADMIN, Running, running
-from tiny_models import KEY, save_classifier, save_detector, save_quality
+from tiny_models import KEY, save_classifier, save_detector, save_quality, save_segmenter
 
 
 @pytest.fixture(scope="module")
@@ -19,6 +19,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     save_classifier(folder)
     save_detector(folder)
     save_quality(folder)
+    save_segmenter(folder)
     with running(folder, tmp_path_factory.mktemp("server")) as opened:
         yield opened
 

@@ -72,11 +72,13 @@ def test_health_with_a_model(client: TestClient) -> None:
         "classifier": "tiny classifier",
         "detector": "tiny detector",
         "quality": None,
+        "segmenter": None,
         "classes": 3,
         "class_map_hash": DRUGS.hash,
         "classifier_size": 64,
         "detector_size": 320,
         "color": "none",
+        "background": "keep",
     }
 
 
@@ -109,7 +111,7 @@ def test_a_damaged_model_counts_as_no_model(models: Path, tmp_path: Path, jpeg: 
 
 def check_pill(pill: dict) -> None:
     drug = {"code", "edi_codes", "name", "maker", "details", "confidence"}
-    assert set(pill) == drug | {"box", "box_confidence", "sure", "candidates"}
+    assert set(pill) == drug | {"box", "box_confidence", "sure", "candidates", "imprint"}
     assert set(pill["box"]) == {"x1", "y1", "x2", "y2"}
     assert pill["code"].startswith("K-") and isinstance(pill["edi_codes"], list) and 0 <= pill["confidence"] <= 1
     assert pill["candidates"][0] == {name: pill[name] for name in drug}

@@ -45,13 +45,13 @@ LAYERS = [
 # Subpackages of a package in the same order; "" stands for the modules of the package itself.
 SUBPACKAGES = {
     "runtime": ["", "color"],
-    "answer": ["color", "", "quality", "search"],
+    "answer": ["color", "shapes", "", "quality", "search", "imprint"],
     "color": ["networks", "data", "tasks", ""],
     "data": ["reading", "labelling", "readers", "scan", "splits", "cache", ""],
     "training": ["device", "report", ""],
     "quality": ["ranking", "pairs", "degradations", ""],
     "service": ["", "guard", "inference", "page", "endpoints", "client"],
-    "bench": ["", "data", "training", "engines", "gpu", "serving", "quality", "search", "color"],
+    "bench": ["", "data", "training", "engines", "gpu", "serving", "quality", "search", "color", "masks"],
 }
 LAYER = {package: number for number, layer in enumerate(LAYERS) for package in layer}
 

@@ -366,7 +366,7 @@ def test_command_line(capsys):
     words = ["--cfg", str(CONFIG), "train.batch_size=128", "dataloader.num_workers=12"]
     assert main(["config", *words]) == 0
     output = capsys.readouterr().out
-    assert output.count("batch_size: 128") == 3 and "num_workers: 12" in output
+    assert output.count("batch_size: 128") == 4 and "num_workers: 12" in output
     assert main(["train", *words, "train.bach_size=128"]) == 2
     errors = capsys.readouterr().err
     assert errors.count("\n") == 1 and "did you mean train.batch_size?" in errors

@@ -172,8 +172,8 @@ def test_a_composed_dataset_trains_like_any_other(tmp_path: Path) -> None:
     write_studio(tmp_path / "studio.zip", 5)
     write_table(tmp_path / "photos")
     archive = CutoutArchive(tmp_path / "studio.zip")
-    out = write_composed(archive, tmp_path / "photos", tmp_path / "out", counts=(6, 3), size=128)
-    again = write_composed(archive, tmp_path / "photos", tmp_path / "again", counts=(6, 3), size=128)
+    out = write_composed(archive, [tmp_path / "photos"], tmp_path / "out", counts=(6, 3), size=128)
+    again = write_composed(archive, [tmp_path / "photos"], tmp_path / "again", counts=(6, 3), size=128)
     for path in out.rglob("*.*"):
         assert path.read_bytes() == (again / path.relative_to(out)).read_bytes(), "the same seed, the same files"
     overrides = [f"paths.cache_root={tmp_path / 'cache'}", "train.only=detector", "data.min_class_images=1"]
@@ -199,5 +199,5 @@ def test_composing_ends_with_a_sentence_and_leaves_nothing(tmp_path: Path) -> No
         ("black.zip", "photos", "the photo is black"),
     ):
         with pytest.raises(MaskError, match=why):
-            write_composed(CutoutArchive(tmp_path / cutouts), tmp_path / photos, tmp_path / "out", (2, 1), 96)
+            write_composed(CutoutArchive(tmp_path / cutouts), [tmp_path / photos], tmp_path / "out", (2, 1), 96)
         assert not (tmp_path / "out").exists()

@@ -36,7 +36,17 @@ from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.wait import WebDriverWait
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
-from tiny_models import CONFIG, DRUGS, KEY, RIGHT, photo_jpeg, save_classifier, save_detector, save_quality
+from tiny_models import (
+    CONFIG,
+    DRUGS,
+    KEY,
+    RIGHT,
+    photo_jpeg,
+    save_classifier,
+    save_detector,
+    save_quality,
+    save_segmenter,
+)
 
 from pillsnap.answer.classes import ClassMap, Drug
 from pillsnap.answer.identify import Identifier, percent
@@ -1172,6 +1182,59 @@ def test_without_a_judge_there_is_nothing_to_aim_with(browser: WebDriver, addres
     send(browser, photo)
     see(browser, ".pill")
     assert not browser.find_element(By.ID, "aim").is_displayed() and not browser.find_elements(By.CSS_SELECTOR, ".poor")
+
+
+# ---- Outlines
+
+
+@pytest.mark.parametrize("language, word", [("en", "Outlines"), ("ko", "윤곽선")])
+def test_outlines_are_drawn_where_they_are_asked_for(
+    browser: WebDriver, models: Path, photo: Path, tmp_path: Path, language: str, word: str
+) -> None:
+    folder = shutil.copytree(models, tmp_path / "models")
+    save_segmenter(folder)
+
+    def switch() -> WebElement:
+        (found,) = [node for node in browser.find_elements(By.CSS_SELECTOR, ".actions button") if node.text == word]
+        return found
+
+    with serving(app_for(folder)) as address:
+        visit(browser, address)
+        browser.find_element(By.CSS_SELECTOR, f"[data-language={language}]").click()
+        choose(browser, "combo")
+        send(browser, photo)
+        see(browser, ".photo rect", 2)
+        boxes = boxes_on_the_photo(browser)
+        assert sent_queries(browser) == ["pipeline=combo"] and switch().get_attribute("aria-pressed") == "false"
+        switch().click()
+        see(browser, ".photo polygon", 2)
+        assert sent_queries(browser) == ["pipeline=combo&masks=true"] and not browser.find_elements(
+            By.CSS_SELECTOR, ".photo rect"
+        )
+        photo_at, outlines = rectangles(browser, ".photo img")[0], rectangles(browser, ".photo polygon")
+        across, down = photo_at[2] - photo_at[0], photo_at[3] - photo_at[1]
+        for box, (left, top, right, bottom) in zip(boxes[:1], outlines[:1], strict=True):  # the round one fills its box
+            shown = [
+                (left - photo_at[0]) / across,
+                (top - photo_at[1]) / down,
+                (right - photo_at[0]) / across,
+                (bottom - photo_at[1]) / down,
+            ]
+            assert shown == pytest.approx(box, abs=0.02)
+        assert switch().get_attribute("aria-pressed") == "true"
+        switch().click()
+        see(browser, ".photo rect", 2)
+        switch().click()
+        see(browser, ".photo polygon", 2)
+        assert not sent_queries(browser), "they are known already"
+        assert quiet(browser)
+
+
+def test_without_a_segmenter_there_is_no_switch(browser: WebDriver, address: str, photo: Path) -> None:
+    visit(browser, address)
+    send(browser, photo)
+    see(browser, ".pill")
+    assert "Outlines" not in texts(browser, ".card")[0]
 
 
 # ---- Search by look

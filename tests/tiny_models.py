@@ -1,7 +1,7 @@
-"""Three real, tiny ONNX models and photos for them.
+"""Four real, tiny ONNX models and photos for them.
 
-The detector always returns the same two pills, the classifier compares the average colour of a crop, and the judge
-takes the brightness of a pill for its quality.
+The detector always returns the same two pills, the classifier compares the average colour of a crop, the judge takes
+the brightness of a pill for its quality, and the segmenter what is bright for the pill.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from pillsnap.answer.classes import ClassMap, Drug
+from pillsnap.answer.outlines import FADED, OUTLINE_MARGIN
 from pillsnap.answer.quality.rules import QualityRules
 from pillsnap.answer.rules import Rules
 
@@ -54,6 +55,7 @@ def save_model(
     shapes: tuple[list, list],
     constants: dict[str, np.ndarray],
     rules: Rules | QualityRules | None = None,  # None = RULES, which tests replace
+    **more: object,  # metadata
 ) -> None:
     images, output = (
         helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
@@ -72,6 +74,7 @@ def save_model(
         "opset": 17,
         "git_revision": "",
         "created": "",
+        **more,
     }
     helper.set_model_props(model, {"pillsnap": json.dumps(metadata)})
     onnx.save(model, path)
@@ -95,6 +98,19 @@ def save_detector(folder: Path) -> None:
     ]
     constants = {"found": FOUND.T[None], "nothing": np.zeros(1, np.float32)}
     save_model(folder / "detector.onnx", "detector", nodes, ([1, 3, 320, 320], [1, 5, len(FOUND)]), constants)
+
+
+def save_segmenter(folder: Path, level: float = 0.64, margin: float = OUTLINE_MARGIN) -> None:
+    """What has a channel brighter than a level, and has not been faded, is the pill."""
+    nodes = [
+        helper.make_node("ReduceMax", ["images"], ["brightest"], axes=[1], keepdims=1),
+        helper.make_node("Sub", ["brightest", "level"], ["above"]),
+        helper.make_node("Mul", ["above", "contrast"], ["output"]),
+    ]
+    constants = {"level": np.array([level], np.float32), "contrast": np.array([30], np.float32)}
+    shapes = (["n", 3, 96, 96], ["n", 1, 96, 96])
+    made = {"outline_margin": margin, "faded": FADED}
+    save_model(folder / "segmenter.onnx", "segmenter", nodes, shapes, constants, **made)
 
 
 def save_quality(folder: Path, accept: float = 0.5) -> None:

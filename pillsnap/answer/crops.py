@@ -10,13 +10,27 @@ import math
 import cv2
 import numpy as np
 
+from .shapes.background import crop_cover, remove_background
+from .shapes.masks import PillMask
 from ..runtime.boxes import Box
 from ..runtime.letterbox import GREY, resize
 
 # %% auto #0
-__all__ = ['crop_pill']
+__all__ = ['crop_window', 'crop_pill', 'without_background']
 
 # %% ../../nbs/answer/02_crops.ipynb #90393b19
+def crop_window(
+    box: Box,  # pixels, x1 y1 x2 y2
+    margin: float,  # fraction of the box's longer side added on each side
+    width: int,  # of the photo, pixels
+    height: int,  # of the photo, pixels
+) -> tuple[int, int, int]:  # left, top, side; pixels of the photo, partly outside at its edges
+    """Where a crop lies in its photo; raises `ValueError` for a box that is empty or outside the image."""
+    x1, y1, x2, y2 = _clip_box(box, width, height)
+    side = max(1, round(max(x2 - x1, y2 - y1) * (1 + 2 * margin)))
+    return round((x1 + x2 - side) / 2), round((y1 + y2 - side) / 2), side
+
+
 def crop_pill(
     image: np.ndarray,  # RGB, uint8, (height, width, 3)
     box: Box,  # pixels, x1 y1 x2 y2
@@ -24,11 +38,7 @@ def crop_pill(
     size: int | None = None,  # side of the crop, pixels; None = not scaled
 ) -> np.ndarray:  # RGB, uint8, (side, side, 3)
     """Crop `box` with its margin as a square; raises `ValueError` for a box that is empty or outside the image."""
-    height, width = image.shape[:2]
-    x1, y1, x2, y2 = _clip_box(box, width, height)
-    side = max(1, round(max(x2 - x1, y2 - y1) * (1 + 2 * margin)))
-    left = round((x1 + x2 - side) / 2)
-    top = round((y1 + y2 - side) / 2)
+    left, top, side = crop_window(box, margin, image.shape[1], image.shape[0])
     inside = image[max(top, 0) : top + side, max(left, 0) : left + side]
     if inside.shape[:2] != (side, side):
         before_y, before_x = max(-top, 0), max(-left, 0)
@@ -39,6 +49,17 @@ def crop_pill(
     if size is None or size == side:
         return inside.copy()
     return resize(inside, size, size)
+
+
+def without_background(
+    crop: np.ndarray,  # RGB, uint8, (size, size, 3), from `crop_pill`
+    mask: PillMask,  # of its pill
+    box: Box,  # that was cropped, pixels of the photo
+    margin: float,  # as for `crop_pill`
+    photo: tuple[int, int],  # width, height of the photo, pixels
+) -> np.ndarray:  # RGB, uint8, (size, size, 3)
+    """The pill of a crop on black; the crop as it is where hardly anything was outlined."""
+    return remove_background(crop, crop_cover(mask, crop_window(box, margin, *photo), photo, len(crop)))
 
 
 def _clip_box(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from time import perf_counter
 from typing import Any
 
@@ -15,8 +15,10 @@ import numpy as np
 
 from .classes import Drug
 from .color.balance import NO_CORRECTION, Balance, estimate_balances
-from .crops import crop_pill
+from .crops import crop_pill, without_background
 from .rules import ModelMismatch, Rules
+from .shapes.background import REMOVE
+from .shapes.masks import PillMask
 from ..errors import PillsnapError
 from ..runtime.boxes import Box
 from ..runtime.letterbox import letterbox, normalise
@@ -37,6 +39,7 @@ class Candidate:
 
     drug: Drug
     confidence: float  # 0 to 1
+    evidence: float = 1.0  # factor of what else was seen, such as an imprint; it changes the order
 
     def to_json(self) -> dict[str, Any]:
         """Convert to plain values."""
@@ -53,6 +56,7 @@ class Pill:
     # Its confidence reached the rules' sure_confidence, in a photo with colours, and the detector, where there is
     # one, has found it.
     sure: bool
+    imprint: str | None = None  # letters that were read on it; "" = none, None = it was not read
 
     @property
     def drug(self) -> Drug:
@@ -81,6 +85,7 @@ class Pill:
             "box": self.box._asdict(),
             "box_confidence": self.box_confidence,
             "sure": self.sure,
+            "imprint": self.imprint,
             "candidates": candidates,
         }
 
@@ -135,6 +140,9 @@ def softmax(
 
 # %% ../../nbs/answer/03_identify.ipynb #457f2dae
 PIPELINES = ("single", "combo")
+_DETAIL = 256  # side of a crop in which letters can be read, pixels
+_DETAILS = 8  # of a photo at most, which bounds the time that an answer takes
+_REFINED = 100  # candidates that a second look puts in another order
 _BATCH = 4  # crops per batch: on a CPU larger batches of a large network take much memory and save no time
 _FAR_LIGHT = "The light was too coloured or too dark to trust the colours: take the photo again in daylight."
 
@@ -152,6 +160,8 @@ class PillCrops:
     seconds: dict[str, float]  # detect, crop
     grey: bool = False  # whether the photo has no colour, so that no pill is sure
     balance: Balance = Balance()  # the correction of the first pill, for a picture of the whole photo
+    details: Sequence[np.ndarray] = ()  # the first crops larger, RGB, uint8; none where nobody reads them
+    masks: Sequence[PillMask] = ()  # of the boxes, on the decoded photo, where the background was taken away
 
 
 class Identifier:
@@ -163,10 +173,21 @@ class Identifier:
         # float32 (1, 3, size, size) -> raw (1, 5, anchors); None = no detector
         detect: Callable[[np.ndarray], np.ndarray] | None,
         rules: Rules,  # of the training
+        # photo (height, width, 3) and boxes -> their masks; None = there is no segmenter
+        outline: Callable[[np.ndarray, Sequence[Box]], list[PillMask]] | None = None,
     ) -> None:
+        """Raise `ModelMismatch` where the rules remove the background and there is no segmenter."""
+        if rules.background == REMOVE and outline is None:
+            raise ModelMismatch(
+                "The classifier was trained on crops without background and needs the segmenter that it was trained "
+                "with: put its segmenter.onnx beside it."
+            )
         self.classify = classify
         self.detect = detect
         self.rules = rules
+        # Looks at a pill that is not sure once more, in a larger crop; None = nobody does.
+        self.refine: Callable[[Pill, np.ndarray], Pill] | None = None
+        self.outline = outline
 
     def identify(
         self,
@@ -207,16 +228,18 @@ class Identifier:
         boxes, scores, notes = _select(boxes, scores, pipeline, self.detect is not None)
         crops = self._crops(image, boxes, whole=pipeline == "single")
         balance = self._correct(crops, image, found, boxes)
+        details = self._details(image, boxes, whole=pipeline == "single")
+        masks = self._cut_out(crops, image, boxes)
         grey = is_grey(image)
         notes += [_GREY_NOTE] if grey else [_FAR_LIGHT] if balance.far else []
         seconds = {"detect": detected - started, "crop": perf_counter() - detected}
         width, height = size or image.shape[1::-1]
         if pipeline == "single" and not len(boxes):
             whole = Box(0.0, 0.0, float(width), float(height))
-            return PillCrops(pipeline, crops, [whole], [None], notes, hint, seconds, grey, balance)
+            return PillCrops(pipeline, crops, [whole], [None], notes, hint, seconds, grey, balance, details)
         if (width, height) != image.shape[1::-1]:
             boxes = boxes * np.tile([width / image.shape[1], height / image.shape[0]], 2)
-        return PillCrops(pipeline, crops, boxes, scores, notes, hint, seconds, grey, balance)
+        return PillCrops(pipeline, crops, boxes, scores, notes, hint, seconds, grey, balance, details, masks)
 
     def classify_crops(
         self,
@@ -226,15 +249,26 @@ class Identifier:
         """Classify the cropped pills of a photo."""
         started = perf_counter()
         probabilities = self._probabilities(crops.crops)
+        wanted = top_k if self.refine is None else max(top_k, _REFINED)
         pills = [
-            self._pill(box, score, row, top_k, crops.grey)
+            self._pill(box, score, row, wanted, crops.grey)
             for box, score, row in zip(crops.boxes, crops.scores, probabilities, strict=True)
         ]
         seconds = crops.seconds | {"classify": perf_counter() - started}
+        if self.refine is not None:
+            started = perf_counter()
+            pills = [replace(pill, candidates=pill.candidates[:top_k]) for pill in self._refined(pills, crops.details)]
+            seconds["imprint"] = perf_counter() - started
         milliseconds = {
             step: round(value * 1000, 3) for step, value in {**seconds, "total": sum(seconds.values())}.items()
         }
         return Identification(crops.pipeline, pills, milliseconds, crops.notes, crops.hint)
+
+    def _refined(self, pills: list[Pill], details: Sequence[np.ndarray]) -> list[Pill]:
+        """Look once more at the pills that are not sure."""
+        assert self.refine is not None, "called where there is one"
+        looked = [pill if pill.sure else self.refine(pill, detail) for pill, detail in zip(pills, details)]
+        return [*looked, *pills[len(looked) :]]
 
     def find(
         self,
@@ -283,6 +317,19 @@ class Identifier:
             crops[index] = crop_pill(image, Box(*map(float, box)), self.rules.margin, size)
         return crops
 
+    def _details(
+        self,
+        image: np.ndarray,  # RGB, uint8, (height, width, 3)
+        boxes: np.ndarray,  # x1 y1 x2 y2, pixels, (n, 4)
+        whole: bool,  # take the whole photo when there is no box
+    ) -> list[np.ndarray]:  # RGB, uint8, (_DETAIL, _DETAIL, 3)
+        if self.refine is None:
+            return []
+        if not len(boxes) and whole:
+            return [letterbox(image, _DETAIL)[0]]
+        found = (Box(*map(float, box)) for box in boxes[:_DETAILS])
+        return [crop_pill(image, box, self.rules.margin, _DETAIL) for box in found]
+
     def _correct(
         self,
         crops: np.ndarray,  # RGB, uint8, (n, size, size, 3); corrected in place
@@ -298,6 +345,21 @@ class Identifier:
         for crop, balance in zip(crops, balances, strict=True):
             crop[:] = balance(crop)
         return balances[0]
+
+    def _cut_out(
+        self,
+        crops: np.ndarray,  # RGB, uint8, (n, size, size, 3); changed in place
+        image: np.ndarray,  # RGB, uint8, (height, width, 3)
+        boxes: np.ndarray,  # of the crops, pixels, (n, 4); none for a crop of the whole photo
+    ) -> list[PillMask]:  # of the boxes; none where the background is kept
+        """Take the background out of the crops, as in the training."""
+        if self.rules.background != REMOVE or self.outline is None or not len(boxes):
+            return []
+        pills = [Box(*map(float, box)) for box in boxes]
+        masks = self.outline(image, pills)
+        for crop, box, mask in zip(crops, pills, masks, strict=True):
+            crop[:] = without_background(crop, mask, box, self.rules.margin, (image.shape[1], image.shape[0]))
+        return masks
 
     def _probabilities(
         self,

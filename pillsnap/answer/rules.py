@@ -11,6 +11,7 @@ from typing import Any
 from .classes import ClassMap
 from .color.balance import COLOR_RULES, NO_CORRECTION
 from .color.learned import LEARNED, LEARNED_RULE
+from .shapes.background import KEEP, REMOVE
 from ..runtime.session import ModelError
 
 # %% auto #0
@@ -36,6 +37,8 @@ class Rules:
     sure_confidence: float  # a prediction below it is marked as not sure, 0 to 1
     single_scale: float = 1.0  # fraction of detector_size that `single` tries first; its one pill is large
     color: str = NO_CORRECTION  # how the light is taken out of the classifier's crops; or a key of COLOR_RULES
+    background: str = KEEP  # of the classifier's crops; or REMOVE
+    segmenter: str = ""  # SHA-256 of the file that outlines what stays of them; "" = none, the background is kept
 
     @property
     def single_size(self) -> int | None:  # pixels; a multiple of 32, as the detector requires
@@ -65,11 +68,20 @@ class Rules:
             known = {name: each for name, each in value.items() if name != "color_weights"}
             rules = cls(**(known | parts))
             _check_color(rules.color, value.get("color_weights"))
+            _check_background(rules.background, rules.segmenter)
             return rules
         except (KeyError, TypeError, ValueError) as error:
             raise ModelMismatch(
                 f"The rules of a model cannot be used ({error}): export it again with this version."
             ) from error
+
+
+def _check_background(rule: str, segmenter: str) -> None:
+    """Refuse a rule that this version does not have, or that lacks its segmenter."""
+    if rule not in (KEEP, REMOVE):
+        raise ValueError(f"there is no rule {rule!r} for the background")
+    if bool(segmenter) != (rule == REMOVE):
+        raise ValueError("the background is removed by a segmenter, which has to be named, and kept without one")
 
 
 def _check_color(rule: str, weights: object) -> None:

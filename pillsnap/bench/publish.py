@@ -36,6 +36,8 @@ REPORTS = {  # name in results/ -> where the command writes it
     "serve": "runs/bench/serve.json",
     "search": "runs/bench/search.json",
     "color": "runs/bench/color.json",
+    "quality": "runs/bench/quality.json",
+    "masks": "runs/bench/masks.json",
 }
 HEAD = ("benchmark", "revision", "date", "machine", "versions", "goals", "seconds")
 

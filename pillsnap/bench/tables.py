@@ -8,10 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from .report import is_met
+
 # %% auto #0
 __all__ = ['Report', 'Rows', 'TABLES', 'markdown', 'machine_text', 'value_of', 'demo_rows', 'demo_rows_korean',
            'demo_seconds_rows', 'loader_rows', 'label_rows', 'training_rows', 'accuracy_rows', 'engine_rows',
-           'server_rows', 'goal_rows', 'service_rows', 'search_rows', 'color_rows', 'color_phone_rows']
+           'server_rows', 'goal_rows', 'service_rows', 'search_rows', 'outline_rows', 'quality_rows', 'color_rows',
+           'color_phone_rows']
 
 # %% ../../nbs/bench/03_tables.ipynb #47c96541
 Report = Mapping[str, Any]
@@ -280,6 +283,48 @@ def search_rows(
         rows.append([f"p50 / p95 of {count:,} records", "", f"{times['p50']:.1f} / {times['p95']:.1f} ms", "", "", ""])
     return rows
 
+# %% ../../nbs/bench/03_tables.ipynb #2df8cef1
+_OUTLINES = {
+    "sample_map": "rendered pills, from the photo on: mask mAP@0.5:0.95",
+    "sample_miou": "rendered pills, true boxes: mean IoU",
+    "sample_boundary_f": "rendered pills, true boxes: boundary F at 2 pixels",
+    "composed_miou": "composed real pills, true boxes: mean IoU",
+    "touching_separated": "touching pairs, both pills with IoU of 0.75 or more",
+    "outside_box": "photos of hands and tables: pixels outside of the labelled box",
+    "size_error": "length and width of rendered pills, median error",
+    "phone_cutout_gain": "photos of phones among studio photos: gain of top-5 without background",
+    "crop_ms": "one pill on two cores, ms",
+}
+_KINDS = {
+    "_box_iou": "box around the mask against the labelled one, median IoU: {}",
+    "_cutout_gain": "gallery of five photos of each drug: gain of top-1 without background: {}",
+}
+
+
+def outline_rows(
+    report: Report,  # of the masks benchmark
+) -> Rows:
+    """The goals, with the number of pills, pairs or photos."""
+    rows = [["outlines", "measured", "goal", "number"]]
+    for item in report["goals"]:
+        name = item["name"]
+        texts = [text.format(name.removesuffix(kind)) for kind, text in _KINDS.items() if name.endswith(kind)]
+        bound = f"at least {item['at_least']:g}" if "at_least" in item else f"at most {item['at_most']:g}"
+        rows.append([_OUTLINES.get(name) or texts[0], f"{item['value']:.3f}", bound, f"{item['n']:,}"])
+    return rows
+
+# %% ../../nbs/bench/03_tables.ipynb #310218a0
+def quality_rows(
+    report: Report,  # of the benchmark of photo quality
+) -> Rows:
+    """The goals of photo quality."""
+    rows = [["photo quality", "measured", "goal", ""]]
+    for item in report["goals"]:
+        value = "" if item["value"] is None else f"{item['value']:.3g}"
+        bound = f"at least {item['at_least']:g}" if "at_least" in item else f"at most {item['at_most']:g}"
+        rows.append([item["name"].replace("_", " "), value, bound, "met" if is_met(item) else "not met"])
+    return rows
+
 # %% ../../nbs/bench/03_tables.ipynb #c01ab5e2
 def color_rows(
     report: Report,  # of the colour benchmark
@@ -319,4 +364,6 @@ TABLES: dict[str, tuple[str, Callable[[Report], Rows]]] = {  # name -> report, f
     "color": ("color", color_rows),
     "color-phones": ("color", color_phone_rows),
     "color-goals": ("color", goal_rows),
+    "quality": ("quality", quality_rows),
+    "outlines": ("masks", outline_rows),
 }

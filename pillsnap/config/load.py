@@ -123,7 +123,9 @@ def choose_block(
 
 # %% ../../nbs/config/04_load.ipynb #390daab6
 FOLLOWERS = {
-    f"train.{task}.{name}": f"train.{name}" for task in ("classifier", "detector") for name in ("batch_size", "lr")
+    f"train.{task}.{name}": f"train.{name}"
+    for task in ("classifier", "detector", "segmenter")
+    for name in ("batch_size", "lr")
 }
 
 

@@ -11,16 +11,26 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    Strict,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic.fields import FieldInfo
 
 from ..errors import PillsnapError
 
 # %% auto #0
-__all__ = ['Fraction', 'Positive', 'Count', 'CountOrZero', 'PosixPath', 'BatchSize', 'LEAF_KEYS', 'PATH_KEYS', 'RENAMED',
-           'SettingsError', 'closest_name', 'check_path', 'Section', 'Paths', 'Data', 'Dataloader', 'ClassifierModel',
-           'DetectorModel', 'Model', 'ClassifierTraining', 'DetectorTraining', 'Train', 'Identify', 'Goals', 'Latency',
-           'Gate', 'Export', 'Color', 'Store', 'Serve', 'Settings', 'leaf_fields', 'refuse_old_names']
+__all__ = ['Fraction', 'Positive', 'Count', 'CountOrZero', 'PosixPath', 'ImageSize', 'BatchSize', 'LEAF_KEYS', 'PATH_KEYS',
+           'RENAMED', 'SettingsError', 'closest_name', 'check_path', 'Section', 'Paths', 'Data', 'Dataloader',
+           'ClassifierModel', 'DetectorModel', 'SegmenterModel', 'Model', 'ClassifierTraining', 'DetectorTraining',
+           'SegmenterTraining', 'Train', 'Identify', 'Goals', 'Latency', 'Gate', 'Export', 'Color', 'Store', 'Serve',
+           'Settings', 'leaf_fields', 'refuse_old_names']
 
 # %% ../../nbs/config/00_schema.ipynb #6c5bc25c
 class SettingsError(PillsnapError):
@@ -145,25 +155,36 @@ class ClassifierModel(Section):
     drop_rate: Fraction = 0.2
 
 
+def _fit_the_strides(value: int) -> int:
+    if value % 32:
+        raise ValueError(f"must be a multiple of 32, such as {max(32, round(value / 32) * 32)}")
+    return value
+
+
+ImageSize = Annotated[int, Field(ge=32), AfterValidator(_fit_the_strides)]
+
+
 class DetectorModel(Section):
     """The network that finds pills."""
 
     name: str = "yolo11m.yaml"
-    image_size: Annotated[int, Field(ge=32)] = 640
+    image_size: ImageSize = 640
 
-    @field_validator("image_size")
-    @classmethod
-    def _fit_the_strides(cls, value: int) -> int:
-        if value % 32:
-            raise ValueError(f"must be a multiple of 32, such as {max(32, round(value / 32) * 32)}")
-        return value
+
+class SegmenterModel(Section):
+    """The network that outlines a pill."""
+
+    name: str = "tf_efficientnet_lite0"
+    image_size: ImageSize = 192
+    pretrained: bool = True
 
 
 class Model(Section):
-    """The two networks."""
+    """The networks."""
 
     classifier: ClassifierModel = ClassifierModel()
     detector: DetectorModel = DetectorModel()
+    segmenter: SegmenterModel = SegmenterModel()
 
 
 def _count_or_auto(value: object) -> object:
@@ -200,10 +221,23 @@ class DetectorTraining(Section):
     lr: Positive = 2.0e-4
 
 
+class SegmenterTraining(Section):
+    """Training settings of the segmenter alone."""
+
+    interleaved: bool = False
+    boxes: bool = False
+    epochs: Count = 20
+    min_steps: CountOrZero = 0
+    batch_size: BatchSize = 16
+    batch_max: Count = 224
+    grad_accum: Count = 1
+    lr: Positive = 2.0e-4
+
+
 class Train(Section):
     """The training loop."""
 
-    only: Literal["classifier", "detector"] | None = None
+    only: Literal["classifier", "detector", "segmenter"] | None = None
     start_from: PosixPath | None = None
     interleave_ratio: Annotated[tuple[int, int], Strict(False)] = (1, 1)
     lr: Positive = 2.0e-4
@@ -229,6 +263,7 @@ class Train(Section):
     log_every: Count = 20
     classifier: ClassifierTraining = ClassifierTraining()
     detector: DetectorTraining = DetectorTraining()
+    segmenter: SegmenterTraining = SegmenterTraining()
 
     @field_validator("interleave_ratio")
     @classmethod
@@ -248,6 +283,9 @@ class Identify(Section):
     sure_confidence: Fraction = 0.5
     single_scale: Annotated[float, Field(ge=0.1, le=1)] = 0.5
     color: str = "learned"  # a key of COLOR_RULES, or none
+    imprint: Literal["auto", "off"] = "off"
+    background: Literal["keep", "remove"] = "keep"
+    segmenter: PosixPath | None = None
 
 
 class Goals(Section):
@@ -255,6 +293,7 @@ class Goals(Section):
 
     top1: Fraction = 0.92
     map50: Fraction = 0.85
+    miou: Fraction = 0.9
     latency_ms_p95: Positive = 150.0
 
 
@@ -270,6 +309,7 @@ class Gate(Section):
 
     classifier_mb: Positive = 120.0
     detector_mb: Positive = 120.0
+    segmenter_mb: Positive = 120.0
     memory_mb: Positive = 1500.0
     reproducibility: bool = True
     reproducibility_images: Count = 100
@@ -290,9 +330,11 @@ class Export(Section):
     classifier_mse: Annotated[float, Field(ge=0)] = 1.0e-6
     detector_map_difference: Annotated[float, Field(ge=0)] = 0.01
     detector_min_iou: Fraction = 0.95
+    segmenter_min_iou: Fraction = 0.99
     quantised_images: Count = 1000
     quantised_top1_drop: Fraction = 0.005
     quantised_map_drop: Fraction = 0.01
+    quantised_miou_drop: Fraction = 0.01
     calibration_images: CountOrZero = 128
 
 

@@ -234,7 +234,7 @@ def prepare_data(
             f"{folder} has no training photo that can be used, only held-out ones: add the training part too."
         )
     selected, trained = select_photos(splits, settings, folder, earlier.codes if earlier else ())
-    fewest = 1 if settings.train.only == "detector" else 2
+    fewest = 1 if settings.train.only in ("detector", "segmenter") else 2
     class_map, decisions = make_class_map(records, trained, earlier, fewest, advice_on_classes(splits, settings))
     splits.decisions += decisions
     manifest = make_manifest(

@@ -10,6 +10,7 @@ import polars as pl
 from ..config.schema import Settings
 from .manifest import Dataset
 from .reading.records import DataError
+from .samples import networks_of, rows_with_outline
 from .scan.summary import counted
 from .splits.group_split import LEAST_TO_HOLD_OUT
 from ..runlog import decide
@@ -20,11 +21,13 @@ __all__ = ['rows_of', 'check_parts']
 # %% ../../nbs/data/07_parts.ipynb #0d7371ff
 def rows_of(
     manifest: pl.DataFrame,  # of the run
-    network: str,  # classifier or detector
+    network: str,  # classifier, detector or segmenter
     split: str,  # such as "train"
 ) -> pl.DataFrame:  # its pills in this split
     """Rows of the manifest that a network uses."""
     rows = manifest.filter(pl.col("split") == split)
+    if network == "segmenter":
+        return rows_with_outline(rows)
     return rows.filter(pl.col("class_index") >= 0) if network == "classifier" else rows
 
 
@@ -53,7 +56,12 @@ def check_parts(
     settings: Settings,  # train.only and data.validation_fraction are read
 ) -> None:
     """Raise `DataError` for a network without training photos, or without validation photos that nobody asked for."""
-    for network in [settings.train.only] if settings.train.only else ["detector", "classifier"]:
+    for network in networks_of(settings):
+        if network == "segmenter" and rows_of(dataset.manifest, network, "train").is_empty():
+            raise DataError(
+                "No label of the training photos has an outline to train the segmenter with: label polygons or masks, "
+                "or compose photos with `pillsnap compose`."
+            )
         if rows_of(dataset.manifest, network, "train").is_empty():
             left_out = counted(dataset.report["left_out"])
             raise DataError(

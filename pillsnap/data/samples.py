@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ..config.schema import Settings
+from ..answer.outlines import Background
+from ..answer.shapes.background import KEEP
+from ..config.schema import Settings, SettingsError
 from .cache.budget import Budget
 from .cache.crop_store import Crops, CropStore, Note
 from .cache.open import open_store
@@ -21,7 +23,23 @@ if TYPE_CHECKING:
     import polars as pl
 
 # %% auto #0
-__all__ = ['Samples', 'classifier_samples', 'detector_samples']
+__all__ = ['rows_with_outline', 'networks_of', 'Samples', 'background_of', 'classifier_samples', 'detector_samples']
+
+# %% ../../nbs/data/02_samples.ipynb #09e8eb55
+def rows_with_outline(
+    manifest: pl.DataFrame,  # of a run; one from before outlines were read has no column for them
+) -> pl.DataFrame:  # pills whose label has an outline
+    """Rows that have a mask."""
+    return manifest.filter(manifest["outline"] != "") if "outline" in manifest.columns else manifest.clear()
+
+
+def networks_of(
+    settings: Settings,  # train is read
+) -> tuple[str, ...]:  # of classifier, detector, segmenter
+    """The networks that a run trains."""
+    if settings.train.only:
+        return (settings.train.only,)
+    return ("detector", "classifier", *(["segmenter"] if settings.train.segmenter.interleaved else []))
 
 # %% ../../nbs/data/02_samples.ipynb #a4d234e5
 @dataclass
@@ -41,15 +59,34 @@ class Samples:
         return self.boxes[self.first_box[number] : self.first_box[number + 1]]
 
 
+def background_of(
+    settings: Settings,  # identify and train are read
+) -> Background | None:  # None: the background is kept, or the run has no crops that are compared
+    """What takes the background of crops away; raises `SettingsError` without a segmenter, `ModelError` for no such."""
+    chosen, train = settings.identify, settings.train
+    if chosen.background == KEEP or train.only == "segmenter":
+        return None
+    if train.only is None and train.segmenter.interleaved:
+        raise SettingsError(
+            "a run that removes the background needs a segmenter that is trained already: train it first, with "
+            "train.only=segmenter, and name its export with identify.segmenter"
+        )
+    if chosen.segmenter is None:
+        raise SettingsError(
+            "identify.background is remove, which needs a segmenter: name a segmenter.onnx with identify.segmenter"
+        )
+    return Background.of(chosen.segmenter)
+
+
 def classifier_samples(
     manifest: pl.DataFrame,  # rows of one split
-    settings: Settings,  # data, model, paths and identify.color are read
+    settings: Settings,  # data, model, paths and identify are read
     budget: Budget | None = None,  # what the caches of this run may take, less by this call
 ) -> Samples:  # one sample per pill that has a class
     """Crops of all pills with a class."""
     rows = manifest.filter(manifest["class_index"] >= 0)
     boxes = rows.select("x1", "y1", "x2", "y2").to_numpy().astype(np.float64)
-    crops = Crops(rows["image"], boxes, settings.identify.color)
+    crops = Crops(rows["image"], boxes, settings.identify.color, background_of(settings))
     store = _open(crops, settings.model.classifier.image_size, settings, budget)
     labels = torch.from_numpy(rows["class_index"].to_numpy().astype(np.int64))
     return Samples(store, labels, torch.zeros(0, 4), torch.zeros(len(rows) + 1, dtype=torch.int64))

@@ -43,6 +43,7 @@ LR_FACTOR = 0.1  # suggested change of the learning rate
 MISSED = {  # task -> code of a missed goal, and the name of the metric
     "classifier": ("ACCURACY_BELOW_GOAL", "single top-1"),
     "detector": ("MAP_BELOW_GOAL", "combo mAP@0.5"),
+    "segmenter": ("OUTLINES_BELOW_GOAL", "mean IoU of outlines"),
 }
 
 

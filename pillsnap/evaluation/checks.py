@@ -144,12 +144,17 @@ def check_comparison(
     return Check("comparison", "export", True, not found, "", not found, sentence)
 
 # %% ../../nbs/evaluation/03_checks.ipynb #d55d1174
-_SECTIONS = {"top1": ("single",), "map50": ("combo", "all_photos")}  # metric -> its sections of evaluation.json
+_NEEDED = {"top1": "one pill", "map50": "several pills", "miou": "pills with outlines"}
+_SECTIONS = {
+    "top1": ("single",),
+    "map50": ("combo", "all_photos"),
+    "miou": ("outlines",),
+}  # metric -> its sections of evaluation.json
 
 
 def accuracy(
     run: Path,  # run folder
-    metric: str,  # top1 or map50
+    metric: str,  # top1, map50 or miou
 ) -> float:  # 0 to 1
     """A metric of evaluation.json; raises `GateError` where it is missing or outdated."""
     record, advice = read_run(run), f"evaluate it with `pillsnap evaluate --run {run}`."
@@ -166,6 +171,6 @@ def accuracy(
     if not values or not isinstance(values[0], int | float):
         raise GateError(
             f"the evaluation has no {metric}, because no held-out photo could measure it: "
-            f"take a dataset with photos of {'one pill' if metric == 'top1' else 'several pills'}, or {advice}"
+            f"take a dataset with photos of {_NEEDED[metric]}, or {advice}"
         )
     return float(values[0])

@@ -19,11 +19,14 @@ from torch import nn
 from tqdm import tqdm
 
 from ..answer.identify import Identifier
+from ..answer.outlines import Outliner
 from ..atomic import write_json
 from ..config.schema import Settings
 from ..data.manifest import Dataset
 from ..data.moved import dataset_of_run
 from ..data.reading.photo_files import decode_photo, read_photo
+from ..data.samples import rows_with_outline
+from ..masks.evaluate_outlines import evaluate_outlines
 from pillsnap.metrics import (
     NothingToEvaluate,
     class_coverage,
@@ -70,7 +73,8 @@ def identifier_of(
     """An `Identifier` with the networks and the rules of a checkpoint; without a classifier it only finds pills."""
     device = device or choose_device()
     forward = {name: torch_forward(network, device) for name, network in trained.networks().items()}
-    return Identifier(forward.get("classifier", no_classifier), forward.get("detector"), trained.rules)
+    outline = None if trained.background is None else trained.background.outline
+    return Identifier(forward.get("classifier", no_classifier), forward.get("detector"), trained.rules, outline)
 
 
 def no_classifier(
@@ -281,11 +285,15 @@ def evaluate_run(
     singles = [photo for photo in photos if photo.kind == "single" and photo.classes[0] >= 0]
     combinations = [photo for photo in photos if photo.kind == "combination"]
     report: dict[str, Any] = {"split": split}
-    if trained.classifier is None:
+    if trained.segmenter is not None:
+        rows = rows_with_outline(dataset.manifest.filter(pl.col("split") == split))
+        outliner = Outliner(torch_forward(trained.segmenter, device), trained.outline_size)
+        report["outlines"] = evaluate_outlines(outliner, rows, settings.data.max_pixels)
+    if trained.classifier is None and trained.detector is not None:
         report["combo" if combinations else "all_photos"] = evaluate_boxes(
             identifier, combinations or photos, settings.data.max_pixels
         )
-    elif singles:
+    elif trained.classifier is not None and singles:
         report["single"], pairs = evaluate_single(identifier, singles, settings.data.max_pixels)
         report["confusions"] = confusion_pairs(pairs, dataset.class_map.codes)
         report["coverage"] = class_coverage(pairs, len(dataset.class_map))
@@ -304,6 +312,7 @@ def evaluate_run(
     report["goals"] = {
         "top1": settings.goals.top1,
         "map50": settings.goals.map50,
+        "miou": settings.goals.miou,
         "latency_ms_p95": settings.goals.latency_ms_p95,
     }
     write_json(Path(folder) / "evaluation.json", report)

@@ -161,7 +161,7 @@ def checks_of(
     """Run all checks."""
     report, gate, goals = export_report(run), settings.gate, settings.goals
     networks = report.get("networks", TASKS)
-    sizes = {"classifier": gate.classifier_mb, "detector": gate.detector_mb}
+    sizes = {"classifier": gate.classifier_mb, "detector": gate.detector_mb, "segmenter": gate.segmenter_mb}
     checks = [
         judge(
             f"size of the {task}",
@@ -179,9 +179,13 @@ def checks_of(
         checks.append(
             judge("combo mAP@0.5", "goals.map50", goals.map50, "", lambda: accuracy(run, "map50"), least=True)
         )
+    if "segmenter" in networks:
+        checks.append(
+            judge("mean IoU of outlines", "goals.miou", goals.miou, "", lambda: accuracy(run, "miou"), least=True)
+        )
     if "classifier" not in networks:
-        why = "a detector alone answers no request: latency, memory and repeated answers are not checked"
-        decide("gate", "of the detector", why, fallback=True)
+        why = f"a {networks[0]} alone answers no request: latency, memory and repeated answers are not checked"
+        decide("gate", f"of the {networks[0]}", why, fallback=True)
         return checks
     return checks + _serving_checks(run, settings, engine)
 

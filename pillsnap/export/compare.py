@@ -13,13 +13,14 @@ import numpy as np
 
 from ..config.schema import Export
 from ..data.cache.crop_store import Crop
+from ..masks.mask_metrics import mask_iou
 from ..metrics import detection_metrics
 from ..runtime.boxes import iou_matrix
 from ..runtime.letterbox import normalise
 from ..runtime.postprocess import detections_from_output
 
 # %% auto #0
-__all__ = ['cover_classes', 'Samples', 'predict', 'compare_classifier', 'compare_detector', 'failures']
+__all__ = ['cover_classes', 'Samples', 'predict', 'compare_classifier', 'compare_detector', 'compare_segmenter', 'failures']
 
 # %% ../../nbs/export/04_compare.ipynb #e94e6de5
 def cover_classes(
@@ -132,15 +133,39 @@ def _counterparts(shown: np.ndarray, candidates: np.ndarray) -> list[float]:
     overlaps: list[float] = iou_matrix(shown, candidates).max(axis=1).tolist()
     return overlaps
 
+# %% ../../nbs/export/04_compare.ipynb #019fd70f
+def compare_segmenter(
+    expected: np.ndarray,  # logits of the trained network, (n, 1, size, size)
+    given: np.ndarray,  # logits of the file, (n, 1, size, size)
+    samples: Samples,  # the images that both have read; their truth is bool (size, size)
+) -> dict[str, Any]:  # max_difference, min_iou, miou, miou_drop, images, worst
+    """Overlap of each mask with its counterpart, and loss of mean IoU."""
+    before, after = expected[:, 0] > 0, given[:, 0] > 0
+    overlaps = np.array([mask_iou(first, second) for first, second in zip(before, after)])
+    scores = [
+        float(np.mean([mask_iou(mask, truth) for mask, truth in zip(masks, samples.truth)]))
+        for masks in (before, after)
+    ]
+    return {
+        "max_difference": float(np.abs(expected - given).max()),
+        "min_iou": float(overlaps.min()),
+        "miou": scores[1],
+        "miou_drop": scores[0] - scores[1],
+        "images": len(expected),
+        "worst": _worst(samples, 1 - overlaps),
+    }
+
 # %% ../../nbs/export/04_compare.ipynb #fd1bca23
 def failures(
-    task: str,  # classifier or detector
-    metrics: dict[str, Any],  # from `compare_classifier` or `compare_detector`
+    task: str,  # classifier, detector or segmenter
+    metrics: dict[str, Any],  # from `compare_classifier`, `compare_detector` or `compare_segmenter`
     export: Export,  # tolerances from the settings
     fewer_bits: bool,  # the format rounds more than float32
 ) -> list[str]:  # a sentence for each tolerance that is exceeded
     """Check the metrics of a comparison against the tolerances."""
-    checks = (_classifier_checks if task == "classifier" else _detector_checks)(metrics, export, fewer_bits)
+    checks = {"classifier": _classifier_checks, "detector": _detector_checks, "segmenter": _segmenter_checks}[task](
+        metrics, export, fewer_bits
+    )
     return [sentence for kept, sentence in checks if not kept]
 
 
@@ -187,4 +212,22 @@ def _detector_checks(metrics: dict[str, Any], export: Export, fewer_bits: bool) 
             f"a detected box overlaps its counterpart by {metrics['min_iou']:.3f} only, "
             f"at least {export.detector_min_iou} is wanted",
         ),
+    ]
+
+
+def _segmenter_checks(metrics: dict[str, Any], export: Export, fewer_bits: bool) -> list[tuple[bool, str]]:
+    if fewer_bits:
+        return [
+            (
+                metrics["miou_drop"] <= export.quantised_miou_drop,
+                f"the segmenter's mean IoU falls by {metrics['miou_drop']:.4f}, "
+                f"allowed is {export.quantised_miou_drop}",
+            )
+        ]
+    return [
+        (
+            metrics["min_iou"] >= export.segmenter_min_iou,
+            f"a mask overlaps its counterpart by {metrics['min_iou']:.3f} only, "
+            f"at least {export.segmenter_min_iou} is wanted",
+        )
     ]

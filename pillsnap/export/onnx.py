@@ -33,7 +33,7 @@ class ExportError(PillsnapError):
 class Source:
     """A trained network and what its files carry."""
 
-    task: str  # classifier or detector
+    task: str  # classifier, detector or segmenter
     network: nn.Module  # one tensor in, one tensor out; on the CPU, in evaluation mode
     size: int  # side of an image, pixels
     metadata: dict[str, Any]  # rules, name of the network, revisions
@@ -46,7 +46,7 @@ class Source:
     @property
     def output(self) -> str:
         """Name of the network's output."""
-        return "logits" if self.task == "classifier" else "detections"
+        return {"classifier": "logits", "detector": "detections", "segmenter": "masks"}[self.task]
 
     def example(
         self,

@@ -19,20 +19,34 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..answer.outlines import FADED, OUTLINE_MARGIN, SEGMENTER_FILE
 from ..answer.rules import Rules
 from ..atomic import sha256, write_json
 from ..config.schema import Settings
 from ..data.manifest import Dataset
 from ..data.moved import dataset_of_run
 from ..evaluation.evaluate import torch_forward
-from .compare import Samples, compare_classifier, compare_detector, failures, predict
+from .compare import Samples, compare_classifier, compare_detector, compare_segmenter, failures, predict
 from .formats import FORMATS, Opened, check_formats
 from .onnx import ExportError, Source
-from .samples import calibration_batches, crop_samples, frame_samples
+from pillsnap.export.samples import (
+    calibration_batches,
+    crop_samples,
+    frame_samples,
+    outline_calibration,
+    outline_samples,
+)
 from ..runlog import decide
-from ..runtime.engines import TASKS
 from ..runtime.letterbox import normalise
-from ..training.checkpoint import CheckpointError, Trained, best_file, load_checkpoint, load_trained
+from pillsnap.training.checkpoint import (
+    NETWORKS,
+    CheckpointError,
+    Trained,
+    best_file,
+    load_checkpoint,
+    load_trained,
+    with_background,
+)
 
 # %% auto #0
 __all__ = ['sources_of', 'Comparison', 'export_format', 'export_run', 'export_formats']
@@ -42,7 +56,7 @@ def sources_of(
     trained: Trained,  # from `load_trained`
     dataset: Dataset,  # manifest of the run, to calibrate with
     settings: Settings,  # export is read
-) -> dict[str, Source]:  # classifier and detector, or the one that there is
+) -> dict[str, Source]:  # of each network that there is
     """The networks with the metadata of their files."""
     common = {
         "rules": trained.rules.to_json(),
@@ -57,6 +71,14 @@ def sources_of(
         },
     }
     sizes = {"classifier": trained.rules.classifier_size, "detector": trained.rules.detector_size or 0}
+    own: dict[str, dict[str, Any]] = {"segmenter": {"outline_margin": OUTLINE_MARGIN, "faded": FADED}}
+    calibration = {
+        task: partial(calibration_batches, task, dataset, trained.rules, settings, background=trained.background)
+        for task in sizes
+    }
+    if trained.segmenter is not None:
+        sizes["segmenter"] = trained.outline_size
+        calibration["segmenter"] = partial(outline_calibration, dataset, trained.outline_size, settings)
     return {
         task: Source(
             task,
@@ -67,10 +89,11 @@ def sources_of(
                 "model": trained.names[task],
                 "model_config": (trained.training["model_config"] or {}).get(task),
                 "param_count": sum(weight.numel() for weight in network.parameters()),
+                **own.get(task, {}),
                 **common,
             },
             settings.export.opset,
-            partial(calibration_batches, task, dataset, trained.rules, settings),
+            calibration[task],
         )
         for task, network in trained.networks().items()
     }
@@ -92,7 +115,7 @@ class Comparison:
     def metrics(
         self,
         opened: Opened,  # of a file
-    ) -> dict[str, Any]:  # from `compare_classifier` or `compare_detector`
+    ) -> dict[str, Any]:  # from `compare_classifier`, `compare_detector` or `compare_segmenter`
         """The metrics of a file's comparison; raises `ExportError` for a file of another class map."""
         forward, metadata = opened
         classes = metadata.get("rules", {}).get("class_map", {}).get("hash")
@@ -103,6 +126,8 @@ class Comparison:
         given = predict(forward, self.samples)
         if self.source.task == "classifier":
             return compare_classifier(self.expected, given, self.samples)
+        if self.source.task == "segmenter":
+            return compare_segmenter(self.expected, given, self.samples)
         return compare_detector(self.expected, given, self.samples, self.rules.box_confidence, self.rules.nms_iou)
 
     def failures(
@@ -177,7 +202,7 @@ def export_run(
         check_formats(["onnx", *(formats or settings.export.formats)]),
         dataset_of_run(folder, settings.paths.data_root),
     )
-    trained = load_trained(folder) if checkpoint is None else _trained_of(checkpoint, dataset)
+    trained = load_trained(folder) if checkpoint is None else with_background(_trained_of(checkpoint, dataset), folder)
     file = checkpoint or best_file(folder)
     weights = sha256(file)
     work, target = Path(folder) / "export-rejected", Path(folder) / "export"
@@ -185,6 +210,8 @@ def export_run(
     work.mkdir()
     try:
         report = export_formats(names, trained, dataset, work, settings)
+        if trained.background is not None:
+            shutil.copyfile(trained.background.file, work / SEGMENTER_FILE)
     except OSError as error:
         shutil.rmtree(work, ignore_errors=True)
         raise ExportError(
@@ -242,8 +269,7 @@ def export_formats(
             f"export.compare is {settings.export.compare}, "
             "but formats with fewer bits are judged by how often they are right",
         )
-    sample = {"classifier": crop_samples, "detector": frame_samples}
-    samples = {task: sample[task](dataset, trained.rules, settings, wide) for task in trained.networks()}
+    samples = {task: _samples_of(task, trained, dataset, settings, wide) for task in trained.networks()}
     found: dict[str, dict[str, Any]] = {name: {} for name in names}
     for task, source in sources_of(trained, dataset, settings).items():
         comparison = Comparison(source, samples[task], trained.rules, settings)
@@ -268,6 +294,15 @@ def export_formats(
     }
 
 
+def _samples_of(task: str, trained: Trained, dataset: Dataset, settings: Settings, wide: bool) -> Samples:
+    """The images that one network is compared on."""
+    if task == "segmenter":
+        return outline_samples(dataset, trained.outline_size, settings, wide)
+    if task == "classifier":
+        return crop_samples(dataset, trained.rules, settings, wide, trained.background)
+    return frame_samples(dataset, trained.rules, settings, wide)
+
+
 def _release(report: dict[str, Any], work: Path, target: Path) -> dict[str, Any]:
     """Move the files that have passed to the folder that is served."""
     released = report["formats"]["onnx"]["passed"]
@@ -279,7 +314,7 @@ def _release(report: dict[str, Any], work: Path, target: Path) -> dict[str, Any]
         file
         for name, entry in report["formats"].items()
         if not entry["passed"]
-        for task in TASKS
+        for task in NETWORKS
         for file in FORMATS[name].files(task)
     ]
     aside, before = target.with_name("export-aside"), target.with_name("export-before")

@@ -12,20 +12,24 @@ import numpy as np
 import polars as pl
 
 from ..answer.color.balance import NO_CORRECTION
+from ..answer.outlines import OUTLINE_MARGIN, Background, box_in_crop, crop_mask, fade_outside
 from ..answer.rules import Rules
 from ..config.schema import Settings
 from ..data.cache.crop_store import Crop, Crops
 from ..data.cache.open import open_store
 from ..data.manifest import Dataset
+from ..data.samples import rows_with_outline
 from ..evaluation.evaluate import TruePhoto, true_photos
 from .compare import Samples, cover_classes
 from .onnx import ExportError
 from ..runlog import decide
 from ..runtime.boxes import Box
 from ..runtime.letterbox import normalise, place_letterbox, to_letterbox
+from ..runtime.outlines import mask_of
 
 # %% auto #0
-__all__ = ['SMOKE_IMAGES', 'wanted_images', 'crop_samples', 'frame_samples', 'calibration_batches']
+__all__ = ['SMOKE_IMAGES', 'wanted_images', 'crop_samples', 'frame_samples', 'outline_samples', 'calibration_batches',
+           'outline_calibration']
 
 # %% ../../nbs/export/05_samples.ipynb #e38d19e1
 SMOKE_IMAGES = 16  # compared images of `smoke`
@@ -50,6 +54,7 @@ def crop_samples(
     rules: Rules,  # margin, image size and normalisation
     settings: Settings,  # export and data.max_pixels are read
     wide: bool = False,  # see `wanted_images`
+    background: Background | None = None,  # of the run; None: it is kept
 ) -> Samples:  # of the classifier
     """Held-out crops, or training crops where nothing was held out; raises `ExportError` when there are none."""
     rows = _compared(dataset).filter(pl.col("class_index") >= 0)
@@ -57,7 +62,11 @@ def crop_samples(
     chosen = cover_classes(rows["class_index"].to_list(), count)
     rows = rows[chosen if wide or settings.export.compare != "smoke" else chosen[:count]]
     pixels, crops, truth = _readable(
-        Crops.of(_pill_crops(rows), rules.color), rows["class_index"].to_list(), rules.classifier_size, rules, settings
+        Crops.of(_pill_crops(rows), rules.color, background),
+        rows["class_index"].to_list(),
+        rules.classifier_size,
+        rules.margin,
+        settings,
     )
     return Samples(pixels, crops, truth, rules.mean, rules.std)
 
@@ -77,7 +86,7 @@ def frame_samples(
         [Crop(photo.image) for photo in photos],
         [_letterboxed(photo, size) for photo in photos],
         size,
-        rules,
+        rules.margin,
         settings,
     )
     return Samples(pixels, crops, truth)
@@ -107,10 +116,10 @@ def _letterboxed(photo: TruePhoto, size: int) -> np.ndarray:
 
 
 def _readable(
-    crops: Sequence[Crop], truth: Sequence[Any], size: int, rules: Rules, settings: Settings
+    crops: Sequence[Crop], truth: Sequence[Any], size: int, margin: float, settings: Settings
 ) -> tuple[np.ndarray, list[Crop], list[Any]]:
     """Pixels, crop and label of the images whose photo can be read."""
-    store = open_store(crops, size, rules.margin, settings.data.max_pixels)
+    store = open_store(crops, size, margin, settings.data.max_pixels)
     read = [
         (image, crop, label)
         for image, crop, label in zip((store[number] for number in range(len(store))), crops, truth, strict=True)
@@ -124,6 +133,39 @@ def _readable(
     images, kept, labels = zip(*read)
     return np.stack(images), list(kept), list(labels)
 
+# %% ../../nbs/export/05_samples.ipynb #18283bc5
+def outline_samples(
+    dataset: Dataset,  # manifest of the run
+    size: int,  # side of the segmenter's crops, pixels
+    settings: Settings,  # export and data.max_pixels are read
+    wide: bool = False,  # see `wanted_images`
+) -> Samples:  # of the segmenter
+    """Held-out crops with masks, faded outside of their boxes; raises `ExportError` when there are none."""
+    rows = rows_with_outline(_compared(dataset))
+    rows = rows[: wanted_images(len(rows), settings, wide)]
+    masks = [
+        crop_mask(mask_of(outline, width, height), Box(*box), size)
+        for outline, width, height, *box in rows.select("outline", "width", "height", *_CORNERS).iter_rows()
+    ]
+    pixels, crops, truth = _faded(rows, masks, size, settings)
+    return Samples(pixels, crops, truth)
+
+
+_CORNERS = ("x1", "y1", "x2", "y2")
+
+
+def _faded(
+    rows: pl.DataFrame, labels: Sequence[Any], size: int, settings: Settings
+) -> tuple[np.ndarray, list[Crop], list[Any]]:
+    """Pixels of crops as the segmenter reads them, with crop and label, of the photos that can be read."""
+    crops, sizes = _pill_crops(rows), dict(zip(rows["image"], rows.select("width", "height").rows()))
+    pixels, kept, truth = _readable(crops, labels, size, OUTLINE_MARGIN, settings)
+    for image, crop in zip(pixels, kept):
+        assert crop.box is not None, "a pill's crop has a box"
+        faded = fade_outside(image, box_in_crop(crop.box, sizes[crop.image], size))
+        image[:] = np.rint(faded.transpose(1, 2, 0) * 255)
+    return pixels, kept, truth
+
 # %% ../../nbs/export/05_samples.ipynb #ab612158
 def calibration_batches(
     task: str,  # classifier or detector
@@ -131,6 +173,7 @@ def calibration_batches(
     rules: Rules,  # margin, image sizes and normalisation
     settings: Settings,  # export.calibration_images and data.max_pixels are read
     batch: int = 8,  # images in a batch
+    background: Background | None = None,  # of the run; None: it is kept
 ) -> Iterator[np.ndarray]:  # float32 (n, 3, size, size), normalised
     """Batches of training crops or photos; none where the dataset has no training split."""
     rows, size = _of_splits(dataset, "train"), rules.classifier_size if task == "classifier" else rules.detector_size
@@ -138,8 +181,8 @@ def calibration_batches(
     crops = _pill_crops(rows) if task == "classifier" else [Crop(photo.image) for photo in true_photos(rows)]
     wanted = min(settings.export.calibration_images, len(crops))
     chosen = [crops[number * len(crops) // wanted] for number in range(wanted)]
-    color = rules.color if task == "classifier" else NO_CORRECTION
-    store = open_store(Crops.of(chosen, color), size, rules.margin, settings.data.max_pixels)
+    color, cut = (rules.color, background) if task == "classifier" else (NO_CORRECTION, None)
+    store = open_store(Crops.of(chosen, color, cut), size, rules.margin, settings.data.max_pixels)
     mean, std = (rules.mean, rules.std) if task == "classifier" else ((0, 0, 0), (1, 1, 1))
     for start in range(0, wanted, batch):
         pixels = [
@@ -149,3 +192,20 @@ def calibration_batches(
         ]
         if pixels:
             yield normalise(np.stack(pixels), mean, std)
+
+
+def outline_calibration(
+    dataset: Dataset,  # manifest of the run
+    size: int,  # side of the segmenter's crops, pixels
+    settings: Settings,  # export.calibration_images and data.max_pixels are read
+    batch: int = 8,  # images in a batch
+) -> Iterator[np.ndarray]:  # float32 (n, 3, size, size)
+    """Batches of training crops as the segmenter reads them."""
+    rows = rows_with_outline(_of_splits(dataset, "train"))
+    rows = rows.gather_every(max(1, len(rows) // max(1, settings.export.calibration_images)))
+    rows = rows[: settings.export.calibration_images]
+    if rows.is_empty():
+        return
+    pixels, _, _ = _faded(rows, [None] * len(rows), size, settings)
+    for start in range(0, len(pixels), batch):
+        yield normalise(pixels[start : start + batch], (0, 0, 0), (1, 1, 1))

@@ -95,14 +95,26 @@ class CutoutArchive:
     def _archive(self) -> zipfile.ZipFile:
         return zipfile.ZipFile(self.path)
 
+    def photo(
+        self,
+        drug: str,  # a key of `members`
+        number: int = 0,  # of its photos
+    ) -> np.ndarray:  # RGB, uint8, (height, width, 3)
+        """One photo; raises `MaskError` for one that can't be read."""
+        member = self.members[drug][number]
+        try:
+            return decode_image(self._archive.read(member))
+        except (OSError, zipfile.BadZipFile, ImageError) as error:
+            raise MaskError(f"{member} of {self.path.name}: {error}") from error
+
     def load(
         self,
         drug: str,  # a key of `members`
         number: int = 0,  # of its photos
     ) -> Cutout:
         """One cut-out; raises `MaskError` for a photo that can't be read or cut out."""
-        member = self.members[drug][number]
+        photo = self.photo(drug, number)
         try:
-            return cut_out(drug, decode_image(self._archive.read(member)))
-        except (OSError, zipfile.BadZipFile, ImageError, MaskError) as error:
-            raise MaskError(f"{member} of {self.path.name}: {error}") from error
+            return cut_out(drug, photo)
+        except MaskError as error:
+            raise MaskError(f"{self.members[drug][number]} of {self.path.name}: {error}") from error

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from ..runtime.outlines import encode_runs
 logger = logging.getLogger("pillsnap")
 
 # %% auto #0
-__all__ = ['logger', 'write_composed']
+__all__ = ['logger', 'Part', 'divide', 'CocoFolder', 'check_new', 'write_composed']
 
 # %% ../../nbs/masks/02_write.ipynb #cda817ef
 _HELD_OUT = 0.2  # of the drugs and of the background's capture groups
@@ -46,14 +46,22 @@ def _divided(names: Sequence[str], rng: np.random.Generator) -> dict[str, list[s
     return {"valid": sorted(mixed[:count]), "train": sorted(mixed[count:])}
 
 
-class _Part:
+class Part:
     """The cut-outs and backgrounds of one part."""
 
-    def __init__(self, archive: CutoutArchive, drugs: Sequence[str], photos: dict[str, list[Box]]) -> None:
+    def __init__(
+        self,
+        archive: CutoutArchive,  # cut-outs by drug
+        drugs: Sequence[str],  # that may be drawn
+        photos: dict[str, list[Box]],  # pills of each photo that may be a background
+    ) -> None:
         self.archive, self.drugs, self.photos = archive, list(drugs), photos
         self.names = list(photos)
 
-    def cutout(self, rng: np.random.Generator) -> Cutout:
+    def cutout(
+        self,
+        rng: np.random.Generator,  # of the choice
+    ) -> Cutout:
         """A random one that can be cut out; raises `MaskError` where there is none."""
         failure = MaskError("there is no drug")
         while self.drugs:
@@ -66,7 +74,11 @@ class _Part:
                 logger.debug("left out: %s", error)
         raise MaskError(f"No pill of {self.archive.path} can be cut out, for example: {failure}")
 
-    def ground(self, size: int, rng: np.random.Generator) -> np.ndarray:
+    def ground(
+        self,
+        size: int,  # side, pixels
+        rng: np.random.Generator,  # of the choice
+    ) -> np.ndarray:  # RGB, uint8, (size, size, 3)
         """A random background; raises `MaskError` where no photo has room for one."""
         failure = MaskError("there is no photo")
         while self.names:
@@ -79,7 +91,11 @@ class _Part:
                 logger.debug("left out as a background: %s: %s", name, error)
         raise MaskError(f"No photo has room for a background, for example: {failure}")
 
-    def draw(self, size: int, rng: np.random.Generator) -> Composed:
+    def draw(
+        self,
+        size: int,  # side of the photo, pixels
+        rng: np.random.Generator,  # of everything
+    ) -> Composed:
         """One composed photo of one to four pills."""
         count = int(rng.choice((1, 2, 3, 4), p=(0.3, 0.4, 0.2, 0.1)))
         return compose([self.cutout(rng) for _ in range(count)], self.ground(size, rng), rng)
@@ -90,7 +106,7 @@ def _photo(name: str) -> np.ndarray:
     return decode_photo(name).pixels
 
 
-def _photos_by_group(records: Sequence[PillRecord]) -> dict[str, dict[str, list[Box]]]:
+def _photos_by_group(records: Iterable[PillRecord]) -> dict[str, dict[str, list[Box]]]:
     """Boxes of the training photos, by capture group."""
     groups: dict[str, dict[str, list[Box]]] = {}
     for record in records:
@@ -99,28 +115,89 @@ def _photos_by_group(records: Sequence[PillRecord]) -> dict[str, dict[str, list[
             groups.setdefault(record.group, {}).setdefault(record.image, []).append(box)
     return groups
 
+
+def divide(
+    archive: CutoutArchive,  # cut-outs by drug
+    folders: Sequence[Path],  # datasets whose training photos are the backgrounds
+    seed: int = 42,  # of the division
+) -> dict[str, Part]:  # train, valid
+    """Divide drugs and backgrounds; raises `MaskError` or `DataError` for folders that can't be used."""
+    groups: dict[str, dict[str, list[Box]]] = {}
+    for number, folder in enumerate(folders):
+        found = _photos_by_group(read_all(folder).records)
+        groups |= {f"{number}/{group}": photos for group, photos in found.items()}
+    rng = np.random.default_rng(seed)
+    drugs, sources = _divided(sorted(archive.members), rng), _divided(sorted(groups), rng)
+    return {
+        name: Part(
+            archive, drugs[name], {image: boxes for group in sources[name] for image, boxes in groups[group].items()}
+        )
+        for name in ("train", "valid")
+    }
+
 # %% ../../nbs/masks/02_write.ipynb #34f0efba
-def _write_part(part: _Part, folder: Path, count: int, size: int, seed: int) -> None:
-    """The photos of one part with their JSON."""
-    folder.mkdir(parents=True)
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    for number in tqdm(range(count), desc=f"composing {folder.name}", file=progress_stream(), disable=None):
-        scene = part.draw(size, np.random.default_rng((seed, number)))
-        name = f"{number:06d}.jpg"
-        cv2.imwrite(str(folder / name), scene.photo[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])
-        images.append({"id": number, "file_name": name, "width": size, "height": size})
-        for box, mask in zip(scene.boxes, scene.masks):
-            sides = [int(box.x1), int(box.y1), int(box.x2 - box.x1), int(box.y2 - box.y1)]
-            entry = {"id": len(annotations), "image_id": number, "category_id": 1, "bbox": sides}
-            annotations.append(entry | {"area": int(mask.sum()), "iscrowd": 0, "segmentation": encode_runs(mask)})
-    content = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "pill"}]}
-    write_text(folder / "_annotations.coco.json", json.dumps(content, separators=(",", ":")))
+class CocoFolder:
+    """A folder of photos with a JSON of their pills."""
+
+    def __init__(
+        self,
+        folder: Path,  # that is made
+    ) -> None:
+        self.folder = folder
+        self._images: list[dict[str, Any]] = []
+        self._annotations: list[dict[str, Any]] = []
+        folder.mkdir(parents=True)
+
+    def add(
+        self,
+        name: str,  # of the photo's file, which is in the folder
+        size: tuple[int, int],  # width, height of the photo, pixels
+        boxes: Sequence[Box],  # of its pills, pixels
+        masks: Sequence[np.ndarray | None],  # bool (height, width) of each pill; None: its box alone is known
+    ) -> None:
+        """Add a photo."""
+        number = len(self._images)
+        self._images.append({"id": number, "file_name": name, "width": size[0], "height": size[1]})
+        for box, mask in zip(boxes, masks, strict=True):
+            sides = [box.x1, box.y1, box.x2 - box.x1, box.y2 - box.y1]
+            entry = {"id": len(self._annotations), "image_id": number, "category_id": 1, "bbox": sides, "iscrowd": 0}
+            area = sides[2] * sides[3] if mask is None else int(mask.sum())
+            runs: object = [] if mask is None else encode_runs(mask)
+            self._annotations.append(entry | {"area": area, "segmentation": runs})
+
+    def compose(
+        self,
+        part: Part,  # what is composed
+        count: int,  # photos
+        size: int = 320,  # side of a photo, pixels
+        seed: int = 42,  # of everything
+    ) -> None:
+        """Add composed photos."""
+        label = f"composing {self.folder.name}"
+        for number in tqdm(range(count), desc=label, file=progress_stream(), disable=None):
+            scene = part.draw(size, np.random.default_rng((seed, number)))
+            name = f"{number:06d}.jpg"
+            cv2.imwrite(str(self.folder / name), scene.photo[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])
+            self.add(name, (size, size), scene.boxes, scene.masks)
+
+    def close(self) -> None:
+        """Write the JSON."""
+        content = {"images": self._images, "annotations": self._annotations}
+        content["categories"] = [{"id": 1, "name": "pill"}]
+        write_text(self.folder / "_annotations.coco.json", json.dumps(content, separators=(",", ":")))
+
+
+def check_new(
+    out: Path,  # folder to be made
+) -> None:
+    """Raise `MaskError` for a folder that is there."""
+    if out.exists():
+        raise MaskError(f"{out} is there already: name a new folder, or remove it.")
 
 
 def write_composed(
     archive: CutoutArchive,  # cut-outs by drug
-    photos: Path,  # dataset whose training photos are the backgrounds
+    folders: Sequence[Path],  # datasets whose training photos are the backgrounds
     out: Path,  # folder that is made
     counts: tuple[int, int] = (2000, 300),  # photos for training, photos held out
     size: int = 320,  # side of a photo, pixels
@@ -128,12 +205,11 @@ def write_composed(
 ) -> Path:  # the folder
     """Write a dataset of composed photos; raises `MaskError` or `DataError` for folders that can't be used."""
     out = Path(out)
-    if out.exists():
-        raise MaskError(f"{out} is there already: name a new folder, or remove it.")
-    groups, rng = _photos_by_group(read_all(photos).records), np.random.default_rng(seed)
-    drugs, sources = _divided(sorted(archive.members), rng), _divided(sorted(groups), rng)
+    check_new(out)
+    parts = divide(archive, folders, seed)
     with made_folder(out):
         for place, (name, count) in enumerate(zip(("train", "valid"), counts)):
-            own = {image: boxes for group in sources[name] for image, boxes in groups[group].items()}
-            _write_part(_Part(archive, drugs[name], own), out / name, count, size, seed + place)
+            folder = CocoFolder(out / name)
+            folder.compose(parts[name], count, size, seed + place)
+            folder.close()
     return out

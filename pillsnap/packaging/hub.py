@@ -18,6 +18,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
     HTTPError,
 )
 
+from ..answer.quality.judge import find_judge
 from ..atomic import made_folder, replacing, write_json, write_text
 from .shipped import ShipError, export_report, exported_files
 from ..runtime.engines import TASKS
@@ -158,6 +159,8 @@ def model_card(
         f"| {task} | {Path(entry['model']).name} | {entry['model_config']['image_size']} | {entry['param_count']:,} |"
         for task, entry in networks.items()
     ]
+    if judge := find_judge(Path(run) / "export"):
+        lines.append(f"| quality, of photos | {judge.name} | {judge.rules.size} | |")
     data = ModelCardData(
         license="agpl-3.0",
         library_name="pillsnap",

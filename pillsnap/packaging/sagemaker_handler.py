@@ -8,18 +8,19 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..answer.factory import load_identifier
 from ..answer.identify import PIPELINES, Identifier, IdentifyError
+from ..answer.quality.judge import Judge, find_judge, judge_crops
 from ..errors import PillsnapError
 from ..runtime.images import ImageError, NotAnImage, Photo, open_photo
 
 # %% auto #0
-__all__ = ['VARIABLE', 'HEADER', 'CONTENT_TYPES', 'RequestError', 'requested_pipeline', 'model_fn', 'input_fn', 'predict_fn',
-           'output_fn']
+__all__ = ['VARIABLE', 'HEADER', 'CONTENT_TYPES', 'RequestError', 'requested_pipeline', 'Models', 'model_fn', 'input_fn',
+           'predict_fn', 'output_fn']
 
 # %% ../../nbs/packaging/03_sagemaker_handler.ipynb #5bbb3afc
 try:
@@ -65,17 +66,24 @@ def requested_pipeline(
     return _check_pipeline(os.environ.get(VARIABLE, "").strip() or PIPELINES[0], f"the variable {VARIABLE}")
 
 # %% ../../nbs/packaging/03_sagemaker_handler.ipynb #87b29819
+class Models(NamedTuple):
+    """What answers a request."""
+
+    identifier: Identifier
+    judge: Judge | None  # of photos; None: the archive has no quality.onnx
+
+
 def model_fn(
-    model_dir: str,  # folder with classifier.onnx and detector.onnx
+    model_dir: str,  # folder with classifier.onnx, detector.onnx and perhaps quality.onnx
     context: Any = None,  # not used
-) -> Identifier:
+) -> Models:
     """Open the models and identify once; raises `ModelError`, and `RequestError` for an unknown pipeline."""
     identifier = load_identifier(Path(model_dir))
     try:
         identifier.identify(np.full((64, 64, 3), 114, np.uint8), requested_pipeline())
     except IdentifyError as error:
         raise RequestError(400, str(error)) from error
-    return identifier
+    return Models(identifier, find_judge(Path(model_dir)))
 
 # %% ../../nbs/packaging/03_sagemaker_handler.ipynb #e7b68351
 _IMAGES = ("heic", "heif", "webp", "avif", "tiff", "gif", "bmp")
@@ -105,13 +113,15 @@ def input_fn(
 
 def predict_fn(
     data: tuple[Photo, str],  # from `input_fn`
-    identifier: Identifier,  # from `model_fn`
+    models: Models,  # from `model_fn`
     context: Any = None,  # not used
 ) -> dict[str, Any]:  # plain values
     """Identify the pills; raises `RequestError` when the models do not support the pipeline."""
     try:
         photo, pipeline = data
-        return identifier.identify(photo.pixels, pipeline, size=photo.size).to_json()
+        crops = models.identifier.crop_pills(photo.pixels, pipeline, None, photo.size)
+        verdict = None if models.judge is None else judge_crops(models.judge, photo, crops).to_json()
+        return models.identifier.classify_crops(crops).to_json() | {"quality": verdict}
     except IdentifyError as error:
         raise RequestError(422, str(error)) from error
 

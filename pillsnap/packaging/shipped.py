@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..answer.outlines import SEGMENTER_FILE
+from ..answer.quality.judge import QUALITY_FILE
 from ..errors import PillsnapError
 from ..runtime.engines import TASKS
 
@@ -43,10 +45,10 @@ def export_report(
 
 def exported_files(
     run: Path,  # run folder
-    formats: Iterable[str],  # onnx, safetensors
-) -> list[Path]:  # of both networks
+    formats: Sequence[str],  # onnx, safetensors
+) -> list[Path]:  # of both networks; with the ONNX files also segmenter.onnx and quality.onnx, if there
     """Files of a run in these formats; raises `ShipError` when one is missing or has failed its comparison."""
-    report = export_report(run)
+    report, formats = export_report(run), list(formats)
     exported, networks = report.get("formats", {}), report.get("networks", TASKS)
     if lacking := [task for task in TASKS if task not in networks]:
         raise ShipError(
@@ -67,4 +69,5 @@ def exported_files(
     missing = [path.name for path in files if not path.is_file()]
     if missing:
         raise ShipError(f"{Path(run) / 'export'} lacks {', '.join(missing)}: export the run again.")
-    return files
+    others = [Path(run) / "export" / name for name in (SEGMENTER_FILE, QUALITY_FILE)] if "onnx" in formats else []
+    return [*files, *(path for path in others if path.is_file())]

@@ -12,10 +12,10 @@ import torch
 
 from ..answer.quality.reasons import REASONS
 from ..answer.quality.rules import TIERS, QualityRules
-from ..answer.quality.views import VIEW_MARGIN
+from ..answer.quality.views import VIEW_MARGIN, VIEW_SIZE
 from .examples import Examples
 from .learn import predict
-from .network import DoorkeeperNetwork, Served
+from .network import QualityNetwork, Served
 from ..runlog import decide
 
 # %% auto #0
@@ -64,14 +64,14 @@ def tier_bounds(
 
 # %% ../../nbs/quality/05_calibrate.ipynb #4e2a723a
 def calibrate(
-    network: DoorkeeperNetwork,  # its scale is set
+    network: QualityNetwork,  # its scale is set
     validation: Examples,
     device: torch.device,  # of the network
 ) -> QualityRules:
     """Set the scale of the score, and choose bounds and thresholds."""
-    raw, ranks = predict(network, validation, network, device)[:, 0, 0], validation.ranks
+    raw, ranks = predict(network, validation, device)[:, 0, 0], validation.ranks
     network.set_scale(*(float(value) for value in np.percentile(raw, (98, 2))))  # hardly a photo is beyond
-    outputs = predict(Served(network), validation, network, device)[:, 0]
+    outputs = predict(network, validation, device, Served(network).scaled)[:, 0]
     scores = outputs[:, 0]
     occurs = validation.reasons.sum(0) > 0
     missing = [name for number, name in enumerate(REASONS) if not occurs[number]]
@@ -79,7 +79,7 @@ def calibrate(
         decide("threshold of reasons", "one half", f"no photo held out shows {', '.join(missing)}", fallback=True)
     accept = float(np.quantile(scores[ranks <= 1], 1 - KEPT))
     rules = QualityRules(
-        size=validation.views.shape[-2],
+        size=VIEW_SIZE,
         margin=VIEW_MARGIN,
         mean=cast(tuple[float, float, float], network.trunk.mean),
         std=cast(tuple[float, float, float], network.trunk.std),

@@ -21,7 +21,7 @@ from .measure import measured, pairwise_accuracy, reasons_f1, reasons_macro_f1, 
 from ..runtime.images import ImageError
 
 # %% auto #0
-__all__ = ['judged', 'measure_doorkeeper']
+__all__ = ['judged', 'measure_quality']
 
 # %% ../../nbs/quality/08_evaluate.ipynb #1e845341
 def judged(
@@ -44,7 +44,7 @@ def judged(
             yield TIERS.index(tier), reason, judge.network(network_input(views, rules.mean, rules.std))
 
 
-def measure_doorkeeper(
+def measure_quality(
     judge: Judge,
     sources: Sequence[Source],  # photos that were not trained on
     seed: int = 42,

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import nn
 
 from ..answer.quality.reasons import REASONS
+from ..answer.quality.views import network_input
 from ..models.classifier import normalisation
 from .ranking.backbone import build_backbone
 from .ranking.errors import BackboneError
 from .ranking.projector import Projector
 
 # %% auto #0
-__all__ = ['STRIDES', 'Trunk', 'DoorkeeperNetwork', 'Served']
+__all__ = ['STRIDES', 'Trunk', 'QualityNetwork', 'Served']
 
 # %% ../../nbs/quality/02_network.ipynb #21cfac74
 STRIDES = (4, 8, 16)  # pixels
@@ -69,7 +71,7 @@ def _last_stages(network: Any) -> list[int]:
     return [found[stride] for stride in STRIDES if stride in found]
 
 # %% ../../nbs/quality/02_network.ipynb #2c3cd26b
-class DoorkeeperNetwork(nn.Module):
+class QualityNetwork(nn.Module):
     """Score and reasons of photos."""
 
     def __init__(
@@ -78,10 +80,12 @@ class DoorkeeperNetwork(nn.Module):
     ) -> None:
         super().__init__()
         self.backbone = backbone
-        self.trunk = Trunk(backbone)
+        self.trunk = Trunk(backbone).requires_grad_(False)
         self.projector = Projector(2 * self.trunk.output_dim, 256, 128)
         self.score_head = nn.Linear(128, 1)
         self.reason_head = nn.Linear(128, len(REASONS))
+        self.register_buffer("texture_mean", torch.zeros(self.projector.input_dim))
+        self.register_buffer("texture_std", torch.ones(self.projector.input_dim))
         self.register_buffer("score_low", torch.zeros(()))  # raw score that becomes 0
         self.register_buffer("score_high", torch.ones(()))  # raw score that becomes 1
 
@@ -105,8 +109,27 @@ class DoorkeeperNetwork(nn.Module):
         textures: torch.Tensor,  # (n, textures of both views)
     ) -> torch.Tensor:  # (n, 1 + reasons): raw score, logits of the reasons
         """What the heads make of it."""
-        embedding = self.projector(textures)
+        embedding = self.projector((textures - self.texture_mean) / self.texture_std)  # type: ignore[operator]
         return torch.cat([self.score_head(embedding), self.reason_head(embedding)], 1)
+
+    @torch.no_grad()
+    def see(
+        self,
+        views: np.ndarray,  # RGB, uint8, (n, 2, size, size, 3)
+    ) -> np.ndarray:  # float32 (n, textures of both views)
+        """Textures of photos, in evaluation mode."""
+        device = cast(torch.Tensor, self.texture_mean).device
+        inputs = torch.from_numpy(network_input(views, self.trunk.mean, self.trunk.std)).to(device)
+        found: np.ndarray = self.eval().textures(inputs).cpu().numpy()
+        return found
+
+    def set_normal(
+        self,
+        textures: np.ndarray,  # of the training, (n, textures)
+    ) -> None:
+        """Centre and scale textures as those of the training."""
+        cast(torch.Tensor, self.texture_mean).copy_(torch.from_numpy(textures.mean(0)))
+        cast(torch.Tensor, self.texture_std).copy_(torch.from_numpy(textures.std(0) + 1e-3))
 
     def set_scale(
         self,
@@ -123,7 +146,7 @@ class Served(nn.Module):
 
     def __init__(
         self,
-        network: DoorkeeperNetwork,
+        network: QualityNetwork,
     ) -> None:
         super().__init__()
         self.network = network
@@ -133,7 +156,13 @@ class Served(nn.Module):
         views: torch.Tensor,  # float (n, 6, size, size), normalised
     ) -> torch.Tensor:  # (n, 1 + reasons), 0 to 1
         """Score and probabilities."""
-        outputs = self.network(views)
+        return self.scaled(self.network(views))
+
+    def scaled(
+        self,
+        outputs: torch.Tensor,  # of the network, (n, 1 + reasons)
+    ) -> torch.Tensor:  # (n, 1 + reasons), 0 to 1
+        """Scale raw outputs."""
         low, high = self.network.score_low, self.network.score_high
         score = ((outputs[:, :1] - low) / (high - low)).clamp(0, 1)  # type: ignore[operator]  # buffers are tensors
         return torch.cat([score, outputs[:, 1:].sigmoid()], 1)

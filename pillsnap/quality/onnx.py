@@ -19,7 +19,7 @@ from ..answer.quality.rules import QualityRules
 from ..atomic import replacing
 from ..errors import PillsnapError
 from ..provenance import git_revision
-from .network import DoorkeeperNetwork, Served
+from .network import QualityNetwork, Served
 
 # %% auto #0
 __all__ = ['OPSET', 'TOLERANCE', 'QualityFileError', 'write_quality']
@@ -30,11 +30,11 @@ TOLERANCE = 1e-3  # largest difference of a score or a probability
 
 
 class QualityFileError(PillsnapError):
-    """A file of the doorkeeper that does not compute what its network does."""
+    """A file of the quality model that does not compute what its network does."""
 
 
 def write_quality(
-    network: DoorkeeperNetwork,  # on the CPU, calibrated
+    network: QualityNetwork,  # on the CPU, calibrated
     rules: QualityRules,
     path: Path,  # such as runs/quality/quality.onnx
 ) -> float:  # largest difference to the network

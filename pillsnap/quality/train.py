@@ -7,16 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..atomic import write_json
 from .calibrate import calibrate
-from .examples import Source, make_examples
+from .examples import Source, Told, make_examples
 from .learn import LearningOptions, learn
-from .network import DoorkeeperNetwork
+from .network import QualityNetwork
 from .onnx import write_quality
 from .ranking.errors import MetadataError
 from .ranking.machine import pick_device, set_seed
@@ -25,7 +27,7 @@ from ..runlog import decide
 from ..training.checkpoint import save_checkpoint
 
 # %% auto #0
-__all__ = ['PLAIN_FRACTION', 'hold_out', 'train_doorkeeper']
+__all__ = ['PLAIN_FRACTION', 'hold_out', 'train_quality']
 
 # %% ../../nbs/quality/07_train.ipynb #6acff27a
 def hold_out(
@@ -48,21 +50,25 @@ def hold_out(
 PLAIN_FRACTION = 1 / 6  # rendered plain pills for each photo
 
 
-def train_doorkeeper(
+def train_quality(
     sources: Sequence[Source],  # photos that no test uses
     folder: Path,  # gets quality.onnx, quality.pt and quality_report.json
     options: LearningOptions | None = None,  # None = the defaults
     backbone: str = "tf_efficientnet_lite0",  # timm name of an EfficientNet
     device: str | None = None,  # None = the best that is there
+    told: Told | None = None,  # a classifier whose failures are to be foreseen
 ) -> dict[str, Any]:  # the report
     """Train, calibrate and export; raises `MetadataError` for photos that can't be used."""
     chosen, options = pick_device(device), options or LearningOptions()
     plain = rendered_sources(folder / "plain", round(PLAIN_FRACTION * len(sources)))
     training, held = hold_out([*sources, *plain], 0.15, options.seed)
-    examples, validation = (make_examples(part, "train", options.seed) for part in (training, held))
     decide("quality photos", f"{len(training)} for training, {len(held)} held out", "by groups of near-duplicates")
     set_seed(options.seed)
-    network = DoorkeeperNetwork(backbone).to(chosen)
+    network = QualityNetwork(backbone).to(chosen)
+    network.to(memory_format=torch.channels_last)  # twice as fast on CPUs
+    look = partial(make_examples, use="train", see=network.see, seed=options.seed, copies=options.copies, told=told)
+    examples, validation = look(training, near=options.near), look(held)
+    network.to(memory_format=torch.contiguous_format)
     history = learn(network, examples, validation, options, chosen)
     rules = calibrate(network, validation, chosen)
     network.to("cpu")

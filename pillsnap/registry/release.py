@@ -13,6 +13,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from ..answer.factory import load_identifier
+from ..answer.outlines import SEGMENTER_FILE
+from ..answer.quality.judge import QUALITY_FILE, find_judge
 from ..atomic import replacing
 from ..config.schema import Settings
 from pillsnap.registry.store import (
@@ -28,13 +30,17 @@ from .versions import promote, promoted, pull, push, rollback
 from ..runtime.engines import TASKS
 
 # %% auto #0
-__all__ = ['run_files', 'exported_networks', 'push_run', 'files_to_push', 'pull_models', 'describe_store', 'describe_version',
-           'configured_store', 'run_models_command']
+__all__ = ['QUALITY', 'STORED', 'run_files', 'exported_networks', 'push_run', 'files_to_push', 'pull_models', 'describe_store',
+           'describe_version', 'configured_store', 'run_models_command']
 
 # %% ../../nbs/registry/03_release.ipynb #21a5f99d
+QUALITY = "quality"
+STORED = (*TASKS, QUALITY)  # tasks that a run may have
+
+
 def run_files(
     run: Path,  # run folder
-    task: str,  # classifier or detector
+    task: str,  # one of STORED
     resumable: bool = False,  # also last.pt, from which training resumes
 ) -> dict[str, Path]:  # name in the store -> file
     """Files of a run that make a version; raises `StoreError` when its export is missing or has failed."""
@@ -49,6 +55,8 @@ def run_files(
             f"The export of {run} has failed its comparison ({report} says why): "
             "only models that answer as they were trained are pushed."
         )
+    if task == QUALITY:  # its own training has compared it with its network
+        return {"model.onnx": Path(run) / "export" / QUALITY_FILE}
     files = {
         "best.pt": Path(run) / f"best_{task}.pt",
         "model.onnx": Path(run) / "export" / f"{task}.onnx",
@@ -60,13 +68,14 @@ def run_files(
 
 def exported_networks(
     run: Path,  # run folder
-) -> Sequence[str]:  # classifier, detector, or both
+) -> Sequence[str]:  # classifier, detector, or both, and quality where its file lies beside them
     """Networks of a run's export; both where nothing tells."""
+    beside = [QUALITY] if (Path(run) / "export" / QUALITY_FILE).is_file() else []
     try:
         report = json.loads((Path(run) / "export" / "export_report.json").read_text(encoding="utf-8"))
-        return list(report.get("networks", TASKS))
+        return [*report.get("networks", TASKS), *beside]
     except (OSError, ValueError, AttributeError):
-        return TASKS
+        return [*TASKS, *beside]
 
 
 def push_run(
@@ -95,7 +104,7 @@ def files_to_push(
 # %% ../../nbs/registry/03_release.ipynb #fc0a3e3b
 def pull_models(
     store: ModelStore,
-    folder: Path,  # gets classifier.onnx and detector.onnx
+    folder: Path,  # gets classifier.onnx, detector.onnx, and quality.onnx where one is promoted or numbered
     cache: Path,  # folder that keeps pulled versions
     numbers: Mapping[str, int],  # task -> version; a missing task gets the promoted one
 ) -> dict[str, int]:  # task -> version in the folder
@@ -103,14 +112,19 @@ def pull_models(
 
     Raises `StoreError`, or `ModelError` for files that can't be served together; the folder does not change then.
     """
-    chosen = {task: numbers.get(task) or promoted(store, task) for task in TASKS}
+    chosen = {task: numbers.get(task) or promoted(store, task) for task in STORED}
+    if chosen[QUALITY] is None:
+        del chosen[QUALITY]  # photos are not judged
     pulled = {task: pull(store, task, number, cache) / "model.onnx" for task, number in chosen.items()}
     Path(cache).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="trial-", dir=cache) as trial:
         for task, path in pulled.items():
             (Path(trial) / f"{task}.onnx").symlink_to(path.resolve())
+        if (segmenter := Path(folder) / SEGMENTER_FILE).is_file():
+            (Path(trial) / SEGMENTER_FILE).symlink_to(segmenter.resolve())
         load_identifier(Path(trial))
-    with ExitStack() as stack:  # both are written before the first takes its place
+        find_judge(Path(trial))
+    with ExitStack() as stack:  # all are written before the first takes its place
         for task, path in pulled.items():
             shutil.copyfile(path, stack.enter_context(replacing(Path(folder) / f"{task}.onnx")))
     return {task: number for task, number in chosen.items() if number}
@@ -136,7 +150,7 @@ def describe_store(
 
 def describe_version(
     store: ModelStore,
-    task: str,  # classifier or detector
+    task: str,  # one of STORED
     number: int | None,  # None: the promoted one
 ) -> str:
     """Describe one version with its files and hashes; raises `StoreError`."""
@@ -164,12 +178,14 @@ def configured_store(
 def _parse(command: str, arguments: Sequence[str]) -> tuple[str, int]:
     """Parse task and version, "" and 0 where they are missing; raises `StoreError` for invalid ones."""
     task, number = (*arguments, "", "")[:2]
-    if len(arguments) > 2 or task not in ("", *TASKS):
-        raise StoreError(f"{' '.join(arguments)!r} is not understood: name classifier or detector, and a version.")
+    if len(arguments) > 2 or task not in ("", *STORED):
+        raise StoreError(
+            f"{' '.join(arguments)!r} is not understood: name classifier, detector or quality, and a version."
+        )
     if number and not (number.isdecimal() and int(number)):
         raise StoreError(f"{number!r} is no version: name its number, for example 3.")
     if command in ("show", "promote", "rollback") and not task:
-        raise StoreError(f"Of which network should {command} be done? Name classifier or detector.")
+        raise StoreError(f"Of which network should {command} be done? Name classifier, detector or quality.")
     if command == "promote" and not number:
         raise StoreError(f"Name which version of the {task} should be promoted; `pillsnap models list` shows them.")
     return task, int(number or 0)

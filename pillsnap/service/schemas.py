@@ -11,12 +11,14 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ..answer.classes import Drug
 from ..answer.identify import Identification, Identifier, Pill
+from ..answer.outlined import Outlined
+from ..answer.outlines import Outliner
 from ..answer.quality.judge import Judge, Verdict
 
 # %% auto #0
 __all__ = ['NOTICE', 'DrugResponse', 'drug_response', 'ExpectedDrug', 'MatchedPill', 'DoubtfulPill', 'PrescriptionResponse',
-           'BoxResponse', 'CandidateResponse', 'PillResponse', 'PhotoResponse', 'HintResponse', 'ReasonResponse',
-           'QualityResponse', 'ModelResponse', 'Prediction', 'model_response', 'prediction_response']
+           'BoxResponse', 'CandidateResponse', 'SizeResponse', 'PillResponse', 'PhotoResponse', 'HintResponse',
+           'ReasonResponse', 'QualityResponse', 'ModelResponse', 'Prediction', 'model_response', 'prediction_response']
 
 # %% ../../nbs/service/01_schemas.ipynb #7f5180f5
 NOTICE = (
@@ -97,6 +99,13 @@ class CandidateResponse(DrugResponse):
     confidence: float = Field(ge=0, le=1, examples=[0.97])
 
 
+class SizeResponse(BaseModel):
+    """Sides of the smallest rectangle around a pill, mm."""
+
+    length: float = Field(examples=[16.1])
+    width: float = Field(examples=[7.0])
+
+
 class PillResponse(CandidateResponse):
     """One pill: its box, its drug and the other candidates."""
 
@@ -106,8 +115,26 @@ class PillResponse(CandidateResponse):
         examples=[0.94],
     )
     sure: bool = Field(description="the confidence reached the level set for this model, in a photo with colours")
+    imprint: str | None = Field(
+        default=None,
+        description="only of a pill that is not sure: letters that were read on it, which put the candidates in order; "
+        "empty = none, null = it was not read",
+        examples=["K20"],
+    )
     candidates: list[CandidateResponse] = Field(
         description="best first, as many as top_k asks for; the answer is the first of them"
+    )
+    outline: list[list[float]] = Field(
+        default=[],
+        description="only with masks=true or a scale: polygons around the pill, each x, y, x, y and so on, pixels; "
+        "each pixel belongs to one pill at most",
+        examples=[[[220.0, 114.5, 305.5, 200.0, 220.0, 285.5, 134.5, 200.0]]],
+    )
+    outline_score: float | None = Field(
+        default=None, description="how sharply the outline is decided, 0 to 1; null = there is none", examples=[0.98]
+    )
+    size_mm: SizeResponse | None = Field(
+        default=None, description="only with scale or mm_per_pixel; null = the scale or the outline is not known"
     )
 
 
@@ -156,12 +183,20 @@ class ModelResponse(BaseModel):
         description="of the network that judges photos; null = none, so predictions have no quality",
         examples=["tf_efficientnet_lite0"],
     )
+    segmenter: str | None = Field(
+        default=None,
+        description="of the network that outlines pills; null = none, so there is no masks=true",
+        examples=["tf_efficientnet_lite0"],
+    )
     classes: int = Field(description="drugs that it can name", examples=[5000])
     class_map_hash: str
     classifier_size: int = Field(description="side of a crop, pixels", examples=[384])
     detector_size: int | None = Field(description="side of the photo as the detector sees it, pixels", examples=[640])
     color: str = Field(
         default="none", description="rule that takes the light out of the colours; none = no rule", examples=["learned"]
+    )
+    background: str = Field(
+        default="keep", description="of the crops that are compared: keep, or remove", examples=["keep"]
     )
 
 
@@ -202,6 +237,7 @@ def model_response(
     identifier: Identifier,  # the models
     version: str,  # of their files
     judge: Judge | None = None,  # of photos
+    outliner: Outliner | None = None,  # of pills
 ) -> dict[str, Any]:  # as ModelResponse
     """Name and input size of each model, and the hash of the class map."""
     rules = identifier.rules
@@ -212,11 +248,13 @@ def model_response(
         "classifier": str(classifier.metadata.get("model", "unnamed")),
         "detector": None if detector is None else str(detector.metadata.get("model", "unnamed")),
         "quality": None if judge is None else judge.name,
+        "segmenter": None if outliner is None else outliner.name,
         "classes": len(rules.class_map),
         "class_map_hash": rules.class_map.hash,
         "classifier_size": rules.classifier_size,
         "detector_size": None if detector is None else rules.detector_size,
         "color": rules.color,
+        "background": rules.background,
     }
 
 
@@ -226,6 +264,7 @@ def _pill_response(pill: Pill) -> dict[str, Any]:
         "box": pill.box._asdict(),
         "box_confidence": pill.box_confidence,
         "sure": pill.sure,
+        "imprint": pill.imprint,
         "candidates": candidates,
     }
 
@@ -237,9 +276,12 @@ def prediction_response(
     model: dict[str, Any],  # from `model_response`
     annotated: str | None,  # photo with boxes and names, a data: URL
     verdict: Verdict | None = None,  # on the photo
+    outlined: Outlined | None = None,  # its pills; None: not asked for
 ) -> dict[str, Any]:  # as Prediction
     """Convert the identification of a photo to the JSON of a response."""
     before = {"decode": round(decode_ms, 3)} | ({"judge": verdict.milliseconds} if verdict else {})
+    before |= {"outline": outlined.milliseconds} if outlined else {}
+    outlines = outlined.to_json() if outlined else [{} for _ in identification.pills]
     total = sum(before.values()) + identification.timings_ms["total"]
     timings = before | identification.timings_ms | {"total": round(total, 3)}
     hint = {"pipeline": "combo", "reason": identification.hint} if identification.hint else None
@@ -247,9 +289,9 @@ def prediction_response(
         "pipeline": identification.pipeline,
         "photo": {"width": size[0], "height": size[1]},
         "quality": verdict.to_json() if verdict else None,
-        "pills": [_pill_response(pill) for pill in identification.pills],
+        "pills": [_pill_response(pill) | outline for pill, outline in zip(identification.pills, outlines, strict=True)],
         "timings_ms": timings,
-        "notes": identification.notes,
+        "notes": [*identification.notes, *(outlined.notes if outlined else [])],
         "hint": hint,
         "annotated": annotated,
         "notice": NOTICE,

@@ -21,12 +21,15 @@ import yaml
 from torch import nn
 
 import pillsnap
+from ..answer.outlines import SEGMENTER_FILE, Background
 from ..answer.rules import Rules
-from ..atomic import replacing
+from ..answer.shapes.background import REMOVE
+from ..atomic import replacing, sha256
 from ..config.layers import Layer
 from ..config.load import settings_as_yaml
 from ..config.schema import Settings, SettingsError
 from ..errors import PillsnapError
+from ..masks.network import segmenter_network
 from ..models.detector import RawDetections, detector_network
 from ..provenance import git_revision
 from ..runlog import RunLog, decide
@@ -34,9 +37,10 @@ from .device.distributed import ALONE, ProcessGroup
 from .tasks import Task
 
 # %% auto #0
-__all__ = ['NETWORKS', 'CheckpointError', 'save_checkpoint', 'load_checkpoint', 'newest_checkpoint', 'random_states',
-           'restore_random_states', 'Trained', 'best_file', 'load_best', 'load_trained', 'network_names',
-           'model_config', 'earlier_weights', 'save_run', 'check_same_settings', 'resume_run']
+__all__ = ['PAIR', 'NETWORKS', 'CheckpointError', 'save_checkpoint', 'load_checkpoint', 'newest_checkpoint', 'random_states',
+           'restore_random_states', 'Trained', 'best_file', 'load_best', 'keep_segmenter', 'with_background',
+           'load_trained', 'network_names', 'model_config', 'earlier_weights', 'save_run', 'check_same_settings',
+           'resume_run']
 
 # %% ../../nbs/training/06_checkpoint.ipynb #ecfb8bf7
 class CheckpointError(PillsnapError):
@@ -134,7 +138,8 @@ def restore_random_states(
         torch.cuda.set_rng_state_all(states["cuda"])
 
 # %% ../../nbs/training/06_checkpoint.ipynb #8b78ff9d
-NETWORKS = ("classifier", "detector")
+PAIR = ("classifier", "detector")  # that a run trains where train.only names none
+NETWORKS = (*PAIR, "segmenter")
 
 
 class Trained:
@@ -152,18 +157,28 @@ class Trained:
         }
         self.classifier: nn.Module | None = None
         self.detector: nn.Module | None = None
+        self.segmenter: nn.Module | None = None
+        self.background: Background | None = None  # takes the background of crops away, from `with_background`
+        if "segmenter" in content:
+            self.segmenter = segmenter_network(self.names["segmenter"]).eval()
+            self.segmenter.load_state_dict(content["segmenter"])
         if "detector" in content:
             network = detector_network(self.names["detector"]).eval()
             network.load_state_dict(content["detector"])
             self.detector = RawDetections(network).eval()
-        if "classifier" in content or self.detector is None:
+        if "classifier" in content or (self.detector is None and self.segmenter is None):
             classifier = timm.create_model(self.names["classifier"], num_classes=len(self.rules.class_map)).eval()
             classifier.load_state_dict(content["classifier"])
             self.classifier = classifier
 
+    @property
+    def outline_size(self) -> int:
+        """Side of the segmenter's crops, pixels."""
+        return int(self.training["model_config"]["segmenter"]["input_size"])
+
     def networks(self) -> dict[str, nn.Module]:
         """The networks that the run has, by name."""
-        found = {"classifier": self.classifier, "detector": self.detector}
+        found = {"classifier": self.classifier, "detector": self.detector, "segmenter": self.segmenter}
         return {name: network for name, network in found.items() if network is not None}
 
 
@@ -182,7 +197,7 @@ def load_best(
     """The best weights of all networks of a run; raises `CheckpointError` where one of them has none yet."""
     path = best_file(folder)
     content = load_checkpoint(path)
-    missing = [name for name in content.get("networks", NETWORKS) if name not in content]
+    missing = [name for name in content.get("networks", PAIR) if name not in content]
     if missing:
         raise CheckpointError(
             f"The run {folder} has no weights of its {missing[0]} yet: go on with it with train.resume=last."
@@ -190,12 +205,43 @@ def load_best(
     return content
 
 
+def keep_segmenter(
+    background: Background,  # that the run's crops are cut out with
+    folder: Path,  # run folder
+) -> None:
+    """Copy the segmenter into the run; raises `CheckpointError` where the run has another one."""
+    kept = Path(folder) / SEGMENTER_FILE
+    if kept.exists() and sha256(kept) != background.hash:
+        raise CheckpointError(
+            f"The run {folder} was trained with another segmenter than {background.file}: name its own {kept} with "
+            "identify.segmenter."
+        )
+    with replacing(kept) as temporary:
+        shutil.copyfile(background.file, temporary)
+
+
+def with_background(
+    trained: Trained,  # networks of a run
+    folder: Path,  # run folder
+) -> Trained:
+    """Open the segmenter of a run whose crops have no background; raises `CheckpointError` where it can't be used."""
+    if trained.rules.background == REMOVE:
+        file = Path(folder) / SEGMENTER_FILE
+        if not file.is_file() or sha256(file) != trained.rules.segmenter:
+            raise CheckpointError(
+                f"The run {folder} was trained without background, and its segmenter {file} is missing or another "
+                f"one: copy there the file whose SHA-256 begins with {trained.rules.segmenter[:12]}."
+            )
+        trained.background = Background.of(file)
+    return trained
+
+
 def load_trained(
     folder: Path,  # run folder with best weights
 ) -> Trained:  # networks in evaluation mode, on the CPU
     """The trained networks of a run, one or both; raises `CheckpointError` when they can't be used."""
     try:
-        return Trained(load_best(folder))
+        return with_background(Trained(load_best(folder)), folder)
     except (KeyError, RuntimeError) as error:
         raise CheckpointError(
             f"The checkpoint {best_file(folder)} does not hold what this version needs ({error}): train again."
@@ -204,20 +250,21 @@ def load_trained(
 # %% ../../nbs/training/06_checkpoint.ipynb #ea8edfd0
 def network_names(
     settings: Settings,  # model is read
-) -> dict[str, str]:  # of classifier and detector
+) -> dict[str, str]:  # of all networks
     """Names of the networks."""
-    return {"classifier": settings.model.classifier.name, "detector": settings.model.detector.name}
+    return {name: getattr(settings.model, name).name for name in NETWORKS}
 
 
 def model_config(
     settings: Settings,  # model is read
     classes: int,  # drugs of the class map
-) -> dict[str, dict[str, Any]]:  # of classifier and detector
+) -> dict[str, dict[str, Any]]:  # of all networks
     """What it takes to build the networks again and to feed them: name, input size in pixels, number of classes."""
-    classifier, detector = settings.model.classifier, settings.model.detector
+    classifier, detector, segmenter = settings.model.classifier, settings.model.detector, settings.model.segmenter
     return {
         "classifier": {"name": classifier.name, "input_size": classifier.image_size, "num_classes": classes},
         "detector": {"name": detector.name, "input_size": detector.image_size, "num_classes": 1},
+        "segmenter": {"name": segmenter.name, "input_size": segmenter.image_size, "num_classes": 1},
     }
 
 
@@ -228,6 +275,7 @@ def earlier_weights(
     if settings.train.start_from is None:
         return None
     content, names = load_best(settings.train.start_from), network_names(settings)
+    names = {name: names[name] for name in content["models"]}  # an older run lacks newer networks
     if content["models"] != names:
         raise CheckpointError(
             f"The run {settings.train.start_from} trained {content['models']}, this one {names}: "
@@ -272,7 +320,7 @@ def save_run(
     common["networks"] = [name for name in NETWORKS if name in best]  # that the run has in the end
     for task in new:
         save_checkpoint({**common, task.name: task.progress.best_state}, run.folder / f"best_{task.name}.pt")
-    if new and all(best.get(name) is not None for name in NETWORKS):
+    if new and all(best.get(name) is not None for name in (*PAIR, *best)):
         save_checkpoint({**common, **best}, run.folder / "best.pt")
     for task in new:
         task.best_written = task.progress.best

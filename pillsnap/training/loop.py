@@ -163,7 +163,7 @@ def train_tasks(
     on_evaluation: Callable[[Task, bool], None],  # called after each evaluation; True: best weights so far
 ) -> None:
     """Train all tasks to their end; raises `TrainingError` when that is impossible, and `Stopped` after a signal."""
-    ratio = dict(zip(("detector", "classifier"), settings.train.interleave_ratio))
+    ratio = dict.fromkeys(tasks, 1) | dict(zip(("detector", "classifier"), settings.train.interleave_ratio))
     cuda = any(task.hardware.device.type == "cuda" for task in tasks.values())
     log, saved = StepLog(run, settings.train.log_every if cuda else 1), time.monotonic()
     for task in tasks.values():

@@ -15,7 +15,7 @@ import torch
 from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 
-from ..config.schema import ClassifierTraining, DetectorTraining, Settings
+from ..config.schema import ClassifierTraining, DetectorTraining, SegmenterTraining, Settings
 from ..data.batches import Batch, in_order
 from ..data.loaders import decoding_process_died, make_loader, received
 from ..data.samples import Samples
@@ -115,9 +115,9 @@ class Task(ABC):
             ) from None
 
     @property
-    def chosen(self) -> ClassifierTraining | DetectorTraining:
+    def chosen(self) -> ClassifierTraining | DetectorTraining | SegmenterTraining:
         """The training settings of this network."""
-        chosen: ClassifierTraining | DetectorTraining = getattr(self.settings.train, self.name)
+        chosen: ClassifierTraining | DetectorTraining | SegmenterTraining = getattr(self.settings.train, self.name)
         return chosen
 
     @property

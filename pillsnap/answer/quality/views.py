@@ -14,13 +14,12 @@ from ...runtime.boxes import Box
 from ...runtime.letterbox import GREY, letterbox, normalise
 
 # %% auto #0
-__all__ = ['VIEW_SIZE', 'VIEW_MARGIN', 'WORKING_SIZE', 'pill_view', 'quality_views', 'network_input']
+__all__ = ['VIEW_SIZE', 'VIEW_MARGIN', 'pill_view', 'quality_views', 'network_input']
 
 # %% ../../../nbs/answer/quality/01_views.ipynb #e1e1933b
-VIEW_SIZE = 64  # side of a view, pixels
+VIEW_SIZE = 96  # side of a view, pixels
 VIEW_MARGIN = 0.25  # fraction of the box's longer side around the pill
-WORKING_SIZE = 32  # side to which a pill with its margin is averaged first, pixels
-_FINE = 8 * WORKING_SIZE  # side of the grid that is averaged
+_FINE = 3  # points along a pixel of the view that are averaged
 
 
 def pill_view(
@@ -34,22 +33,21 @@ def pill_view(
     x1, y1, x2, y2 = max(box.x1, 0.0), max(box.y1, 0.0), min(box.x2, float(width)), min(box.y2, float(height))
     if not (x2 > x1 and y2 > y1):
         raise ValueError(f"The box {tuple(box)} is empty or lies outside of the photo of {width} x {height} pixels.")
-    side = max(x2 - x1, y2 - y1) * (1 + 2 * margin)
+    side, fine = max(x2 - x1, y2 - y1) * (1 + 2 * margin), _FINE * size
     left, top = (x1 + x2 - side) / 2, (y1 + y2 - side) / 2
-    step = max(1, int(side // _FINE))  # photo pixels that are averaged to one beforehand
+    step = max(1, int(side // fine))  # photo pixels that are averaged to one beforehand
     first_x, first_y = max(0, int(left)), max(0, int(top))
     part = photo[first_y : int(np.ceil(top + side)), first_x : int(np.ceil(left + side))]
     if step > 1:
         wide, high = max(1, part.shape[1] // step), max(1, part.shape[0] // step)
         part = cv2.resize(part[: high * step, : wide * step], (wide, high), interpolation=cv2.INTER_AREA)
-    scale = side / step / _FINE
+    scale = side / step / fine
     shift = scale / 2 - 0.5
     place = np.array([[scale, 0, (left - first_x) / step + shift], [0, scale, (top - first_y) / step + shift]])
     way = cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP
     grey = (GREY, GREY, GREY)
-    fine = cv2.warpAffine(part, place, (_FINE, _FINE), flags=way, borderMode=cv2.BORDER_CONSTANT, borderValue=grey)
-    small = cv2.resize(fine, (WORKING_SIZE, WORKING_SIZE), interpolation=cv2.INTER_AREA)
-    return cv2.resize(small, (size, size), interpolation=cv2.INTER_LINEAR)
+    grid = cv2.warpAffine(part, place, (fine, fine), flags=way, borderMode=cv2.BORDER_CONSTANT, borderValue=grey)
+    return cv2.resize(grid, (size, size), interpolation=cv2.INTER_AREA)
 
 
 def quality_views(

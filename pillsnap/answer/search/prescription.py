@@ -111,7 +111,8 @@ def weigh(
     if not pill.sure or first.drug.code in expected.counts:
         weights = dict.fromkeys(expected.counts, WEIGHT)
         candidates = sorted(
-            candidates, key=lambda candidate: -candidate.confidence * weights.get(candidate.drug.code, 1.0)
+            candidates,
+            key=lambda candidate: -candidate.confidence * candidate.evidence * weights.get(candidate.drug.code, 1.0),
         )
     moved = candidates[0].drug.code != first.drug.code
     return replace(pill, candidates=list(candidates[:top_k]), sure=pill.sure and not moved)

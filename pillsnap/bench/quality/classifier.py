@@ -22,8 +22,8 @@ CLASSIFIER = (  # settings
     "train.evaluations=1",
     "train.amp=off",
     "model.classifier.image_size=128",
-    "train.classifier.min_steps=160",
-    "train.classifier.epochs=5",
+    "train.classifier.min_steps=480",
+    "train.classifier.epochs=15",
     "latency.warmup_runs=0",
     "latency.runs=1",
 )

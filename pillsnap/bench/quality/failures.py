@@ -11,18 +11,17 @@ from typing import Any
 
 import numpy as np
 
-from ...answer.crops import crop_pill
 from ...answer.identify import Identifier
 from ...answer.quality.judge import Judge
 from ..errors import BenchError
 from ...quality.degradations.scene import Scene
 from ...quality.degradations.table import draw
 from ...quality.examples import Source
+from ...quality.failures import told_by
 from ...runtime.images import ImageError
-from ...runtime.letterbox import letterbox, normalise
 
 # %% auto #0
-__all__ = ['Case', 'first_drug', 'cases_of', 'score_of', 'measure_failures']
+__all__ = ['Case', 'cases_of', 'score_of', 'measure_failures']
 
 # %% ../../../nbs/bench/quality/02_failures.ipynb #86937a6d
 @dataclass(frozen=True)
@@ -34,19 +33,6 @@ class Case:
     scores: dict[str, float]  # by measure; a higher one is a better photo
 
 
-def first_drug(
-    identifier: Identifier,
-    scene: Scene,
-) -> str:  # code
-    """The drug that the classifier names first."""
-    rules = identifier.rules
-    size = rules.classifier_size
-    whole = scene.box is None
-    crop = letterbox(scene.photo, size)[0] if whole else crop_pill(scene.photo, scene.pill, rules.margin, size)
-    logits = np.asarray(identifier.classify(normalise(crop[None], rules.mean, rules.std)))
-    return rules.class_map[int(logits[0].argmax())].code
-
-
 def cases_of(
     identifier: Identifier,
     sources: Sequence[Source],  # with the codes of their drugs; those that the classifier does not know are left out
@@ -54,19 +40,19 @@ def cases_of(
     seed: int = 42,
 ) -> Iterator[Case]:  # each photo, then its copy
     """Classify and judge photos and their degraded copies."""
-    known = set(identifier.rules.class_map.codes)
+    tell = told_by(identifier)
     for source in sources:
-        if source.code not in known:
-            continue
         try:
             scene = source.open()
             copy = draw(source.image.rpartition("/")[2], "test", seed).apply(scene)
         except (ImageError, ValueError):
             continue
-        right = first_drug(identifier, scene) == source.code
+        right = tell(source, scene)
+        if right is None:
+            continue
         yield Case(right, False, {name: measure(scene) for name, measure in measures.items()})
         if copy is not scene:
-            copy_right = first_drug(identifier, copy) == source.code
+            copy_right = bool(tell(source, copy))
             scores = {name: measure(copy) for name, measure in measures.items()}
             yield Case(copy_right, right and not copy_right, scores)
 

@@ -70,16 +70,23 @@ def check(
 # %% ../../../nbs/bench/quality/05_main.ipynb #03ffe24d
 def trained_judge(
     options: Namespace,  # from `parse`
+    models: Sequence[Path],  # exported classifier of each dataset
 ) -> Judge:
-    """The doorkeeper, trained where it is not there yet."""
-    from pillsnap.quality.examples import sources_of_folder
-    from pillsnap.quality.train import train_doorkeeper
+    """The quality model, trained where it is not there yet."""
+    from pillsnap.answer.factory import load_identifier
+    from pillsnap.quality.examples import Source, Told, sources_of_folder
+    from pillsnap.quality.failures import told_by
+    from pillsnap.quality.train import train_quality
 
     folder = options.out / "quality"
     if not (folder / "quality.onnx").is_file():
         settings = load_settings(profile="cpu")
-        sources = [source for data in options.data for source in sources_of_folder(settings, data, "train")]
-        train_doorkeeper(sources, folder)
+        tellers: dict[Source, Told] = {}
+        for data, model in zip(options.data, models):
+            tell = told_by(load_identifier(model, threads=1, detect=False))
+            tellers |= dict.fromkeys(sources_of_folder(settings, data, "train"), tell)
+        told = lambda source, scene: tellers[source](source, scene) if source in tellers else None  # noqa: E731
+        train_quality(list(tellers), folder, told=told)
     return load_judge(folder / "quality.onnx")
 
 
@@ -140,11 +147,11 @@ def measure_data(
     from pillsnap.answer.factory import load_identifier
     from pillsnap.bench.quality.failures import cases_of, measure_failures, score_of
     from pillsnap.bench.quality.peers import installed_peers
-    from pillsnap.quality.evaluate import measure_doorkeeper
+    from pillsnap.quality.evaluate import measure_quality
     from pillsnap.quality.examples import PARTS, sources_of_folder
 
     sources = sources_of_folder(load_settings(profile="cpu"), data, *PARTS[1:])
-    found: dict[str, Any] = measure_doorkeeper(judge, sources)
+    found: dict[str, Any] = measure_quality(judge, sources)
     measures = {"pillsnap": score_of(judge), **installed_peers()}
     identifier = load_identifier(model, threads=1, detect=False)
     try:
@@ -210,8 +217,9 @@ def bench_quality(
     """Train, measure and report; raises `BenchError` when that can't be done."""
     check(options)
     begun, options.out = time.perf_counter(), options.out.resolve()
-    judge = trained_judge(options)
-    found = {data.name: measure_data(judge, data, model) for data, model in zip(options.data, classifiers(options))}
+    models = classifiers(options)
+    judge = trained_judge(options, models)
+    found = {data.name: measure_data(judge, data, model) for data, model in zip(options.data, models)}
     phone = measure_phone(judge, options.phone, imagenet_features()) if options.phone else None
     megabytes = (options.out / "quality" / "quality.onnx").stat().st_size / 1e6
     report = {

@@ -45,9 +45,30 @@ def _brisque() -> Callable[[Scene], float]:
     return lambda scene: -float(np.nan_to_num(measure.score(peer_view(scene)), nan=100.0))
 
 
+def _piqe() -> Callable[[Scene], float]:
+    """PIQE (Venkatanath et al. 2015), from the package pypiqe."""
+    module: Any = importlib.import_module("pypiqe")
+    return lambda scene: -float(module.piqe(peer_view(scene))[0])
+
+
+def _image_quality_ai() -> Callable[[Scene], float]:
+    """Sharpness, exposure, contrast, noise and framing as one score, from the package image-quality-ai."""
+    module: Any = importlib.import_module("image_quality_ai")
+    return lambda scene: float(module.assess(peer_view(scene)).score)
+
+
+def _capturetrust() -> Callable[[Scene], float]:
+    """Score of an uploaded photo, from the package capturetrust."""
+    module: Any = importlib.import_module("capturetrust")
+    return lambda scene: float(module.inspect_array(peer_view(scene)[..., ::-1].copy()).score)
+
+
 PEERS: dict[str, tuple[str, Callable[[], Callable[[Scene], float]]]] = {  # name -> package it needs, and how to open it
     "variance of Laplacian": ("cv2", lambda: laplacian_variance),
     "BRISQUE": ("brisque", _brisque),
+    "PIQE": ("pypiqe", _piqe),
+    "image-quality-ai": ("image_quality_ai", _image_quality_ai),
+    "capturetrust": ("capturetrust", _capturetrust),
 }
 
 

@@ -17,7 +17,6 @@ from PIL import Image
 
 from ...answer.quality.judge import Judge
 from ..errors import BenchError
-from ...runtime.boxes import Box
 from ...runtime.images import decode_image
 from ...runtime.letterbox import letterbox, normalise
 
@@ -102,7 +101,7 @@ def measure_phone(
     features: Callable[[Sequence[np.ndarray]], np.ndarray],  # photos -> (photos, features), of length 1
     batch: int = 64,  # photos at once
 ) -> dict[str, Any]:  # photos, found (fraction), phone_auroc (None: all were found, or none)
-    """How well the score tells which phone photos are matched; a box around all but the rim is judged."""
+    """How well the score tells which phone photos are matched; no box is known, so the whole photo is judged."""
     from sklearn.metrics import roc_auc_score
 
     names, photos = zip(*studio_photos(folder / "reference.zip"))
@@ -110,10 +109,9 @@ def measure_phone(
     found, scores = [], []
     for path in sorted((folder / "phone").glob("*/*.jpg")):
         photo = without_bars(decode_image(path))
-        height, width = photo.shape[:2]
         likeness = (features(turned(letterbox(photo, SIDE)[0])) @ gallery.T).max(0)
         found.append(is_among_first(likeness, np.array(names), path.parent.name))
-        scores.append(judge.judge(photo, Box(0.06 * width, 0.06 * height, 0.94 * width, 0.94 * height)).score)
+        scores.append(judge.judge(photo).score)
     if not found:
         raise BenchError(f"There are no photos of phones in {folder / 'phone'}.")
     auroc = float(roc_auc_score(found, scores)) if 0 < sum(found) < len(found) else None

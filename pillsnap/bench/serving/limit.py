@@ -44,7 +44,7 @@ def engine_calls(
 
         return None if call is None else record
 
-    recorder = Identifier(recording("classify"), recording("detect"), identifier.rules)
+    recorder = Identifier(recording("classify"), recording("detect"), identifier.rules, identifier.outline)
     crops = recorder.crop_pills(image, "single")
     if identifier.rules.color != NO_CORRECTION:
         known = crops.scores[0] is not None

@@ -12,14 +12,16 @@ from typing import NamedTuple
 import numpy as np
 
 from ...answer.color.balance import NO_CORRECTION, Balance, estimate_balances
-from ...answer.crops import crop_pill
+from ...answer.crops import crop_pill, without_background
+from ...answer.outlines import Background
+from ...answer.shapes.masks import PillMask
 from ..reading.photo_files import decode_photo
 from ...runtime.boxes import Box
 from ...runtime.images import ImageError, Photo
 from ...runtime.letterbox import letterbox
 
 # %% auto #0
-__all__ = ['Crop', 'crop_photo', 'Crops', 'Note', 'CropStore']
+__all__ = ['Crop', 'crop_photo', 'cut_photo', 'Crops', 'Note', 'CropStore']
 
 # %% ../../../nbs/data/cache/00_crop_store.ipynb #f10c56cd
 @dataclass(frozen=True)
@@ -39,6 +41,19 @@ def crop_photo(
         return letterbox(photo.pixels, size)[0]
     return crop_pill(photo.pixels, photo.reduced(crop.box), margin, size)
 
+
+def cut_photo(
+    pixels: np.ndarray,  # RGB, uint8, (size, size, 3), from `crop_photo`
+    mask: PillMask,  # of its pill
+    photo: Photo,  # decoded
+    crop: Crop,  # that was taken, with a box
+    margin: float,  # as for `crop_photo`
+) -> np.ndarray:  # RGB, uint8, (size, size, 3)
+    """Take the background of a crop away."""
+    assert crop.box is not None, "a pill that is outlined has a box"
+    size = (photo.pixels.shape[1], photo.pixels.shape[0])
+    return without_background(pixels, mask, photo.reduced(crop.box), margin, size)
+
 # %% ../../../nbs/data/cache/00_crop_store.ipynb #8532bff3
 class Crops(Sequence[Crop]):
     """Many crops as arrays, grouped by photo."""
@@ -49,8 +64,9 @@ class Crops(Sequence[Crop]):
         boxes: np.ndarray
         | None = None,  # (crops, 4) x1 y1 x2 y2, pixels, NaN: the whole photo; None: all of them whole
         color: str = NO_CORRECTION,  # how the light is taken out, as in the rules of a model
+        background: Background | None = None,  # what takes the background away; None: it is kept
     ):
-        self.color = color
+        self.color, self.background = color, background
         index: dict[str, int] = {}
         self.photo_of = np.fromiter(
             (index.setdefault(image, len(index)) for image in images), np.int32
@@ -65,14 +81,15 @@ class Crops(Sequence[Crop]):
         self._starts = np.searchsorted(self.photo_of[self._by_photo], np.arange(len(index) + 1))
 
     @classmethod
-    def of(cls, crops: Sequence[Crop], color: str = NO_CORRECTION) -> Crops:
-        """The same crops as arrays; those that are arrays already keep their color."""
+    def of(cls, crops: Sequence[Crop], color: str = NO_CORRECTION, background: Background | None = None) -> Crops:
+        """The same crops as arrays; those that are arrays already keep their rules."""
         if isinstance(crops, Crops):
             return crops
         return cls(
             (crop.image for crop in crops),
             np.array([crop.box or (np.nan,) * 4 for crop in crops], np.float64).reshape(-1, 4),
             color,
+            background,
         )
 
     def __len__(self) -> int:
@@ -95,10 +112,11 @@ class Crops(Sequence[Crop]):
         return self._by_photo[self._starts[photo] : self._starts[photo + 1]]
 
     def rule(self, photo: int | None = None) -> str:
-        """What the pixels depend on beside the crop: the color rule, and of one photo its boxes, which are left out."""
-        if self.color == NO_CORRECTION:
+        """What the pixels depend on beside the crop: the rules of colour and background, and of one photo its boxes."""
+        if self.color == NO_CORRECTION and self.background is None:
             return ""
-        return f"{self.color}|" + ("" if photo is None else f"{self.boxes[self.of_photo(photo)].tolist()}|")
+        cut = "" if self.background is None else f"{self.background.hash}|"
+        return f"{self.color}|{cut}" + ("" if photo is None else f"{self.boxes[self.of_photo(photo)].tolist()}|")
 
     def balances(self, photo: int, decoded: Photo) -> dict[int, Balance]:
         """What takes the light out of each crop of a photo, estimated from the whole photo without its pills."""
@@ -107,6 +125,14 @@ class Crops(Sequence[Crop]):
         numbers = self.of_photo(photo)
         boxes = [decoded.reduced(Box(*box.tolist())) for box in self.boxes[numbers]]
         return dict(zip(numbers.tolist(), estimate_balances(decoded.pixels, self.color, boxes), strict=True))
+
+    def masks(self, photo: int, decoded: Photo) -> dict[int, PillMask]:
+        """The mask of each crop of a photo that has a box; raises `ValueError` for a box outside of it."""
+        if self.background is None:
+            return {}
+        numbers = [number for number in self.of_photo(photo).tolist() if not np.isnan(self.boxes[number][0])]
+        boxes = [decoded.reduced(Box(*self.boxes[number].tolist())) for number in numbers]
+        return dict(zip(numbers, self.background.outline(decoded.pixels, boxes), strict=True)) if boxes else {}
 
 # %% ../../../nbs/data/cache/00_crop_store.ipynb #f4930a1e
 class Note(NamedTuple):
@@ -234,11 +260,18 @@ class _MissingCrops:
             store.damaged.update(dict.fromkeys(numbers.tolist(), str(error)))
             return
         balances = store.crops.balances(photo, decoded)
+        try:
+            masks = store.crops.masks(photo, decoded)
+        except ValueError as error:
+            store.damaged.update(dict.fromkeys(numbers.tolist(), f"{reference}: {error}"))
+            return
         kept = set(store.wanted(numbers).tolist())
         for number in sorted(kept | set(self.numbers[positions].tolist())):
             try:
                 pixels = crop_photo(decoded, store.crops[number], store.size, store.margin)
                 pixels = balances[number](pixels) if balances else pixels
+                if number in masks:
+                    pixels = cut_photo(pixels, masks[number], decoded, store.crops[number], store.margin)
             except ValueError as error:
                 store.damaged[number] = f"{reference}: {error}"
                 continue

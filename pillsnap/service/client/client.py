@@ -23,6 +23,8 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from ...answer.identify import IdentifyError, percent
+from ...answer.outlined import Scale, outline_pills
+from ...answer.outlines import OutlinerError
 from ...answer.quality.judge import judge_crops
 from ...atomic import write_text
 from ...errors import PillsnapError
@@ -100,7 +102,7 @@ def _post(
     url: str,  # of the server
     key: str,  # "" = none
     photo: bytes,  # an image file
-    parameters: dict[str, str | int],  # of the query
+    parameters: dict[str, Any],  # of the query
     expected: str | None,  # drugs of a prescription, too long for an address
 ) -> httpx.Response:
     if not (key.isascii() and key.isprintable()):
@@ -158,6 +160,9 @@ def predict_remote(
     patience: float = 120.0,  # seconds; requests to a busy server are repeated until then
     client: httpx.Client | None = None,  # keeps the connection for the next photo; None = a new one
     expected: str | None = None,  # drugs of a prescription: codes with commas, or the lines of an order
+    *,
+    masks: bool = False,  # also the outline of each pill
+    scale: Scale | None = None,  # of the photo: also the size of each pill
 ) -> dict[str, Any]:  # as in /docs of the server: pipeline, pills, timings_ms, notes, model and more
     """Identify the pills of a photo by a server.
 
@@ -165,10 +170,14 @@ def predict_remote(
     """
     if client is None:
         with httpx.Client(timeout=TIMEOUT) as client:
-            return predict_remote(url, key, photo, pipeline, top_k, patience, client, expected)
+            return predict_remote(
+                url, key, photo, pipeline, top_k, patience, client, expected, masks=masks, scale=scale
+            )
     url, data, waited = server_url(url), read_photo(photo), 0.0
+    query = {"pipeline": pipeline, "top_k": top_k, **({"masks": "true"} if masks else {})}
+    query |= scale.to_query() if scale else {}
     while True:
-        response = _post(client, url, key, data, {"pipeline": pipeline, "top_k": top_k}, expected)
+        response = _post(client, url, key, data, query, expected)
         wait = seconds_to_wait(response)
         if wait is None or waited + wait > patience:
             return _parse_response(response, url)
@@ -184,15 +193,23 @@ def predict_local(
     top_k: int = 5,  # candidates of each pill
     max_pixels: int = 65_000_000,  # of a photo
     expected: str | None = None,  # drugs of a prescription: codes with commas, or the lines of an order
+    *,
+    masks: bool = False,  # also the outline of each pill
+    scale: Scale | None = None,  # of the photo: also the size of each pill
 ) -> dict[str, Any]:  # the JSON that a server returns
-    """Identify the pills of a photo; raises `ClientError`, `ImageError` or `IdentifyError`."""
+    """Identify the pills of a photo; raises `ClientError`, `ImageError`, `IdentifyError` or `OutlinerError`."""
+    wanted = masks or scale is not None
+    if wanted and loaded.outliner is None:
+        raise OutlinerError(f"There is no segmenter.onnx in {loaded.folder} to outline pills with: put one there.")
     data, begun = read_photo(photo), perf_counter()
     opened = open_photo(data, max_pixels)
     decode_ms = (perf_counter() - begun) * 1000
     crops = loaded.identifier.crop_pills(opened.pixels, pipeline, None, opened.size)
     verdict = None if loaded.judge is None else judge_crops(loaded.judge, opened, crops)
     identification, compared = classify_expected(loaded.identifier, crops, top_k, expected)
-    response = prediction_response(identification, opened.size, decode_ms, loaded.model, None, verdict)
+    outliner = loaded.outliner if wanted else None
+    outlined = None if outliner is None else outline_pills(outliner, opened, crops, scale)
+    response = prediction_response(identification, opened.size, decode_ms, loaded.model, None, verdict, outlined)
     return response if compared is None else response | {"prescription": compared}
 
 # %% ../../../nbs/service/client/00_client.ipynb #8d62cbbe
@@ -268,6 +285,13 @@ def _compared(
     return [f"Prescription {'complete' if prescription['complete'] else 'not confirmed'}: {'; '.join(said)}."]
 
 
+def _size(
+    pill: dict[str, Any],  # of a prediction
+) -> str:
+    size = pill.get("size_mm")
+    return f"{size['length']:.1f} x {size['width']:.1f}" if size else "-"
+
+
 def as_table(
     predictions: Sequence[tuple[Path, dict[str, Any]]],  # photo and prediction
 ) -> str:  # photos that are not good enough, a row per pill, then the notes
@@ -284,25 +308,18 @@ def as_table(
         compared = _compared(prediction.get("prescription"))
         notes += [f"{_text(photo)}: {note}" for note in [*compared, *prediction.get("notes", []), *hint]]
         pills = _found(prediction)
+        read = [f"pill {number} reads {pill['imprint']}" for number, pill in enumerate(pills, 1) if pill.get("imprint")]
+        notes += [f"{_text(photo)}: {line}" for line in read]
         for number, pill in enumerate(pills, 1):
-            rows.append(
-                (
-                    _text(photo),
-                    number,
-                    pill["code"],
-                    pill["name"],
-                    percent(pill["confidence"]),
-                    "yes" if pill["sure"] else "no",
-                )
-            )
+            sure = "yes" if pill["sure"] else "no"
+            row = (_text(photo), number, pill["code"], pill["name"], percent(pill["confidence"]), sure)
+            rows.append((*row, _size(pill)))
         if not pills:
-            rows.append((_text(photo), "-", "-", "no pill was found", "-", "-"))
-    table = tabulate(
-        rows,
-        ("photo", "pill", "K-code", "name", "confidence", "sure"),
-        disable_numparse=True,
-        colalign=("left", "right", "left", "left", "right", "left"),
-    )
+            rows.append((_text(photo), "-", "-", "no pill was found", "-", "-", "-"))
+    columns = ("photo", "pill", "K-code", "name", "confidence", "sure", "size in mm")
+    aligned = ("left", "right", "left", "left", "right", "left", "right")
+    shown = len(columns) if any("size_mm" in pill for _, found in predictions for pill in found["pills"]) else -1
+    table = tabulate([row[:shown] for row in rows], columns[:shown], disable_numparse=True, colalign=aligned[:shown])
     return "\n".join([*warnings, table, *notes])
 
 
@@ -344,7 +361,7 @@ def predict_photos(
             except ServerUnusable as error:
                 tqdm.write(f"pillsnap: {error}", file=sys.stderr)
                 return 2
-            except (ClientError, ImageError, IdentifyError) as error:
+            except (ClientError, ImageError, IdentifyError, OutlinerError) as error:
                 left_out.append((photo, str(error)))
                 continue
             if as_json and out is None:

@@ -19,7 +19,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ...answer.color.balance import Balance
 from ...answer.identify import PIPELINES, IdentifyError, Pill, PillCrops
+from ...answer.outlined import Outlined, Scale, outline_pills
 from ...answer.quality.judge import Verdict, judge_crops
+from ...answer.shapes.camera import ELEVATIONS, ScaleError
+from ...answer.shapes.references import COINS
 from ...runtime.images import KINDS, ImageError, NotAnImage, Photo, TooManyPixels, open_photo
 from ...runtime.session import ModelError
 from .dependencies import Service, count_photo
@@ -53,6 +56,32 @@ class PredictParameters(BaseModel):
     expected: str | None = Field(
         None, description="drugs of a prescription, K-codes or EDI codes with commas, `*2` for two pills; or an order"
     )
+    masks: bool = Field(False, description="also the outline of each pill, polygons in pixels of the photo")
+    scale: str | None = Field(
+        None,
+        description="also length and width of each pill, mm, from what lies in the photo: card (85.60 x 53.98 mm), or "
+        f"coin: and one of {', '.join(COINS)}",
+        examples=["card", "coin:KRW500"],
+    )
+    mm_per_pixel: float | None = Field(
+        None,
+        gt=0,
+        le=10,
+        allow_inf_nan=False,
+        description="instead of scale: mm of a pixel in the middle of the photo",
+    )
+    camera_elevation: float | None = Field(
+        None, ge=ELEVATIONS[0], le=ELEVATIONS[1], description="with mm_per_pixel: degrees; not given: straight above"
+    )
+    camera_distance: float | None = Field(
+        None, gt=0, le=10_000, allow_inf_nan=False, description="with mm_per_pixel: mm from the table; not given: far"
+    )
+
+    def measured(self) -> Scale | None:
+        """The scale of the photo, where sizes are asked for; raises `ScaleError`."""
+        camera = (self.mm_per_pixel, self.camera_elevation, self.camera_distance)
+        asked = self.scale is not None or any(value is not None for value in camera)
+        return Scale(*camera, self.scale) if asked else None
 
     def drawn(self) -> bool:
         """Whether a picture is asked for."""
@@ -84,6 +113,10 @@ async def predict_parameters(
             "not_active",
             "Pictures with boxes are not active in this service: leave out annotate, or set serve.features to more.",
         )
+    try:
+        query.measured()
+    except ScaleError as error:
+        raise ApiError(422, "scale_unusable", str(error)) from error
     return query
 
 
@@ -126,6 +159,33 @@ class _Opened(NamedTuple):
     photo: Photo | None  # only if it is drawn later: its pixels take most memory
     decode_ms: float  # milliseconds
     verdict: Verdict | None  # None: there is no model for it
+    outlined: Outlined | None  # None: outlines are not asked for
+
+
+def _require_outliner(
+    loaded: LoadedModels,  # the models
+    parameters: PredictParameters,  # of the request
+) -> None:
+    """Raise `ApiError` 422 for a request for outlines that can't be made."""
+    if loaded.outliner is None and (parameters.masks or parameters.measured() is not None):
+        raise ApiError(
+            422,
+            "outlines_unavailable",
+            "This service has no segmenter.onnx to outline pills with: leave out masks and what asks for sizes, "
+            "or put one beside its models.",
+        )
+
+
+def _outlines(
+    loaded: LoadedModels,  # the models
+    photo: Photo,  # as decoded
+    crops: PillCrops,  # of that photo
+    parameters: PredictParameters,  # of the request
+) -> Outlined | None:  # None: not asked for
+    scale = parameters.measured()
+    if loaded.outliner is None or not (parameters.masks or scale is not None):
+        return None
+    return outline_pills(loaded.outliner, photo, crops, scale)
 
 
 def _open_and_crop(
@@ -140,8 +200,9 @@ def _open_and_crop(
         decode_ms = (perf_counter() - begun) * 1000
         crops = loaded.identifier.crop_pills(photo.pixels, parameters.pipeline, parameters.conf_threshold, photo.size)
         verdict = None if loaded.judge is None else judge_crops(loaded.judge, photo, crops)
+        outlined = _outlines(loaded, photo, crops, parameters)
         drawn = photo if parameters.drawn() else None
-        return _Opened(crops, photo.size, drawn, decode_ms, verdict)
+        return _Opened(crops, photo.size, drawn, decode_ms, verdict, outlined)
 
 
 def _require_quality(
@@ -198,6 +259,7 @@ def predict_photo(
     parameters: PredictParameters,  # of the request
 ) -> dict[str, Any]:  # as Prediction
     """Identify the pills of a photo; raises `ApiError`."""
+    _require_outliner(loaded, parameters)
     with answering():
         opened = _open_and_crop(service, loaded, data, parameters)
         if parameters.quality == "require":
@@ -205,7 +267,9 @@ def predict_photo(
         identification, compared = classify_expected(
             loaded.identifier, opened.crops, parameters.top_k, parameters.expected
         )
-    response = prediction_response(identification, opened.size, opened.decode_ms, loaded.model, None, opened.verdict)
+    response = prediction_response(
+        identification, opened.size, opened.decode_ms, loaded.model, None, opened.verdict, opened.outlined
+    )
     response |= {} if compared is None else {"prescription": compared}
     if opened.photo is not None:
         response |= _pictures(opened.photo, identification.pills, opened.crops.balance, service.font, parameters)

@@ -102,7 +102,7 @@ async def read_form(
         )
     refusal = _too_large(limits.max_bytes, limits.all_bytes)
     body = count_bytes(request, limits.all_bytes, refusal, limits.idle_seconds)
-    parser = MultiPartParser(request.headers, body, max_files=limits.max_photos, max_fields=8)
+    parser = MultiPartParser(request.headers, body, max_files=limits.max_photos, max_fields=16)
     parser.spool_max_size = limits.all_bytes + _ENVELOPE
     try:
         async with asyncio.timeout(limits.seconds):

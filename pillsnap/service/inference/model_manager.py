@@ -17,8 +17,10 @@ from typing import Any
 import numpy as np
 
 from ...answer.identify import Identifier
+from ...answer.outlines import SEGMENTER_FILE, Outliner, find_outliner
 from ...answer.quality.judge import QUALITY_FILE, Judge, find_judge
 from ...runlog import decide
+from ...runtime.boxes import Box
 from ...runtime.session import ModelError, ModelMissing
 from ..errors import ApiError
 from ..schemas import model_response
@@ -38,6 +40,7 @@ class LoadedModels:
     model: dict[str, Any]  # as ModelResponse
     since: float  # when they were opened, seconds since 1970
     judge: Judge | None = None  # of photos; None = their folder has none
+    outliner: Outliner | None = None  # of pills; None = their folder has none
 
 
 def version_of(
@@ -67,8 +70,13 @@ def load(
         decide("photo quality", "not judged", f"there is no {QUALITY_FILE} beside the models")
     else:
         judge.judge(grey)
-    model = model_response(identifier, version_of(folder), judge)
-    return LoadedModels(identifier, Path(folder), model, time.time(), judge)
+    outliner = find_outliner(Path(folder))
+    if outliner is None:
+        decide("outlines of pills", "not offered", f"there is no {SEGMENTER_FILE} beside the models")
+    else:
+        outliner.outline(grey, [Box(16, 16, 48, 48)])
+    model = model_response(identifier, version_of(folder), judge, outliner)
+    return LoadedModels(identifier, Path(folder), model, time.time(), judge, outliner)
 
 # %% ../../../nbs/service/inference/02_model_manager.ipynb #d33a7ba3
 class ModelManager:

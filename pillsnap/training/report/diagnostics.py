@@ -22,7 +22,8 @@ from ...runs import MONITORS, RunRecord, column, read_run
 __all__ = ['GOAL_METRICS', 'measured_metrics', 'tested_classes', 'curve_facts', 'task_facts', 'fitting_batch', 'gather']
 
 # %% ../../../nbs/training/report/00_diagnostics.ipynb #e2adb21b
-GOAL_METRICS = {"classifier": "top1", "detector": "map50"}  # task -> the metric that has a goal
+# task -> the metric that has a goal
+GOAL_METRICS = {"classifier": "top1", "detector": "map50", "segmenter": "miou"}
 
 
 def measured_metrics(
@@ -31,7 +32,7 @@ def measured_metrics(
     """The metrics that have goals, of the tasks that this run has trained."""
     report = record.evaluation
     if report.get("split") and report.get("steps", record.made) == record.made:
-        parts = {"classifier": ("single",), "detector": ("combo", "all_photos")}
+        parts = {"classifier": ("single",), "detector": ("combo", "all_photos"), "segmenter": ("outlines",)}
         found = {
             task: [report[part] for part in parts[task] if isinstance(report.get(part), dict)] for task in record.tasks
         }

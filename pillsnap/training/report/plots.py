@@ -31,7 +31,7 @@ __all__ = ['PLOTS', 'grouped', 'smoothed', 'draw_loss', 'draw_metrics', 'draw_ti
            'sample_losses', 'write_hardest', 'contact_sheet', 'batch_picture']
 
 # %% ../../../nbs/training/report/01_plots.ipynb #f5b4e7a3
-_COLOURS = {"classifier": "tab:blue", "detector": "tab:orange"}
+_COLOURS = {"classifier": "tab:blue", "detector": "tab:orange", "segmenter": "tab:green"}
 _POINTS, _REACH = 400, 10  # points of a curve at most; points on either side in the moving average
 
 

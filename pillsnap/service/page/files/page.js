@@ -95,10 +95,13 @@ const make = (tag, attributes = {}, ...children) => fill(document.createElement(
 const draw = (tag, attributes = {}, ...children) =>
   fill(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
 
-function boxes({ photo }, pills) {
-  const around = ({ box, sure }) => draw("rect", {
-    class: sure ? "sure" : "unsure", x: box.x1, y: box.y1, width: box.x2 - box.x1, height: box.y2 - box.y1
-  });
+function boxes({ photo }, pills, outlined) {
+  const around = ({ box, sure, outline }) => {
+    const look = { class: sure ? "sure" : "unsure" };
+    if (outlined && outline?.length)
+      return outline.map((points) => draw("polygon", { ...look, points: points.join(" ") }));
+    return draw("rect", { ...look, x: box.x1, y: box.y1, width: box.x2 - box.x1, height: box.y2 - box.y1 });
+  };
   const radius = Math.max(photo.width, photo.height) / 30;
   const places = placeBadges(photo, pills.map(({ box }) => box), radius);
   const badge = ({ sure, box }, index) => {
@@ -178,7 +181,10 @@ function pill(answer, index, all) {
     make("h4", {}, make("span", { class: "number" }, String(index + 1)), nameOf(answer)),
     make("div", { class: "level" },
       make("p", { class: "verdict" }, say(answer.sure ? "sure" : "compare")), confidence(answer.confidence)),
-    facts(answer, whole ? [[say("detection"), say("whole")]] : []),
+    facts(answer, [
+      ...(whole ? [[say("detection"), say("whole")]] : []),
+      ...(answer.imprint ? [[say("imprint"), answer.imprint]] : [])
+    ]),
     answer.sure ? null
       : make("button", { type: "button", onclick: () => look.fill(seen(answer)) }, say("look_this")),
     make("details", { open: !answer.sure && all.length < 3 },
@@ -187,13 +193,13 @@ function pill(answer, index, all) {
         make("li", {}, make("b", {}, nameOf(candidate)), confidence(candidate.confidence), facts(candidate))))));
 }
 
-function seen({ confidence: best, candidates }) { // what the likely drugs have in common, in English
+function seen({ confidence: best, candidates, imprint: read }) { // what the search is filled with
   const likely = candidates.filter(({ confidence: share }) => share >= best / 2);
   const english = (text) => (text ?? "").split(",").map((word) => word.trim())
     .map((word) => WORDS.find(([korean]) => korean === word)?.[1] ?? word).filter(Boolean);
   const common = (name) => likely.map(({ details }) => english(details[name]))
     .reduce((all, words) => all.filter((word) => words.includes(word)));
-  return { colors: common("colors"), shapes: common("shape") };
+  return { imprint: read ?? "", colors: common("colors"), shapes: common("shape") };
 }
 
 function recommendation(card, { pipeline, reason }) {
@@ -222,6 +228,17 @@ function recolor(card) { // the photo in the colours that were compared, or as i
   return make("button", { type: "button", "aria-pressed": String(Boolean(card.corrected)), onclick: again },
     say(card.corrected ? "original" : "corrected"));
 }
+
+function trace(card) { // outlines instead of boxes, asked for once
+  const again = () => {
+    card.outlined = !card.outlined;
+    if (card.outlined && !hasOutlines(card)) askAgain(card, card.pipeline);
+    else render(card);
+  };
+  return make("button", { type: "button", "aria-pressed": String(Boolean(card.outlined)), onclick: again },
+    say("outlines"));
+}
+const hasOutlines = ({ answer }) => answer.pills.some((one) => one.outline);
 
 function comparison({ prescription, pills }) { // with the drugs that were expected
   if (!prescription) return null;
@@ -257,7 +274,7 @@ function internals({ timings_ms, model, pills, quality }) {
 function result(card) {
   const { notes, hint, notice } = card.answer, pills = found(card.answer);
   const other = card.pipeline === "single" ? "combo" : "single";
-  const told = pills.length ? notes : notes.filter((note) => !note.startsWith("No pill was found"));
+  const told = pills.length ? notes : notes.filter((note) => !/^No pill was (found|detected)/.test(note));
   const offered = hint?.pipeline === other || !several || !pills.length || !card.file;
   return [
     advice(card.answer),
@@ -269,6 +286,8 @@ function result(card) {
     language === "en" ? make("small", { lang: "en" }, notice) : make("small", {}, say("notice")),
     offered ? null : make("div", { class: "actions" }, repeat(card, other, "")),
     card.file && card.answer.model.color !== "none" ? make("div", { class: "actions" }, recolor(card)) : null,
+    pills.length && card.answer.model.segmenter && (card.file || hasOutlines(card))
+      ? make("div", { class: "actions" }, trace(card)) : null,
     internals(card.answer),
   ];
 }
@@ -312,7 +331,8 @@ function render(card) {
     { type: "button", "aria-label": say("remove_this", card.name), onclick: () => discard(card) }, say("remove"));
   const body = { done: result, failed: failure }[card.state] ?? busy;
   const photo = card.broken ? null : make("div", { class: "photo" },
-    card.picture, card.state === "done" && found(card.answer).length ? boxes(card.answer, found(card.answer)) : null);
+    card.picture, card.state === "done" && found(card.answer).length
+      ? boxes(card.answer, found(card.answer), card.outlined) : null);
   card.node.replaceChildren(
     make("header", {}, card.title, remove),
     make("div", { class: "sides" },
@@ -482,7 +502,8 @@ function post(card, key) { // only XMLHttpRequest tells how much is sent
       status: request.status, text: request.responseText, header: (name) => request.getResponseHeader(name)
     }));
     for (const kind of ["error", "abort"]) request.addEventListener(kind, () => end({ own: "unreachable" }));
-    const wanted = [unseen ? "&picture=true" : "", card.corrected ? "&corrected=true" : ""].join("");
+    const wanted = [unseen && "&picture=true", card.corrected && "&corrected=true", card.outlined && "&masks=true"]
+      .filter(Boolean).join("");
     request.open("POST", `predict?pipeline=${card.pipeline}${wanted}`);
     if (key) request.setRequestHeader("X-API-Key", key);
     card.stop = () => request.abort();

@@ -154,14 +154,15 @@ export function setUpSearch({ say, make, draw, pairs, number, words, imprint, ke
 
   return {
     show,
-    fill({ colors, shapes }) { // what was seen, from an uncertain answer
+    fill({ imprint, colors, shapes }) { // what was seen, from an uncertain answer
       byId("look-form").reset();
       byId("look").open = true;
       for (const box of document.querySelectorAll("#look-form [type=checkbox]"))
         box.checked = [...colors, ...shapes].includes(box.value);
+      byId("look-imprint").value = imprint;
       byId("look-imprint").focus();
       byId("look").scrollIntoView({ block: "start" });
-      if (colors.length || shapes.length) ask(wanted());
+      if (imprint || colors.length || shapes.length) ask(wanted());
     },
   };
 }
