@@ -278,7 +278,7 @@ class Train(Section):
 class Identify(Section):
     """Thresholds of a prediction."""
 
-    box_confidence: Fraction = 0.25
+    box_confidence: Fraction = 0.2
     nms_iou: Fraction = 0.5
     sure_confidence: Fraction = 0.5
     single_scale: Annotated[float, Field(ge=0.1, le=1)] = 0.5
