@@ -52,18 +52,18 @@ def save_model(
     path: Path,
     task: str,
     nodes: list,
-    shapes: tuple[list, list],
+    shapes: tuple[list, ...],
     constants: dict[str, np.ndarray],
     rules: Rules | QualityRules | None = None,  # None = RULES, which tests replace
     **more: object,  # metadata
 ) -> None:
-    images, output = (
+    images, *outputs = (
         helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
-        for name, shape in zip(("images", "output"), shapes, strict=True)
+        for name, shape in zip(("images", "output", "embeddings"), shapes)
     )
     initial = [numpy_helper.from_array(np.ascontiguousarray(value), name) for name, value in constants.items()]
     model = helper.make_model(
-        helper.make_graph(nodes, task, [images], [output], initial),
+        helper.make_graph(nodes, task, [images], outputs, initial),
         opset_imports=[helper.make_opsetid("", 17)],
         ir_version=8,
     )
@@ -74,20 +74,25 @@ def save_model(
         "opset": 17,
         "git_revision": "",
         "created": "",
+        "weights_sha256": f"{task} of {sum(map(len, shapes))}",
         **more,
     }
     helper.set_model_props(model, {"pillsnap": json.dumps(metadata)})
     onnx.save(model, path)
 
 
-def save_classifier(folder: Path) -> None:
+def save_classifier(folder: Path, embeddings: bool = False) -> None:
+    """With embeddings, the second output is the average colour of a crop, in any brightness."""
     nodes = [
         helper.make_node("GlobalAveragePool", ["images"], ["pooled"]),
         helper.make_node("Flatten", ["pooled"], ["average"]),
         helper.make_node("Gemm", ["average", "weights", "bias"], ["output"], transB=1),
     ]
     constants = {"weights": 60 * COLOURS, "bias": -30 * (COLOURS**2).sum(axis=1)}
-    save_model(folder / "classifier.onnx", "classifier", nodes, (["n", 3, 64, 64], ["n", 3]), constants)
+    if embeddings:
+        nodes.append(helper.make_node("LpNormalization", ["average"], ["embeddings"], axis=1))
+    shapes = (["n", 3, 64, 64], ["n", 3], *([["n", 3]] if embeddings else []))
+    save_model(folder / "classifier.onnx", "classifier", nodes, shapes, constants)
 
 
 def save_detector(folder: Path) -> None:

@@ -153,6 +153,7 @@ class ClassifierModel(Section):
     image_size: Annotated[int, Field(ge=32)] = 384
     pretrained: bool = True
     drop_rate: Fraction = 0.2
+    embedding_size: Annotated[int, Field(ge=2, le=256)] = 128
 
 
 def _fit_the_strides(value: int) -> int:
@@ -208,6 +209,8 @@ class ClassifierTraining(Section):
     loss: str = "cross_entropy"  # key of LOSSES
     class_weights: str = "none"  # key of CLASS_WEIGHTS
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    embedding_loss: str = "cosface"  # key of EMBEDDING_LOSSES
+    embedding_weight: Annotated[float, Field(ge=0)] = 0.2
 
 
 class DetectorTraining(Section):
@@ -328,12 +331,14 @@ class Export(Section):
     compare: Literal["smoke", "coverage", "full"] = "coverage"
     images: Count = 64
     classifier_mse: Annotated[float, Field(ge=0)] = 1.0e-6
+    embedding_cosine: Fraction = 0.9999
     detector_map_difference: Annotated[float, Field(ge=0)] = 0.01
     detector_min_iou: Fraction = 0.95
     segmenter_min_iou: Fraction = 0.99
     quantised_images: Count = 1000
     quantised_top1_drop: Fraction = 0.005
     quantised_map_drop: Fraction = 0.01
+    quantised_cosine: Fraction = 0.95
     quantised_miou_drop: Fraction = 0.01
     calibration_images: CountOrZero = 128
 

@@ -183,6 +183,7 @@ DIFFERENCES = (
     "its ratio is taken in float32 there",
     "where speed is measured, ultralytics' trainer does not turn photos and adds neither blur nor noise; "
     "where accuracy is measured, our code does that for it; its mosaics keep pills at their size",
+    "the network that timm's loop trains gives embeddings too, which it leaves untrained; ours trains them",
     "ultralytics computes with one thread less than there are cores: it was given as many threads as ours",
     "ours keeps freed memory for the next step, which timm's loop gains as well, because it runs in the same process; "
     "ultralytics' trainer does not",
