@@ -197,7 +197,7 @@ def measure_phones(
     gain = shares[WITHOUT][f"top{_TOP}"] - shares[WITH][f"top{_TOP}"]
     return [goal("phone_cutout_gain", round(gain, 4), at_least=_PHONE_GAIN, n=len(ranks[WITH]))], {"phones": shares}
 
-
+# %% ../../../nbs/bench/masks/06_main.ipynb #acf339cc
 def measure_rendered_sizes(
     outliner: Outliner,
     root: Path,  # of the sample

@@ -35,7 +35,7 @@ SEGMENTER = (  # settings
 )
 DETECTOR = (*_COMMON, "train.only=detector", "train.detector.epochs=1", "train.detector.min_steps=700")  # settings
 
-
+# %% ../../../nbs/bench/masks/01_networks.ipynb #501991f4
 def trained(
     folder: Path,  # of the run
     fixed: Sequence[str],  # settings, key=value
@@ -51,7 +51,7 @@ def trained(
         export_run(train(settings, folder), settings, ["onnx"])
     return folder / "export"
 
-
+# %% ../../../nbs/bench/masks/01_networks.ipynb #b572f04e
 def open_detector(
     folder: Path,  # with detector.onnx
 ) -> Identifier:  # that finds pills and names none
