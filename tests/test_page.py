@@ -166,11 +166,6 @@ def app_for(folder: Path, per_minute: int = 0, features: str = "production") -> 
 
 
 @pytest.fixture(scope="module")
-def jpeg() -> bytes:
-    return photo_jpeg()
-
-
-@pytest.fixture(scope="module")
 def address(models: Path) -> Iterator[str]:
     with serving(app_for(models)) as where:
         yield where
