@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import numpy as np
 from ...answer.quality.judge import Judge, load_judge
 from ...atomic import write_json
 from ..errors import BenchError
+from ..options import benchmark_parser
 from .peers import REQUIREMENTS, add_peers, installed_peers
 from .phone import imagenet_features, measure_phone
 from .plain import plain_pill
@@ -35,11 +36,7 @@ def parse(
     argv: Sequence[str] | None = None,  # words of the command line; None: those of this process
 ) -> Namespace:
     """The options of a run."""
-    parser = ArgumentParser(
-        prog="python -m pillsnap.bench.quality.main",
-        description="Measure how well photos are judged that were not trained on.",
-        allow_abbrev=False,
-    )
+    parser = benchmark_parser("quality", "Measure how well photos are judged that were not trained on.", "quality.json")
     parser.add_argument(
         "--data", type=Path, nargs="+", required=True, metavar="DIR", help="datasets with a held-out part"
     )
@@ -54,7 +51,6 @@ def parse(
     parser.add_argument(
         "--phone", type=Path, metavar="DIR", help="reference.zip with studio photos, and phone/ with photos of phones"
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/bench"), metavar="DIR", help="gets quality.json")
     return parser.parse_args(argv)
 
 
