@@ -83,7 +83,7 @@ class Identify(Section):
     nms_iou: Fraction = 0.5
     sure_confidence: Fraction = 0.5
     single_scale: Annotated[float, Field(ge=0.1, le=1)] = 0.5
-    color: str = "learned"  # a key of COLOR_RULES, or none
+    color: str = "none"  # or a key of COLOR_RULES
     imprint: Literal["auto", "off"] = "off"
     background: Literal["keep", "remove"] = "keep"
     segmenter: PosixPath | None = None
