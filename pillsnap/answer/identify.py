@@ -124,10 +124,13 @@ class Identification:
     timings_ms: dict[str, float]  # detect, crop, classify, total; milliseconds
     notes: list[str]  # sentences for users
     hint: str | None = None  # why the pipeline combo may suit this photo better
+    places: Sequence[int] = ()  # of the pills among the boxes of the crops, some of which were one pill found twice
 
     def to_json(self) -> dict[str, Any]:
         """Convert to plain values."""
-        return asdict(self) | {"pills": [pill.to_json() for pill in self.pills]}
+        values = asdict(self) | {"pills": [pill.to_json() for pill in self.pills]}
+        del values["places"]
+        return values
 
 
 def percent(
@@ -284,18 +287,29 @@ class Identifier:
                 crops.boxes, crops.scores, probabilities, verdicts, embeddings, strict=True
             )
         ]
+        places = self._places(pills, crops.pipeline)
+        pills = [pills[place] for place in places]
         seconds = crops.seconds | {"classify": perf_counter() - started}
         if self.refine is not None:
             started = perf_counter()
+            details = [crops.details[place] for place in places if place < len(crops.details)]
             pills = [
                 replace(pill, candidates=pill.candidates[:top_k], alike=min(pill.alike, top_k))
-                for pill in self._refined(pills, crops.details)
+                for pill in self._refined(pills, details)
             ]
             seconds["imprint"] = perf_counter() - started
         milliseconds = {
             step: round(value * 1000, 3) for step, value in {**seconds, "total": sum(seconds.values())}.items()
         }
-        return Identification(crops.pipeline, pills, milliseconds, crops.notes, crops.hint)
+        return Identification(crops.pipeline, pills, milliseconds, crops.notes, crops.hint, places)
+
+    def _places(self, pills: Sequence[Pill], pipeline: str) -> list[int]:
+        """Which boxes are pills of their own."""
+        if pipeline != "combo" or len(pills) < 2:
+            return list(range(len(pills)))
+        from pillsnap.runtime.postprocess import without_repeats  # only where there is a detector
+
+        return without_repeats(np.array([pill.box for pill in pills]), [pill.code for pill in pills])
 
     def _refined(self, pills: list[Pill], details: Sequence[np.ndarray]) -> list[Pill]:
         """Look once more at the pills that are not identified."""

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
 
@@ -117,6 +117,20 @@ class Outlined:
     milliseconds: float  # that it took
     measured: bool  # whether sizes were asked for
 
+    def of(
+        self,
+        places: Sequence[int],  # of the pills that the answer has
+    ) -> Outlined:
+        """The outlines of some of the pills."""
+        return replace(self, pills=[self.pills[place] for place in places])
+
+    def sentences(self) -> list[str]:
+        """The notes, with the pills that have no outline."""
+        unseen = [str(number) for number, pill in enumerate(self.pills, 1) if not pill.polygon]
+        if not unseen or NOTHING_OUTLINED in self.notes:
+            return self.notes
+        return [*self.notes, f"No outline for pill {', '.join(unseen)}: the edge can't be told from the ground."]
+
     def to_json(self) -> list[dict[str, Any]]:
         """Convert to plain values, one for each pill."""
         return [pill.to_json(self.measured) for pill in self.pills]
@@ -163,9 +177,6 @@ def outline_pills(
         notes.append(_not_found(scale.reference))
     full = photo.width / photo.pixels.shape[1]
     pills = [_outlined(mask, full, view) for mask in masks]
-    unseen = [str(number) for number, pill in enumerate(pills, 1) if not pill.polygon]
-    if unseen:
-        notes.append(f"No outline for pill {', '.join(unseen)}: the edge can't be told from the ground.")
     return Outlined(pills, notes, _since(begun), scale is not None)
 
 

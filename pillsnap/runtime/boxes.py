@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 # %% auto #0
-__all__ = ['Box', 'iou_matrix']
+__all__ = ['Box', 'iou_matrix', 'covered_matrix']
 
 # %% ../../nbs/runtime/01_boxes.ipynb #39644897
 class Box(NamedTuple):
@@ -27,14 +27,27 @@ def iou_matrix(
     second: np.ndarray,  # boxes x1 y1 x2 y2, pixels, (m, 4)
 ) -> np.ndarray:  # overlap, 0 to 1, (n, m)
     """Compute the intersection over union of every pair (Jaccard index, as in PASCAL VOC and COCO)."""
+    intersection, first_areas, second_areas = _intersections(first, second)
+    return _shares(intersection, first_areas[:, None] + second_areas[None, :] - intersection)
+
+
+def _intersections(
+    first: np.ndarray,  # boxes, pixels, (n, 4)
+    second: np.ndarray,  # boxes, pixels, (m, 4)
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # areas of the intersections (n, m) and of the boxes (n,) and (m,)
     first = np.asarray(first, dtype=np.float32).reshape(-1, 4)
     second = np.asarray(second, dtype=np.float32).reshape(-1, 4)
     top_left = np.maximum(first[:, None, :2], second[None, :, :2])
     bottom_right = np.minimum(first[:, None, 2:], second[None, :, 2:])
-    intersection = np.clip(bottom_right - top_left, 0, None).prod(axis=2)
-    union = _areas(first)[:, None] + _areas(second)[None, :] - intersection
-    overlaps: np.ndarray = np.divide(intersection, union, out=np.zeros_like(intersection), where=union > 0)
-    return overlaps
+    return np.clip(bottom_right - top_left, 0, None).prod(axis=2), _areas(first), _areas(second)
+
+
+def _shares(
+    parts: np.ndarray,  # areas, (n, m)
+    wholes: np.ndarray,  # areas, (n, m)
+) -> np.ndarray:  # 0 to 1, (n, m)
+    shares: np.ndarray = np.divide(parts, wholes, out=np.zeros_like(parts), where=wholes > 0)
+    return shares
 
 
 def _areas(
@@ -42,3 +55,12 @@ def _areas(
 ) -> np.ndarray:  # square pixels, (n,)
     areas: np.ndarray = np.clip(boxes[:, 2] - boxes[:, 0], 0, None) * np.clip(boxes[:, 3] - boxes[:, 1], 0, None)
     return areas
+
+# %% ../../nbs/runtime/01_boxes.ipynb #6f6f0d9a
+def covered_matrix(
+    first: np.ndarray,  # boxes x1 y1 x2 y2, pixels, (n, 4)
+    second: np.ndarray,  # boxes x1 y1 x2 y2, pixels, (m, 4)
+) -> np.ndarray:  # share of the smaller box that the other one covers, 0 to 1, (n, m)
+    """Compute the intersection over the smaller area of every pair (Szymkiewicz-Simpson coefficient)."""
+    intersection, first_areas, second_areas = _intersections(first, second)
+    return _shares(intersection, np.minimum(first_areas[:, None], second_areas[None, :]))

@@ -5,15 +5,15 @@
 # %% ../../nbs/runtime/04_postprocess.ipynb #700b193f
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from .boxes import iou_matrix
+from .boxes import covered_matrix, iou_matrix
 from .letterbox import letterbox, normalise, to_photo
 
 # %% auto #0
-__all__ = ['non_maximum_suppression', 'detections_from_output', 'find_pills']
+__all__ = ['SAME_PILL', 'non_maximum_suppression', 'detections_from_output', 'find_pills', 'without_repeats']
 
 # %% ../../nbs/runtime/04_postprocess.ipynb #e89afdf8
 def non_maximum_suppression(
@@ -68,3 +68,19 @@ def find_pills(
     boxes = to_photo(boxes, placement, width=image.shape[1], height=image.shape[0])
     inside = (boxes[:, 2] - boxes[:, 0] >= 1) & (boxes[:, 3] - boxes[:, 1] >= 1)
     return boxes[inside], scores[inside]
+
+# %% ../../nbs/runtime/04_postprocess.ipynb #cf1e0779
+SAME_PILL = 0.5  # share of the smaller of two boxes from which they are one pill, where their answers are the same
+
+
+def without_repeats(
+    boxes: np.ndarray,  # boxes x1 y1 x2 y2, pixels, most confident first, (n, 4)
+    answers: Sequence[str],  # of the classifier for each box
+) -> list[int]:  # places of the boxes that are kept
+    """Leave out the boxes of a pill that a more confident box has."""
+    covered = covered_matrix(boxes, boxes)
+    kept: list[int] = []
+    for place, answer in enumerate(answers):
+        if not any(answers[other] == answer and covered[place, other] > SAME_PILL for other in kept):
+            kept.append(place)
+    return kept

@@ -324,11 +324,12 @@ def prediction_response(
     model: dict[str, Any],  # from `model_response`
     annotated: str | None,  # photo with boxes and names, a data: URL
     verdict: Verdict | None = None,  # on the photo
-    outlined: Outlined | None = None,  # its pills; None: not asked for
+    outlined: Outlined | None = None,  # the pills of its crops; None: not asked for
 ) -> dict[str, Any]:  # as Prediction
     """Convert the identification of a photo to the JSON of a response."""
     before = {"decode": round(decode_ms, 3)} | ({"judge": verdict.milliseconds} if verdict else {})
     before |= {"outline": outlined.milliseconds} if outlined else {}
+    outlined = outlined and outlined.of(identification.places)
     outlines = outlined.to_json() if outlined else [{} for _ in identification.pills]
     total = sum(before.values()) + identification.timings_ms["total"]
     timings = before | identification.timings_ms | {"total": round(total, 3)}
@@ -339,7 +340,7 @@ def prediction_response(
         "quality": verdict.to_json() if verdict else None,
         "pills": [_pill_response(pill) | outline for pill, outline in zip(identification.pills, outlines, strict=True)],
         "timings_ms": timings,
-        "notes": [*identification.notes, *(outlined.notes if outlined else [])],
+        "notes": [*identification.notes, *(outlined.sentences() if outlined else [])],
         "hint": hint,
         "annotated": annotated,
         "notice": NOTICE,

@@ -15,7 +15,6 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.exceptions import RequestValidationError
-from ...answer.sides import classify_sides
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ...answer.color.balance import Balance
@@ -24,6 +23,7 @@ from ...answer.outlined import Outlined, Scale, outline_pills
 from ...answer.quality.judge import Verdict, judge_crops
 from ...answer.shapes.camera import ELEVATIONS, ScaleError
 from ...answer.shapes.references import COINS
+from ...answer.sides import classify_sides
 from ...runtime.images import KINDS, ImageError, NotAnImage, Photo, TooManyPixels, open_photo
 from ...runtime.session import ModelError
 from .dependencies import Service, count_photo
@@ -281,7 +281,7 @@ def predict_photo(
     _check_back(back, parameters)
     with answering():
         opened = _open_and_crop(service, loaded, data, parameters)
-        plain = PredictParameters(pipeline=parameters.pipeline, conf_threshold=parameters.conf_threshold)
+        plain = PredictParameters.model_validate(parameters.model_dump(include={"pipeline", "conf_threshold"}))
         behind = None if back is None else _open_and_crop(service, loaded, back, plain)
         if parameters.quality == "require":
             for photo in [opened, *([behind] if behind else [])]:
