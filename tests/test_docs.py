@@ -313,4 +313,4 @@ def test_example_in_python(models: Path, tmp_path: Path, capsys: pytest.CaptureF
     code = next(content for language, content in blocks(README) if language == "python")
     code = code.replace("runs/first/export", str(models)).replace("photo.jpg", str(tmp_path / "photo.jpg"))
     exec(code, {})
-    assert capsys.readouterr().out.startswith("K-000030 White round tablet 100% True Box(")
+    assert capsys.readouterr().out.startswith("K-000030 White round tablet 100% identified Box(")

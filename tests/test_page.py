@@ -281,7 +281,7 @@ def test_a_pill_is_identified_and_its_box_drawn(browser: WebDriver, address: str
     answer = post_photo(address, photo).json()
     pill = answer["pills"][0]
     check_boxes(browser, answer)
-    assert pill["code"] == "K-000030" and pill["name"] in shown and "Sure" in shown
+    assert pill["code"] == "K-000030" and pill["name"] in shown and "Identified" in shown
     for value in (pill["code"], *pill["edi_codes"], pill["maker"], *pill["details"].values()):
         assert (value or "") in shown, value
     candidates = texts(browser, ".pill details li")
@@ -502,10 +502,10 @@ def test_korean_and_english(browser: WebDriver, address: str, photo: Path) -> No
         and "알약" in browser.title
     )
     send(browser, photo)
-    assert "확실함" in see(browser, ".pill")[0].text
+    assert "확인됨" in see(browser, ".pill")[0].text
     browser.find_element(By.CSS_SELECTOR, "[data-language=en]").click()
     assert (
-        "Sure" in see(browser, ".pill")[0].text
+        "Identified" in see(browser, ".pill")[0].text
         and browser.find_element(By.TAG_NAME, "html").get_attribute("lang") == "en"
     )
     browser.refresh()

@@ -74,4 +74,4 @@ def classify_sides(
     steps = dict.fromkeys(step for answer in answers for step in answer.timings_ms)
     times = {step: round(sum(answer.timings_ms.get(step, 0.0) for answer in answers), 3) for step in steps}
     notes = dict.fromkeys(note for answer in answers for note in answer.notes)
-    return Identification("single", [pill], times, list(notes), answers[0].hint)
+    return Identification("single", [pill], times, list(notes), answers[0].hint, [0])

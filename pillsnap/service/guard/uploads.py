@@ -129,7 +129,9 @@ async def read_form(
     if not photos:
         raise ApiError(422, "photo_missing", f"The form has no photo: send it in the file field '{field}'.")
     if len(photos) > limits.max_photos:
-        raise ApiError(422, "form_damaged", f"The form has {len(photos)} photos: send one in the file field '{field}'.")
+        raise ApiError(
+            422, "form_damaged", f"The form has {len(photos)} photos: send one photo in the file field '{field}'."
+        )
     if max(map(len, [*photos, *further.values()])) > limits.max_bytes:
         raise refusal
     return Form(photos, fields, names, further)

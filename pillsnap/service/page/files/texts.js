@@ -161,7 +161,7 @@ export const TEXT = {
       pipeline_unavailable: "이 서버의 모델로는 할 수 없는 방식입니다.", unknown_pipeline: "서버가 모르는 방식입니다.",
       not_good_enough: "알약을 알아보기에 부족한 사진입니다.", quality_unavailable: "이 서버는 사진 품질을 판단하지 못합니다.",
       outlines_unavailable: "이 서버는 알약의 윤곽을 그리지 못합니다.",
-      scale_unusable: "크기를 잴 수 없는 기준입니다.",
+      scale_unusable: "크기를 잴 수 없는 기준입니다.", back_of_several: "뒷면 사진은 알약 한 개를 물을 때만 함께 보낼 수 있습니다.",
       not_active: "이 서버에서 쓰지 않는 방식입니다.", invalid_parameter: "서버가 이해하지 못하는 요청입니다.",
       unknown_parameter: "서버가 모르는 매개변수가 있습니다.", repeated_parameter: "같은 매개변수가 여러 번 있습니다.",
       contradiction: "서로 다른 매개변수가 있습니다.",
