@@ -51,6 +51,7 @@ def _option(*names: str, **keywords: Any) -> tuple[tuple[str, ...], dict[str, An
     return names, keywords
 
 
+_PHOTOS: dict[str, Any] = {"action": "append", "type": Path, "default": [], "metavar": "PHOTO"}
 OPTIONS = {  # of each command, in addition to the settings
     "scan": [
         _option(
@@ -246,7 +247,8 @@ OPTIONS = {  # of each command, in addition to the settings
         _option(
             "--top-k", type=int, default=5, metavar="N", help="candidates of each pill in JSON, 1 to 20 (default: 5)"
         ),
-        _option("--back", type=Path, metavar="PHOTO", help="of the other side of the one pill, beside one photo"),
+        _option("--more", **_PHOTOS, help="a further photo of the same side of the one pill; repeat it for others"),
+        _option("--back", **_PHOTOS, help="a photo of the other side of the one pill; repeat it for others"),
         _option(
             "--expected",
             metavar="CODES",

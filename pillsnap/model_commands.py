@@ -150,11 +150,7 @@ def predict(arguments: Namespace) -> int:
     settings = settings_or_defaults(arguments)
     environment = load_environment(root_or_here(), settings.serve)
     request = {"pipeline": arguments.pipeline, "top_k": arguments.top_k, "expected": _expected(arguments.expected)}
-    request |= {"masks": arguments.masks, "scale": _scale(arguments), "back": arguments.back}
-    if arguments.back and (len(photos) != 1 or photos[0].is_dir() or arguments.pipeline != "single"):
-        raise SettingsError("--back is the other side of one pill: name one photo beside it, and no pipeline combo")
-    if arguments.back and arguments.expected is not None:
-        raise SettingsError("--expected compares all pills of one photo: leave out --back")
+    request |= {"masks": arguments.masks, "scale": _scale(arguments), "sides": _sides(arguments, photos)}
     if not arguments.url:
         loaded = _open_models(arguments.model or environment.model_path, settings)
         return predict_photos(
@@ -168,6 +164,17 @@ def predict(arguments: Namespace) -> int:
         return predict_photos(
             photos, partial(predict_remote, arguments.url, key, client=client, **request), arguments.json, arguments.out
         )
+
+
+def _sides(arguments: Namespace, photos: list[Path]) -> dict[str, list[Path]]:
+    """Further photos of the one pill, by their field; raises `SettingsError` where there is not one pill."""
+    sides = {"image_more": arguments.more, "image_back": arguments.back}
+    if any(sides.values()):
+        if len(photos) != 1 or photos[0].is_dir() or arguments.pipeline != "single":
+            raise SettingsError("--more and --back show the same pill as one photo: name one, and no pipeline combo")
+        if arguments.expected is not None:
+            raise SettingsError("--expected compares all pills of one photo: leave out --more and --back")
+    return sides
 
 
 def _scale(arguments: Namespace) -> Scale | None:

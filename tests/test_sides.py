@@ -60,14 +60,38 @@ def test_a_clear_back_decides(client: TestClient) -> None:
         assert len(pill["candidates"]) == 2 and len(answer["notes"]) == 1
     files = {"image": photo_of(RED), "image_back": photo_of(BLUE)}
     pill = client.post("/predict", headers=KEY, files=files).json()["pills"][0]
-    assert pill["verdict"] == "ambiguous", "the sides contradict each other"
+    assert pill["verdict"] == "ambiguous" and pill["reason"]["reason"] == "sides_disagree"
+    assert "front and back" in pill["reason"]["en"] and "앞면" in pill["reason"]["ko"]
+
+
+def test_photos_of_one_side_are_averaged(client: TestClient) -> None:
+    torn, red = photo_of((RED + WHITE) / 2), photo_of(RED)
+
+    def ask(*files: tuple[str, bytes]) -> dict:
+        answer = client.post("/predict", headers=KEY, files=list(files))
+        assert answer.status_code == 200, answer.text
+        return answer.json()["pills"][0]
+
+    alone = ask(("image", torn))
+    assert alone["verdict"] == "ambiguous" and alone["reason"]["reason"] == "look_alikes"
+    more = ask(("image", torn), ("image_more", red), ("image_more", red))
+    assert more["verdict"] == "identified" and more["name"] == "Red capsule" and more["reason"] is None
+    clear = ask(("image", red))
+    assert alone["confidence"] < more["confidence"] < clear["confidence"], "an average, not more evidence"
+    assert ask(("image", red), ("image_more", red))["confidence"] == pytest.approx(clear["confidence"], abs=1e-5)
+    every = ask(("image", torn), ("image_more", red), ("image_back", red), ("image_back", red))
+    assert every["name"] == "Red capsule" and every["verdict"] == "identified"
 
 
 def test_a_back_that_does_not_fit_is_one_sentence(client: TestClient) -> None:
-    both = {"image": photo_of(RED), "image_back": photo_of(RED)}
+    red = photo_of(RED)
+    both = {"image": red, "image_back": red}
     for fields, files, status, code in (
-        ({"pipeline": "combo"}, both, 422, "back_of_several"),
-        ({"expected": "K-000007"}, both, 422, "back_of_several"),
+        ({"pipeline": "combo"}, both, 422, "several_photos_of_several_pills"),
+        ({"expected": "K-000007"}, both, 422, "several_photos_of_several_pills"),
+        ({"pipeline": "combo"}, [("image", red), ("image_more", red)], 422, "several_photos_of_several_pills"),
+        ({}, [("image", red), *[("image_more", red)] * 4], 422, "invalid_parameter"),
+        ({}, [("image", red), *[("image_back", red)] * 5], 422, "invalid_parameter"),
         ({}, {"image": photo_of(RED), "image_back": b"no photo"}, 415, "not_an_image"),
         ({"image_back": "text"}, {"image": photo_of(RED)}, 422, "invalid_parameter"),
         ({}, {"image_back": photo_of(RED)}, 422, "photo_missing"),
@@ -96,5 +120,7 @@ def test_the_command_takes_a_back(folder: Path, capsys: pytest.CaptureFixture) -
     words = ["predict", str(front), "--model", str(folder)]
     assert cli.main([*words, "--json", "--back", str(back)]) == 0
     assert json.loads(capsys.readouterr().out)["pills"][0]["verdict"] == "identified"
+    assert cli.main([*words, "--json", "--more", str(back), "--more", str(back)]) == 0
+    assert json.loads(capsys.readouterr().out)["pills"][0]["name"] == "Red capsule"
     assert cli.main([*words, "--back", str(back), "--pipeline", "combo"]) == 2
-    assert "--back is the other side of one pill" in capsys.readouterr().err
+    assert "--back show the same pill as one photo" in capsys.readouterr().err

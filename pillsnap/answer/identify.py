@@ -19,7 +19,8 @@ from .crops import crop_pill, without_background
 from .rules import ModelMismatch, Rules
 from .shapes.background import REMOVE
 from .shapes.masks import PillMask
-from .verdicts.verdicts import AMBIGUOUS, IDENTIFIED, NO_PILL
+from .verdicts.reasons import LOOK_ALIKES, NO_COLOUR, NONE_ALIKE, NOT_CALIBRATED, NOTHING_FOUND
+from .verdicts.verdicts import AMBIGUOUS, IDENTIFIED, NO_PILL, UNKNOWN
 from ..errors import PillsnapError
 from ..runtime.boxes import Box
 from ..runtime.letterbox import letterbox, normalise
@@ -69,6 +70,7 @@ class Pill:
     candidates: list[Candidate]  # best first; the prediction is the first
     verdict: str  # one of VERDICTS; only a pill in a photo with colours is identified
     alike: int = 1  # how many of the first candidates can't be told apart
+    reason: str = ""  # why it is not identified, a key of WHY_NOT; "" = it is
     imprint: str | None = None  # letters that were read on it; "" = none, None = it was not read
     embedding: np.ndarray | None = field(default=None, compare=False, repr=False)  # (size,); None = not computed
     matches: tuple[Match, ...] = ()  # of the gallery, most similar first; none where there is no gallery
@@ -78,9 +80,15 @@ class Pill:
         """Whether one drug stands out."""
         return self.verdict == IDENTIFIED
 
-    def doubted(self) -> Pill:
+    def doubted(
+        self,
+        reason: str,  # a key of WHY_NOT
+        alike: int = 2,  # how many of the first candidates it may be
+    ) -> Pill:
         """The same pill, ambiguous where it was identified: something else speaks against the drug."""
-        return replace(self, verdict=AMBIGUOUS, alike=min(2, len(self.candidates))) if self.identified else self
+        if not self.identified:
+            return self
+        return replace(self, verdict=AMBIGUOUS, reason=reason, alike=min(alike, len(self.candidates)))
 
     @property
     def drug(self) -> Drug:
@@ -110,6 +118,7 @@ class Pill:
             "box_confidence": self.box_confidence,
             "verdict": self.verdict,
             "alike": self.alike,
+            "reason": self.reason or None,
             "imprint": self.imprint,
             "candidates": candidates,
         }
@@ -190,6 +199,7 @@ class PillCrops:
     balance: Balance = Balance()  # the correction of the first pill, for a picture of the whole photo
     details: Sequence[np.ndarray] = ()  # the first crops larger, RGB, uint8; none where nobody reads them
     masks: Sequence[PillMask] = ()  # of the boxes, on the decoded photo, where the background was taken away
+    more: np.ndarray | None = None  # the one pill in further photos of its side, RGB, uint8, (k, size, size, 3)
 
 
 class Identifier:
@@ -277,13 +287,13 @@ class Identifier:
     ) -> Identification:
         """Classify the cropped pills of a photo."""
         started = perf_counter()
-        logits, embeddings = self._outputs(crops.crops)
+        logits, embeddings = self._outputs(crops.crops, crops.more)
         probabilities, sums = softmax(logits / self.rules.verdicts.temperature), self.rules.verdicts.scores(logits)
         verdicts = [self._verdict(cut, score, crops.grey) for cut, score in zip(sums, crops.scores, strict=True)]
         wanted = top_k if self.refine is None else max(top_k, _REFINED)
         pills = [
-            replace(self._pill(box, score, row, verdict, wanted), embedding=embedding)
-            for box, score, row, verdict, embedding in zip(
+            replace(self._pill(box, score, row, judged, wanted), embedding=embedding)
+            for box, score, row, judged, embedding in zip(
                 crops.boxes, crops.scores, probabilities, verdicts, embeddings, strict=True
             )
         ]
@@ -436,11 +446,24 @@ class Identifier:
     def _outputs(
         self,
         crops: np.ndarray,  # RGB, uint8, (n, size, size, 3)
+        more: np.ndarray | None = None,  # as in PillCrops: the outputs are averaged over the photos of the one pill
     ) -> tuple[np.ndarray, Sequence[np.ndarray | None]]:  # logits, (n, classes); embeddings, if wanted
+        if more is not None:
+            return self._averaged(np.concatenate([crops, more]))
         computed = [self._compute(batch, self.with_embeddings) for batch in _batches(crops)]
         embeddings = [row for outputs in computed for row in outputs[1]] if self.with_embeddings else None
         empty = np.empty((0, len(self.rules.class_map)), np.float32)
         return np.concatenate([empty, *(outputs[0] for outputs in computed)]), embeddings or [None] * len(crops)
+
+    def _averaged(
+        self,
+        crops: np.ndarray,  # of one pill, RGB, uint8, (n, size, size, 3)
+    ) -> tuple[np.ndarray, Sequence[np.ndarray | None]]:  # as `_outputs`, of one pill
+        logits, embeddings = self._outputs(crops)
+        known = [row for row in embeddings if row is not None]
+        together = np.mean(known, axis=0) if known else None
+        direction = None if together is None else together / np.linalg.norm(together)
+        return logits.mean(axis=0, keepdims=True), [direction]
 
     def _compute(
         self,
@@ -463,29 +486,33 @@ class Identifier:
         score: float,  # of the logits, that is cut by the thresholds
         found: float | None,  # score of the detection, 0 to 1
         grey: bool,  # whether the photo has no colour
-    ) -> str:  # one of VERDICTS
+    ) -> tuple[str, str]:  # one of VERDICTS, and why it is not identified
         if found is None and self.detect is not None:
-            return NO_PILL
+            return NO_PILL, NOTHING_FOUND
         verdict = self.rules.verdicts.verdict(float(score))
-        return AMBIGUOUS if grey and verdict == IDENTIFIED else verdict
+        if verdict == UNKNOWN:
+            return UNKNOWN, NONE_ALIKE
+        if verdict == IDENTIFIED:
+            return (AMBIGUOUS, NO_COLOUR) if grey else (IDENTIFIED, "")
+        return AMBIGUOUS, NOT_CALIBRATED if self.rules.verdicts.identified is None else LOOK_ALIKES
 
     def _pill(
         self,
         box: np.ndarray | Box,  # x1 y1 x2 y2, pixels
         score: float | None,  # of the detection, 0 to 1
         probabilities: np.ndarray,  # (classes,)
-        verdict: str,  # one of VERDICTS
+        judged: tuple[str, str],  # from `_verdict`
         top_k: int,  # candidates
     ) -> Pill:
         candidates = [
             Candidate(self.rules.class_map[int(index)], float(probabilities[index]))
             for index in np.argsort(-probabilities, kind="stable")[:top_k]
         ]
-        alike = 1
+        (verdict, reason), alike = judged, 1
         if verdict == AMBIGUOUS:
             alike = self.rules.verdicts.look_alikes([candidate.confidence for candidate in candidates])
         place = Box(*(round(float(value), 2) for value in box))
-        return Pill(place, None if score is None else float(score), candidates, verdict, alike)
+        return Pill(place, None if score is None else float(score), candidates, verdict, alike, reason)
 
 
 def _batches(

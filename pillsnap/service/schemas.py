@@ -16,12 +16,13 @@ from ..answer.identify import Identification, Identifier, Pill
 from ..answer.outlined import Outlined
 from ..answer.outlines import Outliner
 from ..answer.quality.judge import Judge, Verdict
+from ..answer.verdicts.reasons import WHY_NOT
 
 # %% auto #0
 __all__ = ['NOTICE', 'DrugResponse', 'drug_response', 'ExpectedDrug', 'MatchedPill', 'DoubtfulPill', 'PrescriptionResponse',
-           'BoxResponse', 'CandidateResponse', 'SizeResponse', 'MatchResponse', 'PillResponse', 'PhotoResponse',
-           'HintResponse', 'ReasonResponse', 'QualityResponse', 'ModelResponse', 'Prediction', 'model_response',
-           'prediction_response']
+           'BoxResponse', 'CandidateResponse', 'SizeResponse', 'MatchResponse', 'WhyNotResponse', 'PillResponse',
+           'PhotoResponse', 'HintResponse', 'ReasonResponse', 'QualityResponse', 'ModelResponse', 'Prediction',
+           'model_response', 'prediction_response']
 
 # %% ../../nbs/service/01_schemas.ipynb #7f5180f5
 NOTICE = (
@@ -121,6 +122,14 @@ class MatchResponse(BaseModel):
     picture: str = Field(description="the reference, a small JPEG as a data: address")
 
 
+class WhyNotResponse(BaseModel):
+    """Why a pill is not identified."""
+
+    reason: str = Field(description=", ".join(WHY_NOT), examples=["look_alikes"])
+    ko: str = Field(description="in Korean")
+    en: str = Field(description="in English")
+
+
 class PillResponse(CandidateResponse):
     """One pill: its box, its drug and the other candidates."""
 
@@ -134,6 +143,7 @@ class PillResponse(CandidateResponse):
         "unknown = no drug of this model does; no_pill = nothing was detected",
         examples=["identified"],
     )
+    reason: WhyNotResponse | None = Field(description="why it is not identified; null = it is", examples=[None])
     alike: int = Field(ge=1, description="how many of the first candidates can't be told apart", examples=[1])
     differ: list[str] = Field(
         description="by what these differ, as far as it is recorded: imprint, back, size, colour, shape", examples=[[]]
@@ -289,6 +299,11 @@ def _address(jpeg: bytes) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
 
 
+def _why_not(reason: str) -> dict[str, str]:
+    """A reason with its sentences."""
+    return {"reason": reason, "ko": WHY_NOT[reason].korean, "en": WHY_NOT[reason].english}
+
+
 def _pill_response(pill: Pill) -> dict[str, Any]:
     candidates = [
         drug_response(candidate.drug)
@@ -309,6 +324,7 @@ def _pill_response(pill: Pill) -> dict[str, Any]:
         "box": pill.box._asdict(),
         "box_confidence": pill.box_confidence,
         "verdict": pill.verdict,
+        "reason": _why_not(pill.reason) if pill.reason else None,
         "alike": pill.alike,
         "differ": differences([candidate.drug for candidate in pill.candidates[: pill.alike]]),
         "imprint": pill.imprint,

@@ -81,7 +81,7 @@ def enrolled(
     photos: Sequence[NamedPhoto],  # one to a few, of any side
     whole: bool = False,  # take each photo whole as the pill
     same: bool = False,  # a photo that is there under another drug is no error: both look the same
-    max_pixels: int = 50_000_000,  # width x height allowed of a photo
+    max_pixels: int = 65_000_000,  # width x height allowed of a photo
 ) -> Gallery:  # with the drug's references; the other references are as they were
     """Enrol a drug; raises `GalleryError`, and then nothing was changed."""
     if not photos:

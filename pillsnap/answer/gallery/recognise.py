@@ -20,12 +20,13 @@ from .search import Search
 from ..identify import Identification, Identifier, Match, Pill, PillCrops
 from ..rules import ModelMismatch, Rules
 from ..shapes.masks import PillMask
+from ..verdicts.reasons import GALLERY_DISAGREES, SAME_APPEARANCE
 from ...runlog import decide
 from ...runtime.boxes import Box
 from ...runtime.session import ModelError
 
 # %% auto #0
-__all__ = ['MATCHES', 'GalleryIdentifier', 'network_of', 'gallery_for', 'with_gallery', 'open_identifier']
+__all__ = ['MATCHES', 'GalleryIdentifier', 'compared', 'network_of', 'gallery_for', 'with_gallery', 'open_identifier']
 
 # %% ../../../nbs/answer/gallery/04_recognise.ipynb #3c3fa68e
 MATCHES = 5  # appearances that a pill is shown with
@@ -70,14 +71,27 @@ class GalleryIdentifier(Identifier):
             reference = gallery.references[number]
             drugs = tuple(gallery.drugs[code] for code in reference.codes)
             matches.append(Match(drugs, similarity, reference.side, reference.picture))
-        known = pill.code in gallery.drugs
-        agrees = not known or any(drug.code == pill.code for drug in matches[0].drugs)
         shown = [
             replace(candidate, picture=self.search.picture_of(candidate.drug.code, pill.embedding))
             for candidate in pill.candidates[:_PICTURES]
         ]
         candidates = [*shown, *pill.candidates[_PICTURES:]]
-        return replace(pill if agrees else pill.doubted(), candidates=candidates, matches=tuple(matches))
+        return compared(replace(pill, candidates=candidates, matches=tuple(matches)), gallery)
+
+
+def compared(
+    pill: Pill,  # with its matches
+    gallery: Gallery,
+) -> Pill:  # ambiguous where it was identified and the gallery speaks against it
+    """Doubt a drug that looks less like the pill than another one, or exactly like others."""
+    codes = [drug.code for drug in pill.matches[0].drugs]
+    agrees = pill.code in codes
+    if not pill.identified or pill.code not in gallery.drugs or (agrees and len(codes) == 1):
+        return pill
+    alike = [candidate for candidate in pill.candidates if candidate.drug.code in {pill.code, *codes}]
+    others = [candidate for candidate in pill.candidates if candidate not in alike]
+    reason = SAME_APPEARANCE if agrees else GALLERY_DISAGREES
+    return replace(pill, candidates=[*alike, *others]).doubted(reason, len(alike))
 
 # %% ../../../nbs/answer/gallery/04_recognise.ipynb #3a204360
 def network_of(

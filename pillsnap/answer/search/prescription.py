@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from ..identify import Pill
 from .expected import Expected
+from ..verdicts.reasons import ANOTHER_EXPECTED
 
 # %% auto #0
 __all__ = ['MATCHED', 'SURPLUS', 'WEIGHT', 'shares', 'Prescription', 'check_prescription', 'weigh']
@@ -116,4 +117,4 @@ def weigh(
         )
     moved = candidates[0].drug.code != first.drug.code
     kept = replace(pill, candidates=list(candidates[:top_k]), alike=min(pill.alike, top_k))
-    return kept.doubted() if moved else kept
+    return kept.doubted(ANOTHER_EXPECTED) if moved else kept

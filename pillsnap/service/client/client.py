@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -26,7 +26,8 @@ from ...answer.identify import IdentifyError, percent
 from ...answer.outlined import Scale, outline_pills
 from ...answer.outlines import OutlinerError
 from ...answer.quality.judge import judge_crops
-from ...answer.sides import classify_sides
+from ...answer.sides import SIDES, classify_sides
+from ...answer.verdicts.reasons import LOOK_ALIKES, NONE_ALIKE, NOTHING_FOUND
 from ...answer.verdicts.verdicts import AMBIGUOUS
 from ...atomic import write_text
 from ...errors import PillsnapError
@@ -106,13 +107,13 @@ def _post(
     photo: bytes,  # an image file
     parameters: dict[str, Any],  # of the query
     expected: str | None,  # drugs of a prescription, too long for an address
-    back: bytes | None,  # an image file with the other side of the pill
+    sides: dict[str, list[bytes]],  # image files of the one pill by field
 ) -> httpx.Response:
     if not (key.isascii() and key.isprintable()):
         raise ServerUnusable("The API key has characters that no key has: check API_KEY.")
     headers = {"X-API-Key": key} if key else {}
     try:
-        files = {"image": ("photo", photo)} | ({} if back is None else {"image_back": ("back", back)})
+        files = [("image", ("photo", photo)), *((name, (name, data)) for name, all in sides.items() for data in all)]
         form = {} if expected is None else {"expected": expected}
         return client.post(f"{url}/predict", params=parameters, headers=headers, files=files, data=form)
     except (httpx.ConnectError, httpx.ConnectTimeout) as error:
@@ -166,7 +167,7 @@ def predict_remote(
     *,
     masks: bool = False,  # also the outline of each pill
     scale: Scale | None = None,  # of the photo: also the size of each pill
-    back: Path | bytes | None = None,  # a photo of the other side of the one pill
+    sides: Mapping[str, Sequence[Path | bytes]] | None = None,  # further photos of the one pill, by field of SIDES
 ) -> dict[str, Any]:  # as in /docs of the server: pipeline, pills, timings_ms, notes, model and more
     """Identify the pills of a photo by a server.
 
@@ -175,14 +176,14 @@ def predict_remote(
     if client is None:
         with httpx.Client(timeout=TIMEOUT) as client:
             return predict_remote(
-                url, key, photo, pipeline, top_k, patience, client, expected, masks=masks, scale=scale, back=back
+                url, key, photo, pipeline, top_k, patience, client, expected, masks=masks, scale=scale, sides=sides
             )
     url, data, waited = server_url(url), read_photo(photo), 0.0
     query = {"pipeline": pipeline, "top_k": top_k, **({"masks": "true"} if masks else {})}
     query |= scale.to_query() if scale else {}
-    behind = None if back is None else read_photo(back)
+    further = {name: [read_photo(photo) for photo in photos] for name, photos in (sides or {}).items()}
     while True:
-        response = _post(client, url, key, data, query, expected, behind)
+        response = _post(client, url, key, data, query, expected, further)
         wait = seconds_to_wait(response)
         if wait is None or waited + wait > patience:
             return _parse_response(response, url)
@@ -201,7 +202,7 @@ def predict_local(
     *,
     masks: bool = False,  # also the outline of each pill
     scale: Scale | None = None,  # of the photo: also the size of each pill
-    back: Path | bytes | None = None,  # a photo of the other side of the one pill
+    sides: Mapping[str, Sequence[Path | bytes]] | None = None,  # further photos of the one pill, by field of SIDES
 ) -> dict[str, Any]:  # the JSON that a server returns
     """Identify the pills of a photo; raises `ClientError`, `ImageError`, `IdentifyError` or `OutlinerError`."""
     wanted = masks or scale is not None
@@ -212,11 +213,14 @@ def predict_local(
     decode_ms = (perf_counter() - begun) * 1000
     crops = loaded.identifier.crop_pills(opened.pixels, pipeline, None, opened.size)
     verdict = None if loaded.judge is None else judge_crops(loaded.judge, opened, crops)
-    if back is None:
-        identification, compared = classify_expected(loaded.identifier, crops, top_k, expected)
+    more, back = (
+        [loaded.identifier.crop_pills(open_photo(read_photo(one), max_pixels).pixels, "single") for one in photos]
+        for photos in ((sides or {}).get(name, ()) for name in SIDES)
+    )
+    if more or back:
+        identification, compared = classify_sides(loaded.identifier, [[crops, *more], back], top_k), None
     else:
-        behind = loaded.identifier.crop_pills(open_photo(read_photo(back), max_pixels).pixels, "single")
-        identification, compared = classify_sides(loaded.identifier, [crops, behind], top_k), None
+        identification, compared = classify_expected(loaded.identifier, crops, top_k, expected)
     outliner = loaded.outliner if wanted else None
     outlined = None if outliner is None else outline_pills(outliner, opened, crops, scale)
     response = prediction_response(identification, opened.size, decode_ms, loaded.model, None, verdict, outlined)
@@ -225,6 +229,7 @@ def predict_local(
 # %% ../../../nbs/service/client/00_client.ipynb #8d62cbbe
 _CALLED_PHOTO = (*SUFFIXES, *".jxl .jp2 .dng .cr2 .cr3 .nef .arw .orf .rw2 .raf .pef".split())  # raw photos, too
 _NAMED = 10  # other files
+_SAID = (LOOK_ALIKES, NONE_ALIKE, NOTHING_FOUND)  # reasons that are what the verdict says
 
 
 def _begins_like_a_photo(
@@ -310,6 +315,14 @@ def _verdict(
     return f"{pill['verdict'].replace('_', ' ')}{alike}{differ}"
 
 
+def _doubts(
+    pills: Sequence[dict[str, Any]],  # of a prediction
+) -> list[str]:
+    """Why pills are not identified, where their verdict does not say it."""
+    whys = ((number, pill.get("reason")) for number, pill in enumerate(pills, 1))
+    return [f"pill {number}: {why['en']}" for number, why in whys if why and why["reason"] not in _SAID]
+
+
 def as_table(
     predictions: Sequence[tuple[Path, dict[str, Any]]],  # photo and prediction
 ) -> str:  # photos that are not good enough, a row per pill, then the notes
@@ -327,7 +340,7 @@ def as_table(
         notes += [f"{_text(photo)}: {note}" for note in [*compared, *prediction.get("notes", []), *hint]]
         pills = _found(prediction)
         read = [f"pill {number} reads {pill['imprint']}" for number, pill in enumerate(pills, 1) if pill.get("imprint")]
-        notes += [f"{_text(photo)}: {line}" for line in read]
+        notes += [f"{_text(photo)}: {line}" for line in [*read, *_doubts(pills)]]
         for number, pill in enumerate(pills, 1):
             row = (_text(photo), number, pill["code"], pill["name"], percent(pill["confidence"]), _verdict(pill))
             rows.append((*row, _size(pill)))

@@ -82,6 +82,7 @@ async def require_admin_key(
 async def count_photo(
     request: Request,  # the request, with one photo
     name: str = Depends(require_key),  # of its key
-) -> None:
+) -> str:  # the name
     """Check the API key and its rate limit; raises `ApiError`."""
     request.app.state.service.rate_limiter.check(name)
+    return name

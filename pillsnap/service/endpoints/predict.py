@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from ...answer.outlined import Outlined, Scale, outline_pills
 from ...answer.quality.judge import Verdict, judge_crops
 from ...answer.shapes.camera import ELEVATIONS, ScaleError
 from ...answer.shapes.references import COINS
-from ...answer.sides import classify_sides
+from ...answer.sides import SIDES, classify_sides
 from ...runtime.images import KINDS, ImageError, NotAnImage, Photo, TooManyPixels, open_photo
 from ...runtime.session import ModelError
 from .dependencies import Service, count_photo
@@ -126,11 +126,12 @@ async def read_request(
     field: str,  # name of its file fields
     max_photos: int,  # of the request
     query: PredictParameters,  # of the address
-    others: Collection[str] = (),  # names of other file fields
-) -> tuple[list[bytes], dict[str, bytes], PredictParameters]:  # photos, other files, parameters of address and form
+    others: Mapping[str, int] | None = None,  # as for `read_form`
+) -> tuple[list[bytes], dict[str, list[bytes]], PredictParameters]:  # photos, others, parameters of address and form
     """Read a form with photos and parameters; raises `ApiError`."""
     service: Service = request.app.state.service
-    all_bytes = (1 + len(others)) * service.max_bytes if max_photos == 1 else service.max_batch_bytes
+    several = max_photos > 1 or others
+    all_bytes = max(service.max_bytes, service.max_batch_bytes) if several else service.max_bytes
     limits = UploadLimits(max_photos, service.max_bytes, all_bytes, service.upload_idle_seconds, service.upload_seconds)
     sent = await read_form(request, field, limits, list(PredictParameters.model_fields), others)
     fields = sent.fields
@@ -246,17 +247,36 @@ def _pictures(
     return {name: "data:image/jpeg;base64," + base64.b64encode(jpeg).decode() for name, jpeg in pictures.items()}
 
 
-def _check_back(
-    back: bytes | None,  # photo of the other side
+def _check_sides(
+    sides: Mapping[str, Sequence[bytes]],  # photos of the one pill beside the first, by their field
     parameters: PredictParameters,  # of the request
 ) -> None:
-    """Raise `ApiError` 422 for a back that doesn't go with the rest of the request."""
-    if back is None:
+    """Raise `ApiError` 422 for further photos that don't go with the rest of the request."""
+    names = " and ".join(name for name, photos in sides.items() if photos)
+    if not names:
         return
     if parameters.pipeline != "single":
-        raise ApiError(422, "back_of_several", "image_back is the other side of one pill: use the pipeline single.")
+        reason = f"{names} shows the same pill as image: use the pipeline single."
+        raise ApiError(422, "several_photos_of_several_pills", reason)
     if parameters.expected is not None:
-        raise ApiError(422, "back_of_several", "expected compares all pills of one photo: leave out image_back.")
+        reason = f"expected compares all pills of one photo: leave out {names}."
+        raise ApiError(422, "several_photos_of_several_pills", reason)
+
+
+def _further(
+    service: Service,  # limits
+    loaded: LoadedModels,  # the models
+    photos: Sequence[bytes],  # image files
+    parameters: PredictParameters,  # of the request
+) -> list[PillCrops]:
+    """Crop the pill of further photos, of which nothing else is said; raises `ApiError` as the first photo does."""
+    wanted = {"pipeline", "conf_threshold"}
+    plain = PredictParameters.model_validate(parameters.model_dump(include=wanted))
+    opened = [_open_and_crop(service, loaded, data, plain) for data in photos]
+    if parameters.quality == "require":
+        for photo in opened:
+            _require_quality(photo.verdict)
+    return [photo.crops for photo in opened]
 
 
 @contextmanager
@@ -274,21 +294,19 @@ def predict_photo(
     loaded: LoadedModels,  # the models
     data: bytes,  # an image file
     parameters: PredictParameters,  # of the request
-    back: bytes | None = None,  # an image file with the other side of the one pill
+    sides: Mapping[str, Sequence[bytes]] | None = None,  # further photos of the one pill, image files by field of SIDES
 ) -> dict[str, Any]:  # as Prediction
     """Identify the pills of a photo; raises `ApiError`."""
     _require_outliner(loaded, parameters)
-    _check_back(back, parameters)
+    sides, compared = sides or {}, None
+    _check_sides(sides, parameters)
     with answering():
         opened = _open_and_crop(service, loaded, data, parameters)
-        plain = PredictParameters.model_validate(parameters.model_dump(include={"pipeline", "conf_threshold"}))
-        behind = None if back is None else _open_and_crop(service, loaded, back, plain)
         if parameters.quality == "require":
-            for photo in [opened, *([behind] if behind else [])]:
-                _require_quality(photo.verdict)
-        if behind:
-            compared = None
-            identification = classify_sides(loaded.identifier, [opened.crops, behind.crops], parameters.top_k)
+            _require_quality(opened.verdict)
+        more, back = (_further(service, loaded, sides.get(name, ()), parameters) for name in SIDES)
+        if more or back:
+            identification = classify_sides(loaded.identifier, [[opened.crops, *more], back], parameters.top_k)
         else:
             identification, compared = classify_expected(
                 loaded.identifier, opened.crops, parameters.top_k, parameters.expected
@@ -345,8 +363,9 @@ FILE_SCHEMA = {"type": "string", "format": "binary", "description": KINDS}
 
 
 _FORM = form_schema("image", FILE_SCHEMA)
-_FORM["requestBody"]["content"]["multipart/form-data"]["schema"]["properties"]["image_back"] = FILE_SCHEMA | {
-    "description": f"the other side of the same pill, with the pipeline single; {KINDS}"
+_FORM["requestBody"]["content"]["multipart/form-data"]["schema"]["properties"] |= {
+    name: {"type": "array", "items": FILE_SCHEMA, "maxItems": most, "description": f"{shown}; only with single"}
+    for (name, most), shown in zip(SIDES.items(), ("the same side of the same pill", "the other side of the same pill"))
 }
 
 
@@ -354,17 +373,18 @@ _FORM["requestBody"]["content"]["multipart/form-data"]["schema"]["properties"]["
     "/predict",
     response_model=Prediction,
     response_model_exclude_unset=True,
-    dependencies=[Depends(count_photo)],
     openapi_extra=_FORM,
 )
 async def predict(
-    request: Request,  # multipart form with the file field `image`, and perhaps `image_back`
+    request: Request,  # multipart form with the file field `image`, and perhaps those of SIDES
+    key_name: str = Depends(count_photo),  # whose photos are counted
     query: PredictParameters = Depends(predict_parameters),  # noqa: B008
 ) -> Any:
     """Identify the pills of a photo."""
     service: Service = request.app.state.service
     async with service.work_queue.admit():
         loaded = await load_models(service)
-        photos, others, parameters = await read_request(request, "image", 1, query, ["image_back"])
-        back = others.get("image_back")
-        return await service.work_queue.run(predict_photo, service, loaded, photos[0], parameters, back)
+        photos, sides, parameters = await read_request(request, "image", 1, query, SIDES)
+        if further := sum(map(len, sides.values())):
+            service.rate_limiter.check(key_name, further)
+        return await service.work_queue.run(predict_photo, service, loaded, photos[0], parameters, sides)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Collection
+from collections.abc import AsyncGenerator, Collection, Mapping
 from typing import NamedTuple
 
 from fastapi import Request
@@ -83,7 +83,7 @@ class Form(NamedTuple):
     photos: list[bytes]  # one or more, in their order
     fields: dict[str, str]  # name -> value of the other fields
     names: list[str]  # of the photos' files, as the client calls them
-    others: dict[str, bytes]  # name -> content of the other file fields that are there
+    others: dict[str, list[bytes]]  # name -> contents of the other file fields, in their order
 
 
 async def read_form(
@@ -91,7 +91,7 @@ async def read_form(
     field: str,  # their name
     limits: UploadLimits,  # of the upload
     parameters: Collection[str] = (),  # names of the other fields, which are texts
-    others: Collection[str] = (),  # names of other file fields, one file each, which may be missing
+    others: Mapping[str, int] | None = None,  # names of other file fields, which may be missing, and their most files
 ) -> Form:
     """Read the photos and parameters of a form; raises `ApiError`.
 
@@ -103,9 +103,9 @@ async def read_form(
             "no_form",
             f"The request is no form: send multipart/form-data with the photo in the file field '{field}'.",
         )
-    refusal = _too_large(limits.max_bytes, limits.all_bytes)
+    others, refusal = others or {}, _too_large(limits.max_bytes, limits.all_bytes)
     body = count_bytes(request, limits.all_bytes, refusal, limits.idle_seconds)
-    parser = MultiPartParser(request.headers, body, max_files=limits.max_photos + len(others), max_fields=16)
+    parser = MultiPartParser(request.headers, body, max_files=limits.max_photos + sum(others.values()), max_fields=16)
     parser.spool_max_size = limits.all_bytes + _ENVELOPE
     try:
         async with asyncio.timeout(limits.seconds):
@@ -123,7 +123,7 @@ async def read_form(
         uploads = [upload for upload in form.getlist(field) if isinstance(upload, UploadFile)]
         photos, names = [await upload.read() for upload in uploads], [upload.filename or "" for upload in uploads]
         fields = {name: _text(form, name) for name in parameters if name in form}
-        further = {name: await _file(form, name) for name in others if name in form}
+        further = {name: await _files(form, name, most) for name, most in others.items()}
     finally:
         await form.close()
     if not photos:
@@ -132,17 +132,18 @@ async def read_form(
         raise ApiError(
             422, "form_damaged", f"The form has {len(photos)} photos: send one photo in the file field '{field}'."
         )
-    if max(map(len, [*photos, *further.values()])) > limits.max_bytes:
+    if max(map(len, [*photos, *(data for files in further.values() for data in files)])) > limits.max_bytes:
         raise refusal
     return Form(photos, fields, names, further)
 
 
-async def _file(form: FormData, name: str) -> bytes:
-    """The content of a file field; raises `ApiError` 422 when it is a text, or there twice."""
+async def _files(form: FormData, name: str, most: int) -> list[bytes]:
+    """The contents of a file field; raises `ApiError` 422 when it is a text, or there too often."""
     values = form.getlist(name)
-    if len(values) > 1 or not isinstance(values[0], UploadFile):
-        raise ApiError(422, "invalid_parameter", f"The form field {name} must be one file: send it once, as a file.")
-    return await values[0].read()
+    files = [value for value in values if isinstance(value, UploadFile)]
+    if len(values) > most or len(files) < len(values):
+        raise ApiError(422, "invalid_parameter", f"The form field {name} takes files, at most {most}.")
+    return [await file.read() for file in files]
 
 
 def _text(form: FormData, name: str) -> str:

@@ -180,10 +180,11 @@ function titleOf(answer) { // the name only where one drug stands out
   return answer.verdict === "ambiguous" ? say("perhaps", nameOf(answer)) : say("no_name");
 }
 
-function about({ verdict, alike, differ }) { // the verdict in words
+function about({ verdict, alike, differ, reason }) { // the verdict in words, and why
   if (verdict !== "ambiguous") return say(verdict);
   const marks = differ.map((mark) => say(`mark_${mark}`)).join(", ");
-  return [say("ambiguous", alike), marks ? say("differ", marks) : say("compare")].join(" ");
+  const why = reason.reason === "look_alikes" ? say("ambiguous", alike) : `${say("doubt")} ${reason[language]}`;
+  return [why, marks ? say("differ", marks) : say("compare")].join(" ");
 }
 
 function compared(answer, { answer: { photo }, picture }) { // the pill of the photo beside a reference of its drug
