@@ -14,9 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from .phones import measure_phones
-from .references import KeptReadings
-from .trained import measure_trained
 
 from ...answer.imprint.reader import ImprintUnavailable, open_reader
 from ...answer.search.appearance import Appearance
@@ -30,7 +27,10 @@ from ..errors import BenchError
 from ..report import goal, goal_lines, report_head, run_benchmark, spread
 from .handfuls import measure_handfuls
 from .imprints import measure_imprints
+from .phones import measure_phones
+from .references import KeptReadings
 from .searches import KINDS, Typed, equal, make_searches, many_records, sides_of
+from .trained import measure_trained
 
 # %% auto #0
 __all__ = ['SEED', 'TUNING_SEED', 'SHOWN', 'FIRST', 'parse', 'half_of', 'answer', 'rank_of', 'milliseconds_of', 'found_in',

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from .references import KeptReadings, Read, close_crop
 
 from ...answer.color.balance import NO_CORRECTION
 from ...answer.imprint.ranking import Imprints
@@ -20,6 +19,7 @@ from ..color.differences import phone_pairs
 from ..color.phones import phone_scores, studio_gallery
 from ..color.pills import Embed
 from ..report import goal
+from .references import KeptReadings, Read, close_crop
 from ...masks.cutouts import CutoutArchive
 
 # %% auto #0

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
-from .references import KeptReadings
 
 from ...answer.classes import ClassMap
 from ...answer.crops import crop_pill
@@ -20,7 +19,7 @@ from ...answer.imprint.reader import ImprintReader
 from ...answer.search.appearance import appearance_of
 from ..masks.networks import trained
 from ..report import goal
-from ...data.manifest import Dataset
+from .references import KeptReadings
 from ...data.moved import dataset_of_run
 from ...evaluation.evaluate import evaluate_combo, held_out
 from ...runtime.boxes import Box
@@ -35,14 +34,14 @@ _MARGIN, _SIDE = 0.12, 256  # of a crop, as in serving
 
 
 def imprints_of(
-    dataset: Dataset,  # of a run
+    manifest: pl.DataFrame,  # of a run
     class_map: ClassMap,
     kept: KeptReadings,  # of its training photos
 ) -> Imprints | None:  # None: the labels have them
     """What the training photos of each drug say."""
     if any(appearance_of(drug).imprints for drug in class_map):
         return None
-    rows = dataset.manifest.filter((pl.col("split") == "train") & (pl.col("class_index") >= 0))
+    rows = manifest.filter((pl.col("split") == "train") & (pl.col("class_index") >= 0))
     sides: list[list[tuple[str | None, str | None]]] = [[] for _ in class_map]
     for _, part in rows.sort("image").group_by("class_index", maintain_order=True):
         step = max(1, len(part) // _PHOTOS)
@@ -69,7 +68,7 @@ def change_of(
     """Top-1 from the photo to the drug, without imprints and with them."""
     identifier, dataset = load_identifier(run / "export", engine="onnxruntime"), dataset_of_run(run)
     class_map = identifier.rules.class_map
-    ranking = ImprintRanking(reader, list(class_map), imprints_of(dataset, class_map, kept))
+    ranking = ImprintRanking(reader, list(class_map), imprints_of(dataset.manifest, class_map, kept))
     photos = [photo for photo in held_out(dataset)[1] if min(photo.classes) >= 0]
     top1 = {}
     for name, refine in (("without", None), ("with", ranking)):
