@@ -32,6 +32,7 @@ from pillsnap.commands import (
 )
 from .config.load import load_plugins_of
 from .errors import PillsnapError
+from .gallery_commands import gallery
 from .model_commands import archive, catalog, demo, models, predict, search, ship, watch
 from .runlog import setup_logging
 
@@ -264,6 +265,25 @@ OPTIONS = {  # of each command, in addition to the settings
         _option("--json", action="store_true", help="a line of JSON per photo instead of a table"),
         _option("--out", type=Path, metavar="FILE", help="write to this file instead of standard output"),
     ],
+    "gallery": [
+        _option(
+            "what",
+            choices=("enroll", "list", "remove", "build", "merge", "check"),
+            metavar="{enroll,list,remove,build,merge,check}",
+            help="enroll takes photos, or a folder with a folder for each drug; remove codes, merge files",
+        ),
+        _option("words", nargs="*", default=[], metavar="PHOTO", help="photos, folders, codes or galleries"),
+        _option(
+            "--model", type=Path, metavar="DIR", help="folder with the models and their gallery (default: as served)"
+        ),
+        _option("--name", help="name of the drug that is enrolled"),
+        _option("--code", help="its code (default: made from its name)"),
+        _option("--whole", action="store_true", help="each photo shows nothing but the pill: nothing is detected"),
+        _option("--same", action="store_true", help="a photo of another drug is no error: the two look the same"),
+        _option(
+            "--per-side", type=int, default=5, metavar="N", help="references that build takes of each side (default: 5)"
+        ),
+    ],
     "catalog": [
         _option(
             "what",
@@ -322,6 +342,7 @@ COMMANDS = {
         watch,
         sample,
         demo,
+        gallery,
     )
 } | {"config": show_config}
 WITHOUT_SETTINGS = ("demo", "ship", "watch")

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from pillsnap.service.inference.model_manager import LoadedModels
 
 # %% auto #0
-__all__ = ['models', 'ship', 'archive', 'watch', 'demo', 'predict', 'catalog', 'search']
+__all__ = ['root_or_here', 'settings_or_defaults', 'models', 'ship', 'archive', 'watch', 'demo', 'predict', 'catalog', 'search']
 
 # %% ../nbs/23_model_commands.ipynb #5d0a71c6
-def _root_or_here() -> Path:
+def root_or_here() -> Path:
     """The project's folder, or the current one outside of a project."""
     try:
         return find_root()
@@ -33,9 +33,11 @@ def _root_or_here() -> Path:
         return Path.cwd()
 
 
-def _settings_or_defaults(arguments: Namespace) -> Settings:
+def settings_or_defaults(
+    arguments: Namespace,  # parsed command line
+) -> Settings:
     """Settings for a machine that only identifies pills: it has a model, but config.yaml may be missing."""
-    if arguments.cfg or arguments.overrides or (_root_or_here() / "config.yaml").is_file():
+    if arguments.cfg or arguments.overrides or (root_or_here() / "config.yaml").is_file():
         return settings_from(arguments)
     return Settings()
 
@@ -44,11 +46,11 @@ def models(arguments: Namespace) -> int:
     """List, show, push, pull, promote and roll back versions in the model store, or describe a model file."""
     words = [word for word in arguments.words if "=" not in word]
     arguments.overrides += [word for word in arguments.words if "=" in word]
-    settings = _settings_or_defaults(arguments)
+    settings = settings_or_defaults(arguments)
     from pillsnap.registry.release import run_models_command
 
     given = (arguments.run, arguments.out, arguments.note, arguments.resumable)
-    print(run_models_command(arguments.what, words, settings, _root_or_here(), *given))
+    print(run_models_command(arguments.what, words, settings, root_or_here(), *given))
     return 0
 
 
@@ -97,13 +99,13 @@ def archive(arguments: Namespace) -> int:
 
 def _release_files(arguments: Namespace) -> tuple[Path, Path | None]:
     """The folder with the models, and the settings file if there is one."""
-    settings = _settings_or_defaults(arguments)
-    models = arguments.model or load_environment(_root_or_here(), settings.serve).model_path
+    settings = settings_or_defaults(arguments)
+    models = arguments.model or load_environment(root_or_here(), settings.serve).model_path
     if models is None:
         raise SettingsError(
             "there is no model folder to pack: name one with --model, with serve.model_path or with MODEL_PATH in .env"
         )
-    config = arguments.cfg or _root_or_here() / "config.yaml"
+    config = arguments.cfg or root_or_here() / "config.yaml"
     return Path(models), config if config.is_file() else None
 
 
@@ -145,8 +147,8 @@ def predict(arguments: Namespace) -> int:
 
     from pillsnap.service.client.client import TIMEOUT, predict_local, predict_photos, predict_remote
 
-    settings = _settings_or_defaults(arguments)
-    environment = load_environment(_root_or_here(), settings.serve)
+    settings = settings_or_defaults(arguments)
+    environment = load_environment(root_or_here(), settings.serve)
     request = {"pipeline": arguments.pipeline, "top_k": arguments.top_k, "expected": _expected(arguments.expected)}
     request |= {"masks": arguments.masks, "scale": _scale(arguments)}
     if not arguments.url:
@@ -189,12 +191,12 @@ def _open_models(folder: Path | None, settings: Settings) -> LoadedModels:
             "there is no model folder: name one with --model, with serve.model_path or with MODEL_PATH in .env, "
             "or a server with --url"
         )
-    from pillsnap.answer.factory import load_identifier
+    from pillsnap.answer.gallery.recognise import open_identifier
     from pillsnap.answer.imprint.setting import read_imprints
     from pillsnap.service.inference.model_manager import load
 
     def opened(path: Path) -> Identifier:
-        identifier = load_identifier(path, settings.serve.threads, settings.serve.engine)
+        identifier = open_identifier(path, settings.serve.threads, settings.serve.engine)
         return read_imprints(identifier, settings.identify.imprint, settings.serve.threads)
 
     return load(Path(folder), opened)
@@ -206,7 +208,7 @@ def catalog(arguments: Namespace) -> int:
         raise SettingsError("catalog import takes the file of a register, catalog show takes none")
     from pillsnap.answer.search.catalog import describe, import_register, read_catalog
 
-    path = arguments.catalog or _root_or_here() / _settings_or_defaults(arguments).paths.catalog
+    path = arguments.catalog or root_or_here() / settings_or_defaults(arguments).paths.catalog
     if arguments.what == "show":
         print(describe(read_catalog(path)))
         return 0
@@ -228,8 +230,8 @@ def search(arguments: Namespace) -> int:
     query = make_query(*seen, length_mm=arguments.length)
     if not 1 <= arguments.limit <= 100_000:
         raise SettingsError(f"--limit is {arguments.limit}, but must be 1 to 100000")
-    settings = _settings_or_defaults(arguments)
-    lookup = Lookup(arguments.catalog or _root_or_here() / settings.paths.catalog)
+    settings = settings_or_defaults(arguments)
+    lookup = Lookup(arguments.catalog or root_or_here() / settings.paths.catalog)
     searched = lookup.search(_class_map(arguments.model, settings))
     if not searched.records:
         raise SettingsError(
@@ -248,7 +250,7 @@ def _class_map(folder: Path | None, settings: Settings) -> ClassMap | None:
     """The drugs of a model; those of the service's model where it has one."""
     from pillsnap.answer.factory import load_identifier
 
-    served = load_environment(_root_or_here(), settings.serve).model_path
+    served = load_environment(root_or_here(), settings.serve).model_path
     if folder is None and (served is None or not (Path(served) / "classifier.onnx").is_file()):
         return None
     return load_identifier(Path(folder or served or ""), detect=False).rules.class_map

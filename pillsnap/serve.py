@@ -21,7 +21,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from . import __version__
-from .answer.factory import load_identifier
+from .answer.gallery.recognise import open_identifier
 from .answer.identify import PIPELINES, Identifier
 from .answer.imprint.setting import read_imprints
 from .answer.search.lookup import Lookup
@@ -47,7 +47,7 @@ __all__ = ['app', 'create_app']
 
 # %% ../nbs/20_serve.ipynb #4bae5a3c
 def _open(folder: Path, threads: int, engine: str, advanced: bool, imprint: str = "off") -> Identifier:
-    identifier = read_imprints(load_identifier(folder, threads, engine, detect=advanced), imprint, threads)
+    identifier = read_imprints(open_identifier(folder, threads, engine, detect=advanced), imprint, threads)
     if advanced:
         from pillsnap.service.inference.dynamic_batching import DynamicBatcher, choose_batching
 

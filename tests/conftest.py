@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from tiny_models import save_classifier, save_detector
+from fastapi.testclient import TestClient
+from tiny_models import client_for, photo_jpeg, save_classifier, save_detector
 
 from pillsnap.bench import publish
 from pillsnap.config.load import load_settings
@@ -59,6 +60,19 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_classifier(folder)
     save_detector(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def client(models: Path) -> Iterator[TestClient]:
+    """A service with the two tiny models."""
+    with client_for(models) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def jpeg() -> bytes:
+    """A photo of two pills that the tiny models know."""
+    return photo_jpeg()
 
 
 def few_drugs(seed: int = 42) -> list[PlannedPhoto]:

@@ -14,50 +14,21 @@ from pathlib import Path
 import pillow_heif
 import pytest
 from fastapi.testclient import TestClient
-from httpx import Response
 from PIL import Image
-from tiny_models import ANOTHER, CONFIG, DRUGS, KEY, RIGHT, huge_png, photo_jpeg, save_classifier
+from tiny_models import (
+    ANOTHER,
+    CONFIG,
+    DRUGS,
+    KEY,
+    RIGHT,
+    check_error,
+    client_for,
+    huge_png,
+    post_photo,
+    save_classifier,
+)
 
 from pillsnap.answer.identify import Identifier
-from pillsnap.config.environment import Environment
-from pillsnap.config.load import load_settings
-from pillsnap.serve import create_app
-
-
-def client_for(
-    folder: Path | None, keys: tuple[str, ...] = (RIGHT, ANOTHER), *settings: str, **more: object
-) -> TestClient:
-    environment = Environment(api_keys=keys, model_path=folder, cors_allow_origins=["https://pillsnap.co.kr"], **more)
-    return TestClient(
-        create_app(load_settings(CONFIG, settings or ["serve.requests_per_minute=0"]), environment),
-        raise_server_exceptions=False,
-    )
-
-
-@pytest.fixture(scope="module")
-def client(models: Path) -> Iterator[TestClient]:
-    with client_for(models) as opened:
-        yield opened
-
-
-@pytest.fixture(scope="module")
-def jpeg() -> bytes:
-    return photo_jpeg()
-
-
-def post_photo(client: TestClient, photo: bytes, query: str = "", headers: dict[str, str] = KEY) -> Response:
-    return client.post(f"/predict{query}", headers=headers, files={"image": ("photo.jpg", photo, "image/jpeg")})
-
-
-def check_error(response: Response, status: int, word: str = "") -> None:
-    """Check an error response: status, one sentence, a code, the request id, and no internals of the server."""
-    assert response.status_code == status, response.text
-    assert set(response.json()) == {"detail", "code", "request_id"} and response.headers.get_list("x-request-id") == [
-        response.json()["request_id"]
-    ]
-    assert response.json()["code"].replace("_", "").isalpha() and len(response.json()["request_id"]) == 32
-    detail = response.json()["detail"]
-    assert isinstance(detail, str) and word in detail and "Traceback" not in detail and len(detail.split()) > 1
 
 
 def test_health_with_a_model(client: TestClient) -> None:

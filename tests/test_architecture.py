@@ -39,19 +39,20 @@ LAYERS = [
     ["demo"],
     ["commands"],
     ["model_commands"],
+    ["gallery_commands"],
     ["color_commands"],
     ["cli"],
 ]
 # Subpackages of a package in the same order; "" stands for the modules of the package itself.
 SUBPACKAGES = {
     "runtime": ["", "color"],
-    "answer": ["color", "shapes", "", "quality", "search", "imprint"],
+    "answer": ["color", "shapes", "", "gallery", "quality", "search", "imprint"],
     "color": ["networks", "data", "tasks", ""],
     "data": ["reading", "labelling", "readers", "scan", "splits", "cache", ""],
     "training": ["device", "report", ""],
     "quality": ["ranking", "pairs", "degradations", ""],
     "service": ["", "guard", "inference", "page", "endpoints", "client"],
-    "bench": ["", "data", "training", "engines", "gpu", "serving", "quality", "color", "masks", "search"],
+    "bench": ["", "data", "training", "engines", "gpu", "serving", "quality", "color", "masks", "gallery", "search"],
 }
 LAYER = {package: number for number, layer in enumerate(LAYERS) for package in layer}
 

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-import timm
 
 from pillsnap import cli
 from pillsnap.answer.classes import ClassMap, Drug
@@ -23,8 +22,10 @@ from pillsnap.export import report as export_report
 from pillsnap.export.formats import FORMATS as ALL_FORMATS
 from pillsnap.export.onnx import model_opset
 from pillsnap.export.report import export_run
+from pillsnap.models.classifier import PillNetwork
 from pillsnap.registry.model_info import get_model_info
 from pillsnap.runtime.images import decode_image
+from pillsnap.runtime.session import Network
 from pillsnap.training.checkpoint import load_checkpoint, load_trained, save_checkpoint
 
 FORMATS = dict(ALL_FORMATS)
@@ -44,6 +45,7 @@ def test_every_format_is_within_the_tolerances(exported: dict[str, Any]):
         if not FORMATS[name].fewer_bits:
             assert parts["passed"], (name, parts)
             assert classifier["mse"] <= 1e-6 and classifier["top1_match"] == 1, name
+            assert classifier["min_cosine"] > 0.9999, name
             assert detector["map_difference"] <= 0.01 and detector["min_iou"] >= 0.95, name
         assert (
             detector["boxes"] > 0
@@ -125,6 +127,28 @@ def test_a_file_with_other_predictions_is_not_released(
     assert not json.loads((trained_run / "export-rejected" / "export_report.json").read_text())["passed"]
 
 
+def test_a_file_without_embeddings_or_with_others_is_rejected(exported: dict[str, Any], trained_run: Path):
+    settings = load_settings(trained_run / "config.yaml")
+    trained, dataset = load_trained(trained_run), load_dataset(trained_run)
+    source = export_report.sources_of(trained, dataset, settings)["classifier"]
+    samples = export_report.crop_samples(dataset, trained.rules, settings)
+    comparison = export_report.Comparison(source, samples, trained.rules, settings)
+    model, metadata = FORMATS["onnx"].open(trained_run / "export" / "classifier.onnx")
+    assert model.outputs(np.zeros((2, 3, source.size, source.size), np.float32))[1].shape == (2, 128)
+
+    def shifted(batch: np.ndarray) -> tuple[np.ndarray, ...]:
+        logits, embeddings = model.outputs(batch)
+        return logits, np.roll(embeddings, 1, axis=1)
+
+    for name in ("onnx", "onnx-int8"):
+        for forward in (lambda batch: model(batch), Network(shifted)):
+            (reason,) = comparison.failures(name, comparison.metrics((forward, metadata)))
+            assert "embeddings have a" in reason
+        assert comparison.failures(name, comparison.metrics((model, metadata))) == []
+    assert metadata["weights_sha256"] == source.metadata["weights_sha256"]
+    assert source.metadata["weights_sha256"] != export_report.weights_hash(PillNetwork("test_efficientnet", 2))
+
+
 def test_a_full_disk_leaves_the_good_files(
     exported: dict[str, Any], trained_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
@@ -150,7 +174,7 @@ def test_bad_options_end_with_one_sentence(
 ):
     content = load_checkpoint(trained_run / "best.pt")
     content["rules"]["class_map"] = ClassMap([Drug("K-999999", "another")]).to_json()
-    content["classifier"] = timm.create_model("test_efficientnet", num_classes=1).state_dict()
+    content["classifier"] = PillNetwork("test_efficientnet", classes=1).state_dict()
     save_checkpoint(content, tmp_path / "other.pt")
     run = ["export", "--run", str(trained_run)]
     for words, message in {

@@ -118,9 +118,9 @@ def test_every_number_format_learns(
 def test_the_scaler_passes_over_a_step_that_overflows(device: str, settings: Settings, monkeypatch: pytest.MonkeyPatch):
     task = task_on(place(device, torch.float16), settings, monkeypatch)
     task.scaler = torch.amp.GradScaler(device, init_scale=2.0**40)
-    before = copy.deepcopy(task.network.state_dict()["conv_stem.weight"])
+    before = copy.deepcopy(task.network.state_dict()["body.conv_stem.weight"])
     step_on(task, synthetic_batch(task, 4))
-    assert torch.equal(task.network.state_dict()["conv_stem.weight"], before) and task.scaler.get_scale() < 2.0**40
+    assert torch.equal(task.network.state_dict()["body.conv_stem.weight"], before) and task.scaler.get_scale() < 2.0**40
 
 
 @anywhere

@@ -9,7 +9,7 @@ from pathlib import Path
 from pillsnap.config.schema import LEAF_KEYS
 
 ROOT = Path(__file__).parents[1]
-GENERIC = {"config/load.py", "config/schema.py", "config/layers.py"}  # they process all settings and use none
+GENERIC = {f"config/{name}.py" for name in ("training", "schema", "layers", "load")}  # they use no setting themselves
 
 
 def names_read(file: Path) -> tuple[set[str], set[str]]:

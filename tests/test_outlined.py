@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
-from test_api_min import check_error, client_for, post_photo
-from tiny_models import KEY, photo_jpeg, save_segmenter
+from tiny_models import KEY, check_error, client_for, post_photo, save_segmenter
 
 from pillsnap.answer.outlines import Outliner, OutlinerError, load_outliner
 from pillsnap.answer.shapes.background import cut_out
@@ -40,11 +39,6 @@ def folder(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def client(folder: Path) -> Iterator[TestClient]:
     with client_for(folder) as opened:
         yield opened
-
-
-@pytest.fixture(scope="module")
-def jpeg() -> bytes:
-    return photo_jpeg()
 
 
 def true_masks() -> dict[str, np.ndarray]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from fastapi.testclient import TestClient
-from test_api_min import client_for, post_photo
-from tiny_models import KEY, photo_jpeg, save_classifier, save_detector, save_quality
+from tiny_models import KEY, client_for, photo_jpeg, post_photo, save_quality
 
 from pillsnap.answer.factory import load_identifier
 from pillsnap.service.client.client import as_table, predict_local
@@ -18,11 +18,9 @@ BRIGHT, DARK = photo_jpeg(), photo_jpeg(0.2)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Classifier, detector, and a judge beside them."""
-    made = tmp_path_factory.mktemp("judged")
-    save_classifier(made)
-    save_detector(made)
+def folder(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny models with a judge beside them."""
+    made = shutil.copytree(models, tmp_path_factory.mktemp("judged") / "models")
     save_quality(made)
     return made
 
@@ -33,16 +31,10 @@ def judged(folder: Path) -> Iterator[TestClient]:
         yield opened
 
 
-@pytest.fixture(scope="module")
-def unjudged(models: Path) -> Iterator[TestClient]:
-    with client_for(models) as opened:
-        yield opened
-
-
-def test_a_prediction_tells_the_quality_and_refuses_nothing(judged: TestClient, unjudged: TestClient):
+def test_a_prediction_tells_the_quality_and_refuses_nothing(judged: TestClient, client: TestClient):
     for photo, good in ((BRIGHT, True), (DARK, False)):
         answer = post_photo(judged, photo)
-        assert answer.status_code == 200 and answer.json()["pills"] == post_photo(unjudged, photo).json()["pills"]
+        assert answer.status_code == 200 and answer.json()["pills"] == post_photo(client, photo).json()["pills"]
         quality = answer.json()["quality"]
         assert quality["good_enough"] == good and (quality["tier"] in "SA") == good and 0 <= quality["score"] <= 1
         assert [reason["reason"] for reason in quality["reasons"]] == ([] if good else ["too_dark"])
@@ -68,13 +60,13 @@ def test_several_pills_are_as_good_as_the_worst(judged: TestClient):
     assert worst["score"] < first["score"], "the red capsule is darker than the white tablet"
 
 
-def test_models_without_a_judge_say_so(judged: TestClient, unjudged: TestClient):
+def test_models_without_a_judge_say_so(judged: TestClient, client: TestClient):
     assert judged.get("/health").json()["model"]["quality"] == "tiny quality"
-    assert unjudged.get("/health").json()["model"]["quality"] is None
-    assert post_photo(unjudged, DARK).json()["quality"] is None
+    assert client.get("/health").json()["model"]["quality"] is None
+    assert post_photo(client, DARK).json()["quality"] is None
     for refused in (
-        post_photo(unjudged, BRIGHT, "?quality=require"),
-        unjudged.post("/quality", headers=KEY, files={"image": BRIGHT}),
+        post_photo(client, BRIGHT, "?quality=require"),
+        client.post("/quality", headers=KEY, files={"image": BRIGHT}),
     ):
         assert refused.status_code == 422 and refused.json()["code"] == "quality_unavailable"
         assert "quality.onnx" in refused.json()["detail"]

@@ -1,4 +1,4 @@
-"""Four real, tiny ONNX models and photos for them.
+"""Four real, tiny ONNX models, photos for them, and the service that has them.
 
 The detector always returns the same two pills, the classifier compares the average colour of a crop, the judge takes
 the brightness of a pill for its quality, and the segmenter what is bright for the pill.
@@ -15,6 +15,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 import onnx
+from fastapi.testclient import TestClient
+from httpx import Response
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
@@ -22,6 +24,9 @@ from pillsnap.answer.classes import ClassMap, Drug
 from pillsnap.answer.outlines import FADED, OUTLINE_MARGIN
 from pillsnap.answer.quality.rules import QualityRules
 from pillsnap.answer.rules import Rules
+from pillsnap.config.environment import Environment
+from pillsnap.config.load import load_settings
+from pillsnap.serve import create_app
 
 CONFIG = Path(__file__).parents[1] / "config.yaml"
 RIGHT, ANOTHER = "jC2-9wqXr_LmT4vYd0Ks", "q7Wm2-Lk0vR_t8Yc5n"
@@ -52,18 +57,18 @@ def save_model(
     path: Path,
     task: str,
     nodes: list,
-    shapes: tuple[list, list],
+    shapes: tuple[list, ...],
     constants: dict[str, np.ndarray],
     rules: Rules | QualityRules | None = None,  # None = RULES, which tests replace
     **more: object,  # metadata
 ) -> None:
-    images, output = (
+    images, *outputs = (
         helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
-        for name, shape in zip(("images", "output"), shapes, strict=True)
+        for name, shape in zip(("images", "output", "embeddings"), shapes)
     )
     initial = [numpy_helper.from_array(np.ascontiguousarray(value), name) for name, value in constants.items()]
     model = helper.make_model(
-        helper.make_graph(nodes, task, [images], [output], initial),
+        helper.make_graph(nodes, task, [images], outputs, initial),
         opset_imports=[helper.make_opsetid("", 17)],
         ir_version=8,
     )
@@ -74,20 +79,25 @@ def save_model(
         "opset": 17,
         "git_revision": "",
         "created": "",
+        "weights_sha256": f"{task} of {sum(map(len, shapes))}",
         **more,
     }
     helper.set_model_props(model, {"pillsnap": json.dumps(metadata)})
     onnx.save(model, path)
 
 
-def save_classifier(folder: Path) -> None:
+def save_classifier(folder: Path, embeddings: bool = False) -> None:
+    """With embeddings, the second output is the average colour of a crop, in any brightness."""
     nodes = [
         helper.make_node("GlobalAveragePool", ["images"], ["pooled"]),
         helper.make_node("Flatten", ["pooled"], ["average"]),
         helper.make_node("Gemm", ["average", "weights", "bias"], ["output"], transB=1),
     ]
     constants = {"weights": 60 * COLOURS, "bias": -30 * (COLOURS**2).sum(axis=1)}
-    save_model(folder / "classifier.onnx", "classifier", nodes, (["n", 3, 64, 64], ["n", 3]), constants)
+    if embeddings:
+        nodes.append(helper.make_node("LpNormalization", ["average"], ["embeddings"], axis=1))
+    shapes = (["n", 3, 64, 64], ["n", 3], *([["n", 3]] if embeddings else []))
+    save_model(folder / "classifier.onnx", "classifier", nodes, shapes, constants)
 
 
 def save_detector(folder: Path) -> None:
@@ -146,3 +156,28 @@ def huge_png() -> bytes:
     header = struct.pack(">IIBBBBB", 10_000, 10_001, 1, 0, 0, 0, 0)
     rows = zlib.compress(bytes(1251 * 10_001))
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def client_for(
+    folder: Path | None, keys: tuple[str, ...] = (RIGHT, ANOTHER), *settings: str, **more: object
+) -> TestClient:
+    environment = Environment(api_keys=keys, model_path=folder, cors_allow_origins=["https://pillsnap.co.kr"], **more)
+    return TestClient(
+        create_app(load_settings(CONFIG, settings or ["serve.requests_per_minute=0"]), environment),
+        raise_server_exceptions=False,
+    )
+
+
+def post_photo(client: TestClient, photo: bytes, query: str = "", headers: dict[str, str] = KEY) -> Response:
+    return client.post(f"/predict{query}", headers=headers, files={"image": ("photo.jpg", photo, "image/jpeg")})
+
+
+def check_error(response: Response, status: int, word: str = "") -> None:
+    """Check an error response: status, one sentence, a code, the request id, and no internals of the server."""
+    assert response.status_code == status, response.text
+    assert set(response.json()) == {"detail", "code", "request_id"} and response.headers.get_list("x-request-id") == [
+        response.json()["request_id"]
+    ]
+    assert response.json()["code"].replace("_", "").isalpha() and len(response.json()["request_id"]) == 32
+    detail = response.json()["detail"]
+    assert isinstance(detail, str) and word in detail and "Traceback" not in detail and len(detail.split()) > 1

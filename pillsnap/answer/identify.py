@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from time import perf_counter
 from typing import Any
 
@@ -22,11 +22,11 @@ from .shapes.masks import PillMask
 from ..errors import PillsnapError
 from ..runtime.boxes import Box
 from ..runtime.letterbox import letterbox, normalise
-from ..runtime.session import ModelError
+from ..runtime.session import ModelError, all_outputs
 
 # %% auto #0
-__all__ = ['PIPELINES', 'IdentifyError', 'Candidate', 'Pill', 'Identification', 'percent', 'is_grey', 'softmax', 'PillCrops',
-           'Identifier']
+__all__ = ['PIPELINES', 'IdentifyError', 'Candidate', 'Match', 'Pill', 'Identification', 'percent', 'is_grey', 'softmax',
+           'PillCrops', 'Identifier']
 
 # %% ../../nbs/answer/03_identify.ipynb #06c0ff0c
 class IdentifyError(PillsnapError):
@@ -47,6 +47,16 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class Match:
+    """A reference of the gallery that looks like a pill."""
+
+    drugs: tuple[Drug, ...]  # one, or several that look the same from this side
+    similarity: float  # cosine of the embeddings, -1 to 1
+    side: str  # of the reference: "front", "back", "" = not known
+    picture: bytes  # of the reference, a small JPEG
+
+
+@dataclass(frozen=True)
 class Pill:
     """One pill of a photo and its candidates."""
 
@@ -57,6 +67,8 @@ class Pill:
     # one, has found it.
     sure: bool
     imprint: str | None = None  # letters that were read on it; "" = none, None = it was not read
+    embedding: np.ndarray | None = field(default=None, compare=False, repr=False)  # (size,); None = not computed
+    matches: tuple[Match, ...] = ()  # of the gallery, most similar first; none where there is no gallery
 
     @property
     def drug(self) -> Drug:
@@ -188,6 +200,7 @@ class Identifier:
         self.classify = classify
         self.detect = detect
         self.rules = rules
+        self.with_embeddings = False  # compute them beside the logits, in the same pass
         # Looks at a pill that is not sure once more, in a larger crop; None = nobody does.
         self.refine: Callable[[Pill, np.ndarray], Pill] | None = None
         self.outline = outline
@@ -251,11 +264,11 @@ class Identifier:
     ) -> Identification:
         """Classify the cropped pills of a photo."""
         started = perf_counter()
-        probabilities = self._probabilities(crops.crops)
+        probabilities, embeddings = self._outputs(crops.crops)
         wanted = top_k if self.refine is None else max(top_k, _REFINED)
         pills = [
-            self._pill(box, score, row, wanted, crops.grey)
-            for box, score, row in zip(crops.boxes, crops.scores, probabilities, strict=True)
+            replace(self._pill(box, score, row, wanted, crops.grey), embedding=embedding)
+            for box, score, row, embedding in zip(crops.boxes, crops.scores, probabilities, embeddings, strict=True)
         ]
         places = self._places(pills, crops.pipeline)
         pills = [pills[place] for place in places]
@@ -375,23 +388,38 @@ class Identifier:
             crop[:] = without_background(crop, mask, box, self.rules.margin, (image.shape[1], image.shape[0]))
         return masks
 
-    def _probabilities(
+    def embed(
         self,
         crops: np.ndarray,  # RGB, uint8, (n, size, size, 3)
-    ) -> np.ndarray:  # probabilities, (n, classes)
-        classes = len(self.rules.class_map)
-        batches = [np.empty((0, classes), np.float32)]
-        for start in range(0, len(crops), _BATCH):
-            logits = np.asarray(
-                self.classify(normalise(crops[start : start + _BATCH], self.rules.mean, self.rules.std))
+    ) -> np.ndarray:  # float32, (n, embedding size), of length 1
+        """Compute the embeddings of crops; raises `ModelMismatch` for a classifier that has none."""
+        return np.concatenate([self._compute(batch, embeddings=True)[1] for batch in _batches(crops)])
+
+    def _outputs(
+        self,
+        crops: np.ndarray,  # RGB, uint8, (n, size, size, 3)
+    ) -> tuple[np.ndarray, Sequence[np.ndarray | None]]:  # probabilities, (n, classes); embeddings, if wanted
+        computed = [self._compute(batch, self.with_embeddings) for batch in _batches(crops)]
+        probabilities = [softmax(outputs[0]) for outputs in computed]
+        embeddings = [row for outputs in computed for row in outputs[1]] if self.with_embeddings else None
+        empty = np.empty((0, len(self.rules.class_map)), np.float32)
+        return np.concatenate([empty, *probabilities]), embeddings or [None] * len(crops)
+
+    def _compute(
+        self,
+        crops: np.ndarray,  # RGB, uint8, (n, size, size, 3)
+        embeddings: bool,  # give them too
+    ) -> tuple[np.ndarray, ...]:  # logits, and perhaps embeddings
+        pixels, classes = normalise(crops, self.rules.mean, self.rules.std), len(self.rules.class_map)
+        outputs = all_outputs(self.classify, pixels) if embeddings else (np.asarray(self.classify(pixels)),)
+        if outputs[0].shape[1:] != (classes,):
+            raise ModelMismatch(
+                f"The classifier answers for {outputs[0].shape[1:]} classes, the class map has {classes}: "
+                "use the model and the rules of the same run."
             )
-            if logits.shape[1:] != (classes,):
-                raise ModelMismatch(
-                    f"The classifier answers for {logits.shape[1:]} classes, the class map has {classes}: "
-                    "use the model and the rules of the same run."
-                )
-            batches.append(softmax(logits))
-        return np.concatenate(batches)
+        if embeddings and len(outputs) < 2:
+            raise ModelMismatch("The classifier gives no embeddings: train and export it with this version.")
+        return outputs
 
     def _pill(
         self,
@@ -411,6 +439,12 @@ class Identifier:
         return Pill(
             Box(*(round(float(value), 2) for value in box)), None if score is None else float(score), candidates, sure
         )
+
+
+def _batches(
+    crops: np.ndarray,  # (n, size, size, 3)
+) -> list[np.ndarray]:
+    return [crops[start : start + _BATCH] for start in range(0, len(crops), _BATCH)]
 
 
 def _select(

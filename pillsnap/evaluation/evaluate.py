@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,10 +35,12 @@ from pillsnap.metrics import (
     detection_metrics,
     match_boxes,
 )
+from ..models.classifier import as_arrays
 from ..runlog import decide
 from ..runs import read_run
 from ..runtime.boxes import Box
 from ..runtime.images import ImageError, decode_image
+from ..runtime.session import Network
 from ..training.checkpoint import CheckpointError, Trained, load_trained
 from ..training.device.hardware import choose_device, device_name
 
@@ -54,16 +56,15 @@ __all__ = ['logger', 'torch_forward', 'identifier_of', 'no_classifier', 'TruePho
 def torch_forward(
     network: nn.Module,  # classifier, or detector as `RawDetections`
     device: torch.device,  # where it runs
-) -> Callable[[np.ndarray], np.ndarray]:  # float32 batch -> float32 outputs
-    """Wrap a network as the plain function that `Identifier` calls."""
+) -> Network:
+    """Wrap a network as the function that `Identifier` calls."""
     network = network.to(device).eval()
 
-    def forward(batch: np.ndarray) -> np.ndarray:
+    def outputs(batch: np.ndarray) -> tuple[np.ndarray, ...]:
         with torch.inference_mode():
-            output: torch.Tensor = network(torch.from_numpy(np.ascontiguousarray(batch)).to(device))
-            return output.float().cpu().numpy()
+            return as_arrays(network(torch.from_numpy(np.ascontiguousarray(batch)).to(device)))
 
-    return forward
+    return Network(outputs)
 
 
 def identifier_of(

@@ -102,7 +102,9 @@ def synthetic_loss(
             torch.tensor([[0.5, 0.5, 0.3, 0.3]], device=device).repeat(count, 1),
             torch.arange(count, device=device),
         )
-    return functional.cross_entropy(network(images).float(), torch.zeros(count, dtype=torch.int64, device=device))
+    output = network(images)
+    logits = output[0] if isinstance(output, tuple) else output
+    return functional.cross_entropy(logits.float(), torch.zeros(count, dtype=torch.int64, device=device))
 
 
 def training_step(

@@ -18,9 +18,11 @@ from ..metrics import detection_metrics
 from ..runtime.boxes import iou_matrix
 from ..runtime.letterbox import normalise
 from ..runtime.postprocess import detections_from_output
+from ..runtime.session import all_outputs
 
 # %% auto #0
-__all__ = ['cover_classes', 'Samples', 'predict', 'compare_classifier', 'compare_detector', 'compare_segmenter', 'failures']
+__all__ = ['cover_classes', 'Samples', 'predict', 'compare_classifier', 'compare_embeddings', 'compare_detector',
+           'compare_segmenter', 'failures']
 
 # %% ../../nbs/export/04_compare.ipynb #e94e6de5
 def cover_classes(
@@ -48,13 +50,14 @@ class Samples:
 
 
 def predict(
-    forward: Callable[[np.ndarray], np.ndarray],  # float32 (n, 3, size, size) -> output
+    forward: Callable[[np.ndarray], np.ndarray],  # float32 (n, 3, size, size) -> output; perhaps with `outputs`
     samples: Samples,
     batch: int = 16,  # images computed at once
-) -> np.ndarray:  # float32, one row per image
-    """The output of a network for all images."""
+) -> tuple[np.ndarray, ...]:  # float32, one row per image
+    """The outputs of a network for all images: one, or a classifier's logits and embeddings."""
     batches = (samples.pixels[start : start + batch] for start in range(0, len(samples.pixels), batch))
-    return np.concatenate([forward(normalise(pixels, samples.mean, samples.std)) for pixels in batches])
+    computed = [all_outputs(forward, normalise(pixels, samples.mean, samples.std)) for pixels in batches]
+    return tuple(np.concatenate(output) for output in zip(*computed))
 
 
 def _worst(samples: Samples, values: np.ndarray, count: int = 4) -> list[dict[str, Any]]:
@@ -89,6 +92,15 @@ def compare_classifier(
         "images": len(expected),
         "worst": _worst(samples, squares),
     }
+
+# %% ../../nbs/export/04_compare.ipynb #50a4a2a6
+def compare_embeddings(
+    expected: np.ndarray,  # embeddings of the trained network, (n, size), of length 1
+    given: np.ndarray | None,  # of the file; None: it has none
+) -> dict[str, Any]:  # min_cosine, mean_cosine
+    """Cosine of each embedding with that of the trained network."""
+    cosines = np.zeros(len(expected)) if given is None else (expected * given).sum(axis=1)
+    return {"min_cosine": float(cosines.min()), "mean_cosine": float(cosines.mean())}
 
 # %% ../../nbs/export/04_compare.ipynb #ebf9ccee
 def compare_detector(
@@ -170,14 +182,17 @@ def failures(
 
 
 def _classifier_checks(metrics: dict[str, Any], export: Export, fewer_bits: bool) -> list[tuple[bool, str]]:
+    embeddings = _embedding_checks(metrics, export, fewer_bits) if "min_cosine" in metrics else []
     if fewer_bits:
         return [
+            *embeddings,
             (
                 metrics["top1_drop"] <= export.quantised_top1_drop,
                 f"the classifier's top-1 falls by {metrics['top1_drop']:.4f}, allowed is {export.quantised_top1_drop}",
-            )
+            ),
         ]
     return [
+        *embeddings,
         (
             metrics["mse"] <= export.classifier_mse,
             f"the classifier's logits differ by a mean square of {metrics['mse']:.2e}, "
@@ -187,6 +202,17 @@ def _classifier_checks(metrics: dict[str, Any], export: Export, fewer_bits: bool
             metrics["top1_match"] == 1.0,
             f"the classifier names another drug on {1 - metrics['top1_match']:.1%} of the crops",
         ),
+    ]
+
+
+def _embedding_checks(metrics: dict[str, Any], export: Export, fewer_bits: bool) -> list[tuple[bool, str]]:
+    kind, least = ("mean", export.quantised_cosine) if fewer_bits else ("min", export.embedding_cosine)
+    cosine = metrics[f"{kind}_cosine"]
+    return [
+        (
+            cosine >= least,
+            f"the classifier's embeddings have a {kind} cosine of {cosine:.4f}, at least {least} is wanted",
+        )
     ]
 
 

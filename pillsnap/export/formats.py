@@ -28,7 +28,7 @@ from pillsnap.export.torch_formats import (
     write_traced,
     write_weights,
 )
-from ..runtime.session import open_model
+from ..runtime.session import Network, open_model
 
 # %% auto #0
 __all__ = ['Opened', 'FORMATS', 'write_openvino', 'write_executorch', 'open_executorch', 'Format', 'check_formats']
@@ -65,7 +65,7 @@ def write_executorch(
 
 def open_executorch(
     path: Path,  # .pte file
-) -> tuple[Callable[[np.ndarray], np.ndarray], dict[str, Any]]:  # forward pass of a batch; metadata
+) -> tuple[Network, dict[str, Any]]:  # forward pass of a batch; metadata
     """Open a program for phones, which computes image by image; raises `ExportError` for a damaged file."""
     from executorch.runtime import Runtime
 
@@ -77,15 +77,14 @@ def open_executorch(
             f"{path} is damaged or no ExecuTorch program ({str(error).splitlines()[0]}): copy or export it again."
         ) from error
 
-    def compute(batch: np.ndarray) -> np.ndarray:
-        return np.concatenate(
-            [
-                forward.execute([torch.from_numpy(np.ascontiguousarray(image))])[0].numpy().copy()
-                for image in np.split(batch, len(batch))
-            ]
-        )
+    def outputs(batch: np.ndarray) -> tuple[np.ndarray, ...]:
+        computed = [
+            [tensor.numpy().copy() for tensor in forward.execute([torch.from_numpy(np.ascontiguousarray(image))])]
+            for image in np.split(batch, len(batch))
+        ]
+        return tuple(np.concatenate(output) for output in zip(*computed))
 
-    return compute, json.loads(metadata.execute([])[0])
+    return Network(outputs), json.loads(metadata.execute([])[0])
 
 # %% ../../nbs/export/03_formats.ipynb #217a4ecb
 Opened = tuple[Callable[[np.ndarray], np.ndarray], dict[str, Any]]  # forward pass of a batch; metadata

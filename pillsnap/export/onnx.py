@@ -19,6 +19,7 @@ from torch import nn
 
 from ..atomic import replacing
 from ..errors import PillsnapError
+from ..models.classifier import PillNetwork
 from ..models.detector import RawDetections, for_any_size, for_one_size
 
 # %% auto #0
@@ -34,7 +35,7 @@ class Source:
     """A trained network and what its files carry."""
 
     task: str  # classifier, detector or segmenter
-    network: nn.Module  # one tensor in, one tensor out; on the CPU, in evaluation mode
+    network: nn.Module  # one tensor in, one or two out; on the CPU, in evaluation mode
     size: int  # side of an image, pixels
     metadata: dict[str, Any]  # rules, name of the network, revisions
     opset: int = 17  # ONNX operator set
@@ -44,9 +45,11 @@ class Source:
     judge: Callable[[Path], list[str]] = field(default=lambda path: [])
 
     @property
-    def output(self) -> str:
-        """Name of the network's output."""
-        return {"classifier": "logits", "detector": "detections", "segmenter": "masks"}[self.task]
+    def outputs(self) -> list[str]:
+        """Names of the network's outputs."""
+        if isinstance(self.network, PillNetwork):
+            return ["logits", "embeddings"]
+        return [{"classifier": "logits", "detector": "detections", "segmenter": "masks"}[self.task]]
 
     def example(
         self,
@@ -83,7 +86,7 @@ def export_onnx(
     free = isinstance(network, RawDetections)
     axes = {
         "images": {0: "batch", **({2: "height", 3: "width"} if free else {})},
-        source.output: {0: "batch", **({2: "anchors"} if free else {})},
+        **{name: {0: "batch", **({2: "anchors"} if free else {})} for name in source.outputs},
     }
     with replacing(path) as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the older exporter warns on every call that it is deprecated
@@ -92,7 +95,7 @@ def export_onnx(
             (source.example(),),
             str(temporary),
             input_names=["images"],
-            output_names=[source.output],
+            output_names=source.outputs,
             opset_version=source.opset,
             dynamic_axes=axes,
             dynamo=False,

@@ -5,6 +5,7 @@
 # %% ../../nbs/export/06_report.ipynb #bf3496eb
 from __future__ import annotations
 
+import hashlib
 import platform
 import shutil
 import time
@@ -18,7 +19,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
+from ..answer.gallery.gallery_file import GALLERY_FILE, settle_gallery
 from ..answer.outlines import FADED, OUTLINE_MARGIN, SEGMENTER_FILE
 from ..answer.rules import Rules
 from ..atomic import sha256, write_json
@@ -26,7 +29,15 @@ from ..config.schema import Settings
 from ..data.manifest import Dataset
 from ..data.moved import dataset_of_run
 from ..evaluation.evaluate import torch_forward
-from .compare import Samples, compare_classifier, compare_detector, compare_segmenter, failures, predict
+from pillsnap.export.compare import (
+    Samples,
+    compare_classifier,
+    compare_detector,
+    compare_embeddings,
+    compare_segmenter,
+    failures,
+    predict,
+)
 from .formats import FORMATS, Opened, check_formats
 from .onnx import ExportError, Source
 from pillsnap.export.samples import (
@@ -49,7 +60,7 @@ from pillsnap.training.checkpoint import (
 )
 
 # %% auto #0
-__all__ = ['sources_of', 'Comparison', 'export_format', 'export_run', 'export_formats']
+__all__ = ['sources_of', 'weights_hash', 'Comparison', 'export_format', 'export_run', 'export_formats']
 
 # %% ../../nbs/export/06_report.ipynb #4ddd067c
 def sources_of(
@@ -89,6 +100,7 @@ def sources_of(
                 "model": trained.names[task],
                 "model_config": (trained.training["model_config"] or {}).get(task),
                 "param_count": sum(weight.numel() for weight in network.parameters()),
+                "weights_sha256": weights_hash(network),
                 **own.get(task, {}),
                 **common,
             },
@@ -97,6 +109,17 @@ def sources_of(
         )
         for task, network in trained.networks().items()
     }
+
+
+def weights_hash(
+    network: nn.Module,  # on the CPU
+) -> str:  # 64 hexadecimal digits
+    """Compute the SHA-256 of a network's tensors: what its embeddings depend on, in whatever format it is written."""
+    combined = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        combined.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        combined.update(tensor.detach().contiguous().cpu().numpy().tobytes())
+    return combined.hexdigest()
 
 # %% ../../nbs/export/06_report.ipynb #d83f7f78
 class Comparison:
@@ -110,7 +133,7 @@ class Comparison:
         settings: Settings,  # export is read
     ) -> None:
         self.source, self.samples, self.rules, self.settings = source, samples, rules, settings
-        self.expected = predict(torch_forward(source.network, torch.device("cpu")), samples)
+        self.expected, *self.embeddings = predict(torch_forward(source.network, torch.device("cpu")), samples)
 
     def metrics(
         self,
@@ -123,7 +146,10 @@ class Comparison:
             raise ExportError(
                 f"the file is of another class map ({classes}) than the network ({self.rules.class_map.hash})"
             )
-        given = predict(forward, self.samples)
+        given, *embeddings = predict(forward, self.samples)
+        if self.embeddings:
+            found = compare_embeddings(self.embeddings[0], embeddings[0] if embeddings else None)
+            return compare_classifier(self.expected, given, self.samples) | found
         if self.source.task == "classifier":
             return compare_classifier(self.expected, given, self.samples)
         if self.source.task == "segmenter":
@@ -271,7 +297,8 @@ def export_formats(
         )
     samples = {task: _samples_of(task, trained, dataset, settings, wide) for task in trained.networks()}
     found: dict[str, dict[str, Any]] = {name: {} for name in names}
-    for task, source in sources_of(trained, dataset, settings).items():
+    sources = sources_of(trained, dataset, settings)
+    for task, source in sources.items():
         comparison = Comparison(source, samples[task], trained.rules, settings)
         for name in names:
             found[name][task] = export_format(name, comparison, folder)
@@ -287,6 +314,7 @@ def export_formats(
         "passed": not reasons,
         "failures": reasons,
         "networks": list(samples),
+        "weights_sha256": {task: source.metadata["weights_sha256"] for task, source in sources.items()},
         "formats": found,
         "opset": settings.export.opset,
         "compare": "quantised_images" if wide else settings.export.compare,
@@ -329,6 +357,9 @@ def _release(report: dict[str, Any], work: Path, target: Path) -> dict[str, Any]
     if target.exists():
         target.rename(before)
     work.rename(target)
+    if (before / GALLERY_FILE).is_file():
+        shutil.copyfile(before / GALLERY_FILE, target / GALLERY_FILE)
+        settle_gallery(target, report["weights_sha256"].get("classifier", ""))
     shutil.rmtree(before, ignore_errors=True)
     if rejected:
         aside.rename(work)

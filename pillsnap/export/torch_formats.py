@@ -9,22 +9,23 @@ import copy
 import json
 import warnings
 import zipfile
-from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
+from torch import nn
 
 from ..atomic import replacing, write_json
 from ..evaluation.evaluate import torch_forward
 from .onnx import ExportError, Source, traceable
+from ..models.classifier import PillNetwork, as_arrays
 from ..models.detector import RawDetections, detector_network
+from ..runtime.session import Network
 
 # %% auto #0
 __all__ = ['write_traced', 'write_scripted', 'open_script', 'write_program', 'open_program', 'write_weights', 'open_weights']
@@ -72,7 +73,7 @@ def _save_script(script: torch.jit.ScriptModule, source: Source, path: Path) -> 
 
 def open_script(
     path: Path,  # from `write_traced` or `write_scripted`
-) -> tuple[Callable[[np.ndarray], np.ndarray], dict[str, Any]]:  # forward pass of a batch; metadata
+) -> tuple[Network, dict[str, Any]]:  # forward pass of a batch; metadata
     """Open TorchScript; raises `ExportError` for a damaged file."""
     extra = {_METADATA: ""}
     with warnings.catch_warnings():
@@ -101,7 +102,7 @@ def write_program(
 
 def open_program(
     path: Path,  # from `write_program`
-) -> tuple[Callable[[np.ndarray], np.ndarray], dict[str, Any]]:  # forward pass of a batch; metadata
+) -> tuple[Network, dict[str, Any]]:  # forward pass of a batch; metadata
     """Open a program of `torch.export`; raises `ExportError` for a damaged file."""
     extra = {_METADATA: ""}
     if not zipfile.is_zipfile(path):  # torch would log a traceback
@@ -114,12 +115,11 @@ def open_program(
             f"{path} is damaged or no program of torch.export ({type(error).__name__}): copy or export it again."
         ) from error
 
-    def forward(batch: np.ndarray) -> np.ndarray:
+    def outputs(batch: np.ndarray) -> tuple[np.ndarray, ...]:
         with torch.inference_mode():
-            output: np.ndarray = module(torch.from_numpy(np.ascontiguousarray(batch))).float().numpy()
-        return output
+            return as_arrays(module(torch.from_numpy(np.ascontiguousarray(batch))))
 
-    return forward, json.loads(extra[_METADATA] or "{}")
+    return Network(outputs), json.loads(extra[_METADATA] or "{}")
 
 # %% ../../nbs/export/01_torch_formats.ipynb #4d78ba71
 def write_weights(
@@ -142,15 +142,17 @@ def write_weights(
 
 def open_weights(
     path: Path,  # from `write_weights`
-) -> tuple[Callable[[np.ndarray], np.ndarray], dict[str, Any]]:  # forward pass of a batch; metadata
+) -> tuple[Network, dict[str, Any]]:  # forward pass of a batch; metadata
     """Build the network and load its weights; raises `ExportError` for a damaged file or other weights."""
     try:
         with safe_open(str(path), "pt") as file:
             metadata = json.loads((file.metadata() or {}).get("pillsnap", "{}"))
-        if metadata["task"] == "classifier":
-            network = timm.create_model(metadata["model"], num_classes=len(metadata["rules"]["class_map"]["drugs"]))
-        else:
-            network = RawDetections(detector_network(metadata["model"]))
+            network: nn.Module
+            if metadata["task"] == "classifier":
+                classes, size = len(metadata["rules"]["class_map"]["drugs"]), file.get_slice("embedding.weight")
+                network = PillNetwork(metadata["model"], classes, size.get_shape()[0])
+            else:
+                network = RawDetections(detector_network(metadata["model"]))
         load_model(network, str(path))
     except (SafetensorError, KeyError, ValueError, RuntimeError, OSError) as error:
         raise ExportError(

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import IO, Any
 
 import pillsnap
-from ..answer.factory import load_identifier
+from ..answer.gallery.gallery_file import GALLERY_FILE
+from ..answer.gallery.recognise import open_identifier
 from ..answer.outlines import SEGMENTER_FILE
 from ..answer.quality.judge import QUALITY_FILE, find_judge
 from ..atomic import made_folder, replacing, sha256
@@ -44,10 +45,10 @@ def release_files(
     models: Path,  # folder with classifier.onnx, and perhaps quality.onnx
     config: Path | None,  # config.yaml; None = the defaults are served
 ) -> dict[str, Path]:  # name in the archive -> file
-    """Files that serving opens, the report of the export, and the settings."""
+    """Files that serving opens, the gallery among them, the report of the export, and the settings."""
     endings = sorted({engine.ending for engine in ENGINES.values()})
     networks = [f"{task}.{ending}" for task in TASKS for ending in endings]
-    names = [*networks, SEGMENTER_FILE, QUALITY_FILE, ENGINE_FILE, "export_report.json"]
+    names = [*networks, SEGMENTER_FILE, QUALITY_FILE, GALLERY_FILE, ENGINE_FILE, "export_report.json"]
     files = {f"models/{name}": Path(models) / name for name in names if (Path(models) / name).is_file()}
     return files | ({"config.yaml": Path(config)} if config else {})
 
@@ -65,7 +66,7 @@ def make_archive(
     """
     if os.path.lexists(path):
         raise ArchiveError(f"{path} exists already and is not overwritten: name another file, or remove it first.")
-    rules = load_identifier(Path(models), 1, DEFAULT_ENGINE).rules
+    rules = open_identifier(Path(models), 1, DEFAULT_ENGINE).rules
     find_judge(models)  # raises for one that can't be opened
     files = release_files(models, config)
     manifest: dict[str, Any] = {
@@ -221,7 +222,7 @@ def restore_archive(
     ):
         trial = Path(name) / "release"
         manifest = check_archive(path, trial)
-        load_identifier(trial / "models", 1, DEFAULT_ENGINE)
+        open_identifier(trial / "models", 1, DEFAULT_ENGINE)
         find_judge(trial / "models")
         text = json.dumps(manifest, ensure_ascii=False, indent=2) + "\n"
         (trial / MANIFEST).write_text(text, encoding="utf-8")

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from ..answer.factory import load_identifier
+from ..answer.gallery.gallery_file import GALLERY_FILE, settle_gallery
+from ..answer.gallery.recognise import open_identifier
 from ..answer.outlines import SEGMENTER_FILE
 from ..answer.quality.judge import QUALITY_FILE, find_judge
 from ..atomic import replacing
@@ -63,6 +64,9 @@ def run_files(
         "config.yaml": Path(run) / "config.yaml",
         "report.json": report,
     }
+    gallery = Path(run) / "export" / GALLERY_FILE
+    if task == "classifier" and gallery.is_file():
+        files[GALLERY_FILE] = gallery
     return files | ({"last.pt": Path(run) / "last.pt"} if resumable else {})
 
 
@@ -104,7 +108,8 @@ def files_to_push(
 # %% ../../nbs/registry/03_release.ipynb #fc0a3e3b
 def pull_models(
     store: ModelStore,
-    folder: Path,  # gets classifier.onnx, detector.onnx, and quality.onnx where one is promoted or numbered
+    # gets classifier.onnx, detector.onnx, quality.onnx where one is promoted or numbered, and the classifier's gallery
+    folder: Path,
     cache: Path,  # folder that keeps pulled versions
     numbers: Mapping[str, int],  # task -> version; a missing task gets the promoted one
 ) -> dict[str, int]:  # task -> version in the folder
@@ -115,18 +120,22 @@ def pull_models(
     chosen = {task: numbers.get(task) or promoted(store, task) for task in STORED}
     if chosen[QUALITY] is None:
         del chosen[QUALITY]  # photos are not judged
-    pulled = {task: pull(store, task, number, cache) / "model.onnx" for task, number in chosen.items()}
+    folders = {task: pull(store, task, number, cache) for task, number in chosen.items()}
+    pulled = {f"{task}.onnx": versions / "model.onnx" for task, versions in folders.items()}
+    gallery = folders["classifier"] / GALLERY_FILE
+    tried = pulled | ({GALLERY_FILE: gallery} if gallery.is_file() else {})
+    if (segmenter := Path(folder) / SEGMENTER_FILE).is_file():
+        tried[SEGMENTER_FILE] = segmenter
     Path(cache).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="trial-", dir=cache) as trial:
-        for task, path in pulled.items():
-            (Path(trial) / f"{task}.onnx").symlink_to(path.resolve())
-        if (segmenter := Path(folder) / SEGMENTER_FILE).is_file():
-            (Path(trial) / SEGMENTER_FILE).symlink_to(segmenter.resolve())
-        load_identifier(Path(trial))
+        for name, path in tried.items():
+            (Path(trial) / name).symlink_to(path.resolve())
+        metadata = getattr(open_identifier(Path(trial)).classify, "metadata", {})
         find_judge(Path(trial))
     with ExitStack() as stack:  # all are written before the first takes its place
-        for task, path in pulled.items():
-            shutil.copyfile(path, stack.enter_context(replacing(Path(folder) / f"{task}.onnx")))
+        for name, path in pulled.items():
+            shutil.copyfile(path, stack.enter_context(replacing(Path(folder) / name)))
+    settle_gallery(folder, metadata.get("weights_sha256", ""), tried.get(GALLERY_FILE))
     return {task: number for task, number in chosen.items() if number}
 
 # %% ../../nbs/registry/03_release.ipynb #154498a2

@@ -52,13 +52,20 @@ class OpenVinoModel:
         self,
         batch: np.ndarray,  # float32, of the model's input shape
     ) -> np.ndarray:  # first output, float32
-        """Compute one batch; raises `ModelError` for a batch that does not fit the model."""
+        """Compute the first output of a batch; raises `ModelError` for a batch that does not fit the model."""
+        return self.outputs(batch)[0]
+
+    def outputs(
+        self,
+        batch: np.ndarray,  # float32, of the model's input shape
+    ) -> tuple[np.ndarray, ...]:  # float32
+        """Compute all outputs of a batch in one pass; raises `ModelError` as a call does."""
         try:
             request = self._idle.pop()
         except IndexError:
             request = self._compiled.create_infer_request()
         try:
-            output: np.ndarray = request.infer([batch], share_inputs=True)[0]
+            outputs = tuple(request.infer([batch], share_inputs=True).values())
         except RuntimeError as error:
             raise ModelError(
                 f"{self.path} cannot compute a batch of {batch.dtype} {batch.shape}, its input is "
@@ -69,7 +76,7 @@ class OpenVinoModel:
         if self._weights is not None and batch.shape not in self._known:
             self._known.add(batch.shape)
             self._weights.madvise(mmap.MADV_DONTNEED)
-        return output
+        return outputs
 
 
 def open_openvino(

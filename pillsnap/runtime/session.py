@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,7 +23,7 @@ from ..errors import PillsnapError
 
 # %% auto #0
 __all__ = ['TENSORRT', 'CUDA', 'CPU', 'METADATA_KEY', 'ModelError', 'ModelMissing', 'cuda_devices', 'available_providers',
-           'choose_providers', 'OnnxModel', 'read_metadata', 'open_model']
+           'choose_providers', 'OnnxModel', 'read_metadata', 'open_model', 'Network', 'all_outputs']
 
 # %% ../../nbs/runtime/05_session.ipynb #d7c1bf28
 class ModelError(PillsnapError):
@@ -115,16 +117,25 @@ class OnnxModel:
         self.output_shape: tuple[int | str | None, ...] = tuple(session.get_outputs()[0].shape)
         self._session = session
         self._input = session.get_inputs()[0].name
-        self._outputs = [session.get_outputs()[0].name]
+        self._names = [output.name for output in session.get_outputs()]
 
     def __call__(
         self,
         batch: np.ndarray,  # float32, of the model's input shape
     ) -> np.ndarray:  # first output, float32
-        """Compute one batch; raises `ModelError` for a batch that does not fit the model."""
+        """Compute the first output of a batch; raises `ModelError` for a batch that does not fit the model."""
+        return self._run(self._names[:1], batch)[0]
+
+    def outputs(
+        self,
+        batch: np.ndarray,  # float32, of the model's input shape
+    ) -> tuple[np.ndarray, ...]:  # float32
+        """Compute all outputs of a batch in one pass; raises `ModelError` as a call does."""
+        return self._run(self._names, batch)
+
+    def _run(self, names: list[str], batch: np.ndarray) -> tuple[np.ndarray, ...]:
         try:
-            output: np.ndarray = self._session.run(self._outputs, {self._input: batch})[0]
-            return output
+            return tuple(self._session.run(names, {self._input: batch}))
         except _runtime_errors() as error:
             raise ModelError(
                 f"{self.path} cannot compute a batch of {batch.dtype} {batch.shape}, its input is "
@@ -212,3 +223,26 @@ def _why_not_opened(path: Path, error: Exception) -> str:
             "install one, or export the model with export.opset=17."
         )
     return f"{path} cannot be opened, it is damaged or no ONNX model ({text}): copy or export it again."
+
+# %% ../../nbs/runtime/05_session.ipynb #9e70109e
+@dataclass(frozen=True)
+class Network:
+    """A function with one or several outputs, which is called as an open model is."""
+
+    outputs: Callable[[np.ndarray], tuple[np.ndarray, ...]]  # float32 batch -> all outputs of one pass
+
+    def __call__(
+        self,
+        batch: np.ndarray,  # float32
+    ) -> np.ndarray:  # first output
+        """Compute the first output of a batch."""
+        return self.outputs(batch)[0]
+
+
+def all_outputs(
+    network: Callable[[np.ndarray], np.ndarray],  # an open model, a `Network` or a plain function
+    batch: np.ndarray,  # float32
+) -> tuple[np.ndarray, ...]:  # one for a plain function
+    """Compute all outputs of a network in one pass."""
+    outputs = getattr(network, "outputs", None)
+    return tuple(outputs(batch)) if outputs else (network(batch),)

@@ -5,6 +5,7 @@
 # %% ../../nbs/service/01_schemas.ipynb #7c6ec209
 from __future__ import annotations
 
+import base64
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -17,8 +18,9 @@ from ..answer.quality.judge import Judge, Verdict
 
 # %% auto #0
 __all__ = ['NOTICE', 'DrugResponse', 'drug_response', 'ExpectedDrug', 'MatchedPill', 'DoubtfulPill', 'PrescriptionResponse',
-           'BoxResponse', 'CandidateResponse', 'SizeResponse', 'PillResponse', 'PhotoResponse', 'HintResponse',
-           'ReasonResponse', 'QualityResponse', 'ModelResponse', 'Prediction', 'model_response', 'prediction_response']
+           'BoxResponse', 'CandidateResponse', 'SizeResponse', 'MatchResponse', 'PillResponse', 'PhotoResponse',
+           'HintResponse', 'ReasonResponse', 'QualityResponse', 'ModelResponse', 'Prediction', 'model_response',
+           'prediction_response']
 
 # %% ../../nbs/service/01_schemas.ipynb #7f5180f5
 NOTICE = (
@@ -106,6 +108,15 @@ class SizeResponse(BaseModel):
     width: float = Field(examples=[7.0])
 
 
+class MatchResponse(BaseModel):
+    """A reference of the gallery that looks like a pill."""
+
+    drugs: list[DrugResponse] = Field(description="one, or several that look the same from this side")
+    similarity: float = Field(description="cosine of the embeddings, -1 to 1", examples=[0.87])
+    side: str | None = Field(description="of the reference: front, back, null = not known", examples=["front"])
+    picture: str = Field(description="the reference, a small JPEG as a data: address")
+
+
 class PillResponse(CandidateResponse):
     """One pill: its box, its drug and the other candidates."""
 
@@ -123,6 +134,9 @@ class PillResponse(CandidateResponse):
     )
     candidates: list[CandidateResponse] = Field(
         description="best first, as many as top_k asks for; the answer is the first of them"
+    )
+    matches: list[MatchResponse] = Field(
+        default=[], description="only with a gallery: the appearances in it that look most like the pill, best first"
     )
     outline: list[list[float]] = Field(
         default=[],
@@ -260,13 +274,23 @@ def model_response(
 
 def _pill_response(pill: Pill) -> dict[str, Any]:
     candidates = [drug_response(candidate.drug) | {"confidence": candidate.confidence} for candidate in pill.candidates]
-    return candidates[0] | {
+    matches = [
+        {
+            "drugs": [drug_response(drug) for drug in match.drugs],
+            "similarity": match.similarity,
+            "side": match.side or None,
+            "picture": f"data:image/jpeg;base64,{base64.b64encode(match.picture).decode()}",
+        }
+        for match in pill.matches
+    ]
+    answer = {
         "box": pill.box._asdict(),
         "box_confidence": pill.box_confidence,
         "sure": pill.sure,
         "imprint": pill.imprint,
         "candidates": candidates,
     }
+    return candidates[0] | answer | ({"matches": matches} if matches else {})
 
 
 def prediction_response(

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import timm
 import torch
 import yaml
 from torch import nn
@@ -30,6 +29,7 @@ from ..config.load import settings_as_yaml
 from ..config.schema import Settings, SettingsError
 from ..errors import PillsnapError
 from ..masks.network import segmenter_network
+from ..models.classifier import PillNetwork
 from ..models.detector import RawDetections, detector_network
 from ..provenance import git_revision
 from ..runlog import RunLog, decide
@@ -163,13 +163,15 @@ class Trained:
             self.segmenter = segmenter_network(self.names["segmenter"]).eval()
             self.segmenter.load_state_dict(content["segmenter"])
         if "detector" in content:
-            network = detector_network(self.names["detector"]).eval()
-            network.load_state_dict(content["detector"])
-            self.detector = RawDetections(network).eval()
+            detector = detector_network(self.names["detector"]).eval()
+            detector.load_state_dict(content["detector"])
+            self.detector = RawDetections(detector).eval()
         if "classifier" in content or (self.detector is None and self.segmenter is None):
-            classifier = timm.create_model(self.names["classifier"], num_classes=len(self.rules.class_map)).eval()
-            classifier.load_state_dict(content["classifier"])
-            self.classifier = classifier
+            state = content["classifier"]
+            size = len(state["embedding.weight"])
+            network = PillNetwork(self.names["classifier"], len(self.rules.class_map), size).eval()
+            network.load_state_dict(state)
+            self.classifier = network
 
     @property
     def outline_size(self) -> int:
@@ -259,10 +261,15 @@ def model_config(
     settings: Settings,  # model is read
     classes: int,  # drugs of the class map
 ) -> dict[str, dict[str, Any]]:  # of all networks
-    """What it takes to build the networks again and to feed them: name, input size in pixels, number of classes."""
+    """What it takes to build the networks again and to feed them: name, input size in pixels, sizes of the outputs."""
     classifier, detector, segmenter = settings.model.classifier, settings.model.detector, settings.model.segmenter
     return {
-        "classifier": {"name": classifier.name, "input_size": classifier.image_size, "num_classes": classes},
+        "classifier": {
+            "name": classifier.name,
+            "input_size": classifier.image_size,
+            "num_classes": classes,
+            "embedding_size": classifier.embedding_size,
+        },
         "detector": {"name": detector.name, "input_size": detector.image_size, "num_classes": 1},
         "segmenter": {"name": segmenter.name, "input_size": segmenter.image_size, "num_classes": 1},
     }

@@ -30,6 +30,7 @@ from ..data.moved import dataset_of_run, follow_data
 from ..data.parts import check_parts
 from ..data.readers.layouts import check_layout
 from ..data.samples import background_of
+from ..models.embedding_losses import EMBEDDING_LOSSES
 from ..provenance import git_revision
 from ..runlog import LOGGER, RunLog, decide, open_run
 from ..sample.write import write_sample
@@ -99,6 +100,7 @@ def check_choices(
     background_of(settings)
     pick(LOSSES, chosen.loss, "train.classifier.loss")
     pick(CLASS_WEIGHTS, chosen.class_weights, "train.classifier.class_weights")
+    pick(EMBEDDING_LOSSES, chosen.embedding_loss, "train.classifier.embedding_loss")
 
 
 def train(

@@ -22,7 +22,7 @@ from ..data.cache.budget import Budget, reads_per_byte
 from ..data.samples import Samples, background_of, classifier_samples, detector_samples, networks_of
 from ..masks.mask_samples import segmenter_samples
 from ..masks.network import build_segmenter
-from ..models.classifier import build_classifier, normalisation
+from ..models.classifier import PillNetwork, build_classifier, normalisation
 from ..models.detector import build_detector
 from ..runlog import decide
 from .checkpoint import CheckpointError, earlier_weights
@@ -94,11 +94,12 @@ def build_networks(
             len(dataset.class_map),
             names.pretrained and "classifier" not in (earlier or {}),
             names.drop_rate,
+            names.embedding_size,
         )
     for name, network in networks.items():
         if earlier and name in earlier and settings.train.start_from is not None:
             same_drugs = Rules.from_json(earlier["rules"]).class_map.hash == dataset.class_map.hash
-            last_layer = cast(Any, network).get_classifier() if name == "classifier" and not same_drugs else None
+            last_layer = cast(PillNetwork, network).logits if name == "classifier" and not same_drugs else None
             _load_earlier_weights(network, earlier[name], name, settings.train.start_from, last_layer)
         checkpoint_gradients(network, settings.train.grad_checkpointing, name)
         networks[name] = network.to(hardware.device)

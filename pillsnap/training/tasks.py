@@ -15,7 +15,8 @@ import torch
 from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 
-from ..config.schema import ClassifierTraining, DetectorTraining, SegmenterTraining, Settings
+from ..config.schema import Settings
+from ..config.training import ClassifierTraining, DetectorTraining, SegmenterTraining
 from ..data.batches import Batch, in_order
 from ..data.loaders import decoding_process_died, make_loader, received
 from ..data.samples import Samples

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from .pills import Embed, frozen_network
 from .retrieval import ask
 from .speed import bake_difference, correction_times, look, pillow_times
 from ..errors import BenchError
+from ..options import add_photos, benchmark_parser, folders_of
 from ..report import goal, goal_lines, report_head, run_benchmark, spread
 from ..serving.main import bench_serve
 from ..serving.main import parse as serving_options
@@ -48,21 +49,15 @@ def parse(
     argv: Sequence[str] | None = None,  # words of the command line; None: those of this process
 ) -> Namespace:
     """The options of a run."""
-    parser = ArgumentParser(
-        prog="python -m pillsnap.bench.color.main", description="Measure corrections of colour.", allow_abbrev=False
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, for example color.min_steps=500")
-    parser.add_argument("--data", action="append", default=[], metavar="NAME=DIR", help="dataset with boxes and drugs")
-    parser.add_argument("--studio", type=Path, metavar="ZIP", help="studio photos, DRUG/front.jpg and DRUG/back.jpg")
-    parser.add_argument("--phone", type=Path, metavar="DIR", help="phone photos of the same drugs, DRUG/1_front.jpg")
+    text = "settings, for example color.min_steps=500"
+    parser = benchmark_parser("color", "Measure corrections of colour.", "color.json", text)
+    add_photos(parser, "studio photos, DRUG/front.jpg and DRUG/back.jpg")
     parser.add_argument(
         "--fit", action="store_true", help="learn the numbers of the learned rule anew, and report them"
     )
     parser.add_argument(
         "--run", type=Path, metavar="DIR", help="run folder with export/, whose service is timed with the learned rule"
     )
-    parser.add_argument("--draws", type=int, default=20, metavar="N", help="galleries that are drawn (default: 20)")
-    parser.add_argument("--out", type=Path, default=Path("runs/bench"), metavar="DIR", help="gets color.json")
     return parser.parse_args(argv)
 
 # %% ../../../nbs/bench/color/08_main.ipynb #58b74b7f
@@ -186,10 +181,7 @@ def measure(
     options: Namespace,  # from `parse`
 ) -> dict[str, Any]:  # the report, also written to color.json
     """Run the benchmark; raises `BenchError` for options that can't be used."""
-    began, out = time.monotonic(), Path(options.out)
-    folders = {name: Path(folder) for name, _, folder in (text.partition("=") for text in options.data)}
-    if not all(name and str(folder) != "." and folder.is_dir() for name, folder in folders.items()):
-        raise BenchError("--data takes NAME=DIR with a folder that is there.")
+    began, out, folders = time.monotonic(), Path(options.out), folders_of(options)
     if options.fit and not folders:
         raise BenchError("--fit needs --data, the photos to learn from.")
     if options.phone and not options.studio:

@@ -41,7 +41,7 @@ def frozen_network(
         for start in range(0, len(crops), _BATCH):
             part = normalise(np.stack(crops[start : start + _BATCH]), mean, std)
             with torch.inference_mode():
-                maps = network.forward_features(torch.from_numpy(part))  # type: ignore[operator]
+                maps = network.body.forward_features(torch.from_numpy(part))  # type: ignore[operator]
             found.append(torch.nn.functional.normalize(maps.mean(dim=(2, 3)), dim=1).numpy())
         return np.concatenate(found)
 

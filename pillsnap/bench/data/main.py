@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +20,7 @@ import psutil
 
 from ...atomic import write_json
 from .labels import measure_scan, memory_folder, synthetic_labels
+from ..options import benchmark_parser
 from ..report import goal_lines, ratio_goals, report_head, run_benchmark
 from ...runlog import setup_logging
 
@@ -35,8 +36,8 @@ def parse(
 ) -> Namespace:
     """The options of a run."""
     cores = len(os.sched_getaffinity(0))
-    parser = ArgumentParser(
-        prog="python -m pillsnap.bench.data.main", description="Measure how fast photos and labels reach the training."
+    parser = benchmark_parser(
+        "data", "Measure how fast photos and labels reach the training.", "data.json, and keeps the photos"
     )
     parser.add_argument(
         "--photos",
@@ -49,13 +50,6 @@ def parse(
         type=int,
         default=1_000_000,
         help="label files, made in memory and removed again, about 9 kB each (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("runs/bench"),
-        metavar="DIR",
-        help="gets data.json, and keeps the photos (default: %(default)s)",
     )
     parser.add_argument("--rounds", type=int, default=5, help="times that every contender runs (default: %(default)s)")
     parser.add_argument(

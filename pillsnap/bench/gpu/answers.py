@@ -5,7 +5,7 @@
 # %% ../../../nbs/bench/gpu/05_answers.ipynb #694d8e62
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,10 @@ from .ways import CLASSES, named_hardware, random_network, settings_of_way
 from ..report import goal
 from ...config.schema import Settings
 from ...evaluation.request_timing import Timings, percentiles, take_turn, throughput
-from ...models.classifier import normalisation
+from ...models.classifier import as_arrays, normalisation
 from ...models.detector import RawDetections
 from ...runtime.engines import ENGINES
-from ...runtime.session import available_providers
+from ...runtime.session import Network, available_providers
 from ...training.device.hardware import Hardware
 
 # %% auto #0
@@ -68,16 +68,14 @@ def random_rules(
 def device_forward(
     network: nn.Module,  # on its device, in evaluation mode
     hardware: Hardware,  # device, number format and memory format
-) -> Callable[[np.ndarray], np.ndarray]:  # float32 batch -> float32 outputs
+) -> Network:
     """A network as the function that `Identifier` calls."""
 
-    def forward(batch: np.ndarray) -> np.ndarray:
+    def outputs(batch: np.ndarray) -> tuple[np.ndarray, ...]:
         with torch.inference_mode(), hardware.autocast():
-            images = hardware.to_device(torch.from_numpy(np.ascontiguousarray(batch)))
-            output: np.ndarray = network(images).float().cpu().numpy()
-        return output
+            return as_arrays(network(hardware.to_device(torch.from_numpy(np.ascontiguousarray(batch)))))
 
-    return forward
+    return Network(outputs)
 
 
 def random_networks(

@@ -48,7 +48,7 @@ def cut_crop(
     cover = crop_cover(mask, crop_window(box, _MARGIN, *photo), photo, _SIDE)
     return remove_background(crop_pill(image, box, _MARGIN, _SIDE), cover)
 
-
+# %% ../../../nbs/bench/masks/03_cutouts.ipynb #cffed13b
 def described_without(
     photos: Sequence[PillPhoto],
     outliner: Outliner,

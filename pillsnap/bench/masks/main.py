@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,13 @@ from ...atomic import write_json
 from ..color.differences import phone_pairs
 from ..color.lights import AS_IS
 from ..color.pills import frozen_network
-from ..errors import BenchError
 from .cutouts import WITH, WITHOUT, ask_both, phones_both
 from .measures import against_boxes, crop_times, interval, pipeline_map, separated
-from .networks import DETECTOR, SEGMENTER, open_detector, trained
+from .networks import DETECTOR, SEGMENTER, open_detector
 from .sizes import measure_sizes
 from .truth import COUNTS, SAMPLED, touching_pairs, write_truth
+from ..networks import trained_network
+from ..options import add_photos, benchmark_parser, folders_of
 from ..report import goal, goal_lines, report_head, run_benchmark, spread
 from ...color.data.pills import read_photos
 from ...config.load import load_settings
@@ -42,8 +43,8 @@ from ...sample.plan import plan_sample
 from ...training.run import data_root
 
 # %% auto #0
-__all__ = ['PACKAGES', 'parse', 'folders_of', 'network', 'measure_sample', 'measure_composed', 'measure_boxes',
-           'measure_galleries', 'measure_phones', 'measure_rendered_sizes', 'measure_time', 'measure', 'table', 'main']
+__all__ = ['PACKAGES', 'parse', 'network', 'measure_sample', 'measure_composed', 'measure_boxes', 'measure_galleries',
+           'measure_phones', 'measure_rendered_sizes', 'measure_time', 'measure', 'table', 'main']
 
 # %% ../../../nbs/bench/masks/06_main.ipynb #5fc3cc50
 PACKAGES = (
@@ -60,29 +61,12 @@ def parse(
     argv: Sequence[str] | None = None,  # words of the command line; None: those of this process
 ) -> Namespace:
     """The options of a run."""
-    parser = ArgumentParser(
-        prog="python -m pillsnap.bench.masks.main", description="Measure outlines of pills.", allow_abbrev=False
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the training")
-    parser.add_argument("--data", action="append", default=[], metavar="NAME=DIR", help="dataset with boxes and drugs")
-    parser.add_argument("--studio", type=Path, required=True, metavar="ZIP", help="pills on black, DRUG/front.jpg")
-    parser.add_argument("--phone", type=Path, metavar="DIR", help="phone photos of the same drugs, DRUG/1_front.jpg")
+    parser = benchmark_parser("masks", "Measure outlines of pills.", "masks.json", "settings of the training")
+    add_photos(parser, "pills on black, DRUG/front.jpg", studio_needed=True)
     parser.add_argument("--sample", type=Path, metavar="DIR", help="dataset with masks (default: the embedded sample)")
     parser.add_argument("--detector", type=Path, metavar="DIR", help="with detector.onnx of the sample; none: trained")
-    parser.add_argument("--draws", type=int, default=20, metavar="N", help="galleries that are drawn (default: 20)")
     parser.add_argument("--pairs", type=int, default=150, metavar="N", help="touching pairs (default: 150)")
-    parser.add_argument("--out", type=Path, default=Path("runs/bench"), metavar="DIR", help="gets masks.json")
     return parser.parse_args(argv)
-
-
-def folders_of(
-    options: Namespace,  # from `parse`
-) -> dict[str, Path]:  # datasets by name
-    """The datasets; raises `BenchError` for options that can't be used."""
-    folders = {name: Path(folder) for name, _, folder in (text.partition("=") for text in options.data)}
-    if not folders or not all(name and str(folder) != "." and folder.is_dir() for name, folder in folders.items()):
-        raise BenchError("--data takes NAME=DIR with a folder that is there, and has to be given once or more.")
-    return folders
 
 # %% ../../../nbs/bench/masks/06_main.ipynb #8ff62ccd
 def network(
@@ -96,7 +80,7 @@ def network(
     folder = options.out / "masks"
     truth = write_truth(parts, rows.filter(pl.col("split") == "train"), folder / "truth", counts, sampled)
     return load_outliner(
-        trained(folder / "segmenter", SEGMENTER, truth, options.overrides) / "segmenter.onnx", threads=0
+        trained_network(folder / "segmenter", SEGMENTER, truth, options.overrides) / "segmenter.onnx", threads=0
     )
 
 # %% ../../../nbs/bench/masks/06_main.ipynb #779669e5
@@ -197,7 +181,7 @@ def measure_phones(
     gain = shares[WITHOUT][f"top{_TOP}"] - shares[WITH][f"top{_TOP}"]
     return [goal("phone_cutout_gain", round(gain, 4), at_least=_PHONE_GAIN, n=len(ranks[WITH]))], {"phones": shares}
 
-
+# %% ../../../nbs/bench/masks/06_main.ipynb #acf339cc
 def measure_rendered_sizes(
     outliner: Outliner,
     root: Path,  # of the sample
@@ -229,14 +213,14 @@ def measure(
     sampled: int = SAMPLED,  # photos of the sample to learn from, at most
 ) -> dict[str, Any]:  # the report, also written to masks.json
     """Run the benchmark; raises `BenchError` for options that can't be used."""
-    began, options.out, folders = time.monotonic(), options.out.resolve(), folders_of(options)
+    began, options.out, folders = time.monotonic(), options.out.resolve(), folders_of(options, needed=True)
     settings = load_settings(profile="cpu", overrides=[f"paths.cache_root={options.out / 'masks' / 'cache'}"])
     root = options.sample or data_root(settings)
     rows = rows_with_outline(prepare_data(settings, root).manifest)
     parts = divide(CutoutArchive(options.studio), list(folders.values()))
     outliner, pixels = network(options, rows, parts, counts, sampled), settings.data.max_pixels
     held_out = rows.filter(pl.col("split") == "test")
-    detector = options.detector or trained(options.out / "masks" / "detector", DETECTOR, options.sample)
+    detector = options.detector or trained_network(options.out / "masks" / "detector", DETECTOR, options.sample)
     trained_after = time.monotonic() - began
     measured = [
         measure_sample(outliner, detector, held_out, pixels),

@@ -86,7 +86,7 @@ def against_boxes(
             values["source"].append(photo.source)
     return values
 
-
+# %% ../../../nbs/bench/masks/02_measures.ipynb #f3ab290e
 def interval(
     values: Sequence[float],  # of each pill
     sources: Sequence[str],  # photo of each pill

@@ -41,7 +41,7 @@ def size_errors(
             errors[number] = size.length / drug.length - 1, size.width / drug.width - 1
     return errors
 
-
+# %% ../../../nbs/bench/masks/05_sizes.ipynb #e6c7544f
 def measure_sizes(
     photos: Sequence[PlannedPhoto],  # held-out ones of the sample
     outliner: Outliner | None = None,  # None: the renderer's masks of the visible pixels

@@ -5,13 +5,10 @@
 # %% ../../../nbs/bench/quality/03_classifier.ipynb #4640db11
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from ...config.load import load_settings
-from ...export.report import export_run
-from ...training.run import train
+from ..networks import trained_network
 
 # %% auto #0
 __all__ = ['CLASSIFIER', 'trained_classifier']
@@ -35,10 +32,4 @@ def trained_classifier(
     more: Sequence[str] = (),  # settings, key=value, that win
 ) -> Path:  # folder with classifier.onnx
     """Train and export the classifier of a dataset, where it is not there yet."""
-    if not (folder / "export" / "classifier.onnx").is_file():
-        shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted
-        cache = f"paths.cache_root={folder.parent / 'cache'}"
-        chosen = {text.partition("=")[0]: text for text in (*CLASSIFIER, cache, *more)}
-        settings = load_settings(profile="cpu", data_root=data, overrides=list(chosen.values()))
-        export_run(train(settings, folder), settings, ["onnx"])
-    return folder / "export"
+    return trained_network(folder, CLASSIFIER, data, more)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ import numpy as np
 from ...answer.quality.judge import Judge, load_judge
 from ...atomic import write_json
 from ..errors import BenchError
+from ..options import benchmark_parser
+from .peers import REQUIREMENTS, add_peers, installed_peers
 from .phone import imagenet_features, measure_phone
 from .plain import plain_pill
 from ..report import goal, goal_lines, report_head, run_benchmark
@@ -34,11 +36,7 @@ def parse(
     argv: Sequence[str] | None = None,  # words of the command line; None: those of this process
 ) -> Namespace:
     """The options of a run."""
-    parser = ArgumentParser(
-        prog="python -m pillsnap.bench.quality.main",
-        description="Measure how well photos are judged that were not trained on.",
-        allow_abbrev=False,
-    )
+    parser = benchmark_parser("quality", "Measure how well photos are judged that were not trained on.", "quality.json")
     parser.add_argument(
         "--data", type=Path, nargs="+", required=True, metavar="DIR", help="datasets with a held-out part"
     )
@@ -53,7 +51,6 @@ def parse(
     parser.add_argument(
         "--phone", type=Path, metavar="DIR", help="reference.zip with studio photos, and phone/ with photos of phones"
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/bench"), metavar="DIR", help="gets quality.json")
     return parser.parse_args(argv)
 
 
@@ -146,7 +143,6 @@ def measure_data(
     """Tiers, reasons and steadiness on the held-out part of a dataset, and failures of its classifier."""
     from pillsnap.answer.factory import load_identifier
     from pillsnap.bench.quality.failures import cases_of, measure_failures, score_of
-    from pillsnap.bench.quality.peers import installed_peers
     from pillsnap.quality.evaluate import measure_quality
     from pillsnap.quality.examples import PARTS, sources_of_folder
 
@@ -217,13 +213,14 @@ def bench_quality(
     """Train, measure and report; raises `BenchError` when that can't be done."""
     check(options)
     begun, options.out = time.perf_counter(), options.out.resolve()
+    add_peers(options.out / "quality-peers")
     models = classifiers(options)
     judge = trained_judge(options, models)
     found = {data.name: measure_data(judge, data, model) for data, model in zip(options.data, models)}
     phone = measure_phone(judge, options.phone, imagenet_features()) if options.phone else None
     megabytes = (options.out / "quality" / "quality.onnx").stat().st_size / 1e6
     report = {
-        **report_head("quality", PACKAGES),
+        **report_head("quality", (*PACKAGES, *(text.split("==")[0] for text in REQUIREMENTS))),
         "goals": make_goals(found, measure_plain(judge), phone, measure_time(judge), megabytes),
         "data": found,
         "phone": phone,

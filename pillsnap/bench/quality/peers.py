@@ -7,18 +7,23 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 
 from ...answer.crops import crop_pill
+from ...atomic import read_json_cache, write_json
+from ..errors import BenchError
 from ...quality.degradations.scene import Scene
 from ...runtime.letterbox import letterbox
 
 # %% auto #0
-__all__ = ['SIDE', 'PEERS', 'peer_view', 'laplacian_variance', 'installed_peers']
+__all__ = ['SIDE', 'PEERS', 'REQUIREMENTS', 'peer_view', 'laplacian_variance', 'installed_peers', 'add_peers']
 
 # %% ../../../nbs/bench/quality/01_peers.ipynb #e9b9c7b0
 SIDE = 256  # pixels
@@ -75,3 +80,33 @@ PEERS: dict[str, tuple[str, Callable[[], Callable[[Scene], float]]]] = {  # name
 def installed_peers() -> dict[str, Callable[[Scene], float]]:
     """The measures whose package is installed."""
     return {name: make() for name, (package, make) in PEERS.items() if importlib.util.find_spec(package)}
+
+# %% ../../../nbs/bench/quality/01_peers.ipynb #8be2f1c4
+REQUIREMENTS = (
+    "brisque==0.2.0",
+    "capturetrust==1.0.0",
+    "image-quality-ai==0.1.0",
+    "lazy-loader==0.6",  # of scikit-image
+    "libsvm-official==3.37.0",  # of brisque
+    "pypiqe==1.2",
+    "scikit-image==0.26.0",  # of brisque
+)
+
+
+def add_peers(
+    folder: Path,  # is made where it is not there, and kept for the next run
+) -> None:
+    """Install the peers in a folder and let Python import from it; raises `BenchError` with pip's last line."""
+    wanted = {"requirements": list(REQUIREMENTS), "python": sys.version}
+    if read_json_cache(folder / "made.json") != wanted:
+        print(f"installing {', '.join(REQUIREMENTS)}", flush=True)
+        words = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-color", "--quiet", "install"]
+        words += ["--no-deps", "--upgrade", "--target", str(folder), *REQUIREMENTS]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
+            raise BenchError(f"The peers can't be installed in {folder}: {reason}")
+        write_json(folder / "made.json", wanted)
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+        importlib.invalidate_caches()

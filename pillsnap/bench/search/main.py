@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -23,7 +23,7 @@ from ...answer.search.search import Search, make_query
 from ...atomic import sha256 as file_hash
 from ...atomic import write_json
 from ..color.pills import frozen_network
-from ..errors import BenchError
+from ..options import add_photos, benchmark_parser, folders_of
 from ..report import goal, goal_lines, report_head, run_benchmark, spread
 from .handfuls import measure_handfuls
 from .imprints import measure_imprints
@@ -41,17 +41,10 @@ def parse(
     argv: Sequence[str] | None = None,  # words of the command line; None: those of this process
 ) -> Namespace:
     """The options of a run."""
-    parser = ArgumentParser(
-        prog="python -m pillsnap.bench.search.main", description="Measure what flawed searches find, and how fast."
-    )
+    parser = benchmark_parser("search", "Measure what flawed searches find, and how fast.", "search.json")
+    add_photos(parser, "pills on black, DRUG/front.jpg", draws=False)
     parser.add_argument("--register", type=Path, required=True, metavar="FILE", help="as for catalog import")
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/bench"), metavar="DIR", help="gets search.json (default: %(default)s)"
-    )
     parser.add_argument("--run", type=Path, metavar="DIR", help="exported run on the sample, for handfuls and imprints")
-    parser.add_argument("--studio", type=Path, metavar="ZIP", help="pills on black, DRUG/front.jpg")
-    parser.add_argument("--phone", type=Path, metavar="DIR", help="phone photos of the same drugs, DRUG/1_front.jpg")
-    parser.add_argument("--data", action="append", default=[], metavar="NAME=DIR", help="dataset that is trained on")
     parser.add_argument("--searches", type=int, default=2000, help="of all kinds (default: %(default)s)")
     parser.add_argument("--large", type=int, default=100_000, help="records of the large one (default: %(default)s)")
     parser.add_argument("--tune", action="store_true", help="searches to choose rules on; writes nothing")
@@ -184,10 +177,7 @@ def _imprints(run: Path | None, split: str) -> tuple[list[dict[str, Any]], dict[
 
 def _changes(options: Namespace) -> dict[str, tuple[list[dict[str, Any]], dict[str, Any]]]:
     """What reading imprints changes: goals and values of phone photos and of trained drugs."""
-    folders = {name: Path(folder) for name, _, folder in (text.partition("=") for text in options.data)}
-    if not all(name and folder.is_dir() for name, folder in folders.items()):
-        raise BenchError("--data takes NAME=DIR with a folder that is there.")
-    out, changes = options.out.resolve() / "search", {}
+    folders, out, changes = folders_of(options), options.out.resolve() / "search", {}
     try:
         reader = open_reader() if options.phone or folders else None
     except ImprintUnavailable:  # said before

@@ -17,7 +17,7 @@ from ...answer.factory import load_identifier
 from ...answer.imprint.ranking import ImprintRanking, Imprints
 from ...answer.imprint.reader import ImprintReader
 from ...answer.search.appearance import appearance_of
-from ..masks.networks import trained
+from ..networks import trained_network
 from ..report import goal
 from .references import KeptReadings
 from ...data.moved import dataset_of_run
@@ -85,7 +85,7 @@ def measure_trained(
     out: Path,  # gets the runs that are trained
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:  # goals, and plain values for JSON
     """The worst change of trained drugs."""
-    runs = {name: trained(out / name, ("train.amp=off",), folder).parent for name, folder in folders.items()}
+    runs = {name: trained_network(out / name, ("train.amp=off",), folder).parent for name, folder in folders.items()}
     runs |= {} if sample is None else {"sample": sample}
     values = {
         name: change_of(run, reader, KeptReadings(out / f"readings-{name}.json", reader)) for name, run in runs.items()

@@ -9,7 +9,7 @@ import shutil
 import signal
 import sys
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 from ...answer.color.balance import COLOR_RULES
 from ...atomic import write_json
 from ..errors import BenchError
+from ..options import benchmark_parser
 from ..report import run_benchmark
 from .peers import PEERS
 from .report import make_report, table
@@ -31,13 +32,11 @@ def parse(
     argv: Sequence[str] | None = None,  # words of the command line; None: those of this process
 ) -> Namespace:
     """The options of a run."""
-    parser = ArgumentParser(
-        prog="python -m pillsnap.bench.serving.main",
-        description="Measure the web service under load.",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="settings of the service, for example serve.threads=2"
+    parser = benchmark_parser(
+        "serving",
+        "Measure the web service under load.",
+        "serve.json, and keeps the environments of the other servers",
+        "settings of the service, for example serve.threads=2",
     )
     parser.add_argument(
         "--run",
@@ -45,13 +44,6 @@ def parse(
         default=Path("runs/bench/production"),
         metavar="DIR",
         help="run folder with export/ (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("runs/bench"),
-        metavar="DIR",
-        help="gets serve.json, and keeps the environments of the other servers (default: %(default)s)",
     )
     parser.add_argument(
         "--color",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ...atomic import write_json
 from ..data.main import DATA_PACKAGES
 from ..errors import BenchError
+from ..options import benchmark_parser
 from ..report import goal, goal_lines, ratio_goals, report_head, run_benchmark, spread
 from ...config.load import load_settings
 from ...config.schema import Settings
@@ -35,15 +36,13 @@ def parse(
     argv: Sequence[str] | None = None,  # words of the command line; None: those of this process
 ) -> Namespace:
     """The options of a run."""
-    parser = ArgumentParser(
-        prog="python -m pillsnap.bench.training.main",
-        description="Measure how fast and how well our loop trains.",
-        allow_abbrev=False,
+    parser = benchmark_parser(
+        "training",
+        "Measure how fast and how well our loop trains.",
+        "train.json",
+        "settings, for example model.detector.name=yolo11s.yaml",
     )
     pair: dict[str, Any] = {"type": int, "nargs": 2, "metavar": ("CLASSIFIER", "DETECTOR")}
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="settings, for example model.detector.name=yolo11s.yaml"
-    )
     parser.add_argument(
         "--profile", default="cpu", help="which machine: auto, cpu, rtx5080, h200 (default: %(default)s)"
     )
@@ -58,9 +57,6 @@ def parse(
     )
     parser.add_argument(
         "--detector-data", type=Path, metavar="DIR", help="dataset of the detector's accuracy (default: as for speed)"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/bench"), metavar="DIR", help="gets train.json (default: %(default)s)"
     )
     parser.add_argument("--rounds", type=int, default=20, help="times that every contender runs (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=10, help="steps timed in each round (default: %(default)s)")
@@ -183,6 +179,7 @@ DIFFERENCES = (
     "its ratio is taken in float32 there",
     "where speed is measured, ultralytics' trainer does not turn photos and adds neither blur nor noise; "
     "where accuracy is measured, our code does that for it; its mosaics keep pills at their size",
+    "the network that timm's loop trains gives embeddings too, which it leaves untrained; ours trains them",
     "ultralytics computes with one thread less than there are cores: it was given as many threads as ours",
     "ours keeps freed memory for the next step, which timm's loop gains as well, because it runs in the same process; "
     "ultralytics' trainer does not",

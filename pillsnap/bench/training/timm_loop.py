@@ -92,7 +92,7 @@ def make_timm_loader(
 
 # %% ../../../nbs/bench/training/01_timm_loop.ipynb #01387a84
 def train_timm(
-    network: nn.Module,  # timm network, on its device; trained
+    network: nn.Module,  # on its device; trained; its first output are logits
     loader: Iterable[tuple[torch.Tensor, torch.Tensor]],  # from `make_timm_loader`
     settings: Settings,  # train is read
     hardware: Hardware,  # number format and memory format
@@ -123,7 +123,8 @@ def train_timm(
         for images, labels in loader:
             images = images.contiguous(memory_format=hardware.memory_format)
             with hardware.autocast():
-                loss = loss_function(network(images), labels)
+                output = network(images)
+                loss = loss_function(output[0] if isinstance(output, tuple) else output, labels)
             _update(network, loss, optimizer, scaler, train.grad_clip)
             update += 1
             average.update(network, step=update)

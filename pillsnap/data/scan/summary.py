@@ -11,7 +11,7 @@ from .scan import ScanReport
 from ...runlog import Decision, decide
 
 # %% auto #0
-__all__ = ['counted', 'listed', 'summary_lines', 'decide_summary']
+__all__ = ['counted', 'listed', 'many', 'summary_lines', 'decide_summary']
 
 # %% ../../../nbs/data/scan/03_summary.ipynb #20290946
 _NAMED = 20  # drugs that are named; the report of the scan names all
@@ -34,20 +34,28 @@ def listed(
     return ", ".join(names[:most]) + rest
 
 
+def many(
+    count: int,  # of what is named
+    name: str,  # of one
+) -> str:  # such as "1 drug" and "1,200 drugs"
+    """A count with its noun."""
+    return f"{count:,} {name}{'' if count == 1 else 's'}"
+
+
 def summary_lines(
     report: ScanReport,  # of a scan
 ) -> list[str]:  # one or two sentences
     """Counts of a scan, and the drugs that lost all of their photos."""
     files = report.files
     lines = [
-        f"{report.photos:,} photos of {report.classes:,} drugs: {files['found']:,} files found, "
+        f"{many(report.photos, 'photo')} of {many(report.classes, 'drug')}: {many(files['found'], 'file')} found, "
         f"{files['used']:,} used, {files['skipped']:,} skipped{counted(report.skipped)}, "
         f"{files['quarantined']:,} put aside{counted(report.quarantined)}"
     ]
     lost = report.drugs_without_photo
     if lost:
-        what = "1 drug has lost all of its" if len(lost) == 1 else f"{len(lost):,} drugs have lost all of their"
-        lines.append(f"{what} photos: {listed(lost)}")
+        verb = "has lost all of its" if len(lost) == 1 else "have lost all of their"
+        lines.append(f"{many(len(lost), 'drug')} {verb} photos: {listed(lost)}")
     return lines
 
 # %% ../../../nbs/data/scan/03_summary.ipynb #2d23961b

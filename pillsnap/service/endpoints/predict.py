@@ -130,7 +130,7 @@ async def read_request(
     service: Service = request.app.state.service
     all_bytes = service.max_bytes if max_photos == 1 else service.max_batch_bytes
     limits = UploadLimits(max_photos, service.max_bytes, all_bytes, service.upload_idle_seconds, service.upload_seconds)
-    photos, fields = await read_form(request, field, limits, list(PredictParameters.model_fields))
+    photos, fields, _ = await read_form(request, field, limits, list(PredictParameters.model_fields))
     try:
         form = PredictParameters.model_validate(fields)
     except ValidationError as error:

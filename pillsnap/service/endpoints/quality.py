@@ -67,5 +67,5 @@ async def quality(
     limits = UploadLimits(1, service.max_bytes, service.max_bytes, service.upload_idle_seconds, service.upload_seconds)
     async with service.work_queue.admit():
         loaded = await load_models(service)
-        photos, _ = await read_form(request, "image", limits, [])
-        return await service.work_queue.run(judge_frame, service, loaded, photos[0])
+        form = await read_form(request, "image", limits)
+        return await service.work_queue.run(judge_frame, service, loaded, form.photos[0])

@@ -48,6 +48,12 @@ def _batch(app: FastAPI) -> APIRouter:
     return batch_router
 
 
+def _gallery(app: FastAPI) -> APIRouter:
+    from pillsnap.service.endpoints.gallery import gallery_router
+
+    return gallery_router
+
+
 def _reload(app: FastAPI) -> APIRouter:
     from pillsnap.service.endpoints.reload import reload_router
 
@@ -64,6 +70,7 @@ ROUTERS = {
     "metrics": Endpoint("advanced", _metrics),
     "batch": Endpoint("production", _batch),
     "reload": Endpoint("production", _reload),
+    "gallery": Endpoint("production", _gallery),
 }
 
 

@@ -82,6 +82,7 @@ class Form(NamedTuple):
 
     photos: list[bytes]  # one or more, in their order
     fields: dict[str, str]  # name -> value of the other fields
+    names: list[str]  # of the photos' files, as the client calls them
 
 
 async def read_form(
@@ -117,7 +118,8 @@ async def read_form(
         ) from error
     try:
         refuse_unknown(form, [field, *parameters], "form field")
-        photos = [await upload.read() for upload in form.getlist(field) if isinstance(upload, UploadFile)]
+        uploads = [upload for upload in form.getlist(field) if isinstance(upload, UploadFile)]
+        photos, names = [await upload.read() for upload in uploads], [upload.filename or "" for upload in uploads]
         fields = {name: _text(form, name) for name in parameters if name in form}
     finally:
         await form.close()
@@ -125,7 +127,7 @@ async def read_form(
         raise ApiError(422, "photo_missing", f"The form has no photo: send it in the file field '{field}'.")
     if max(map(len, photos)) > limits.max_bytes:
         raise refusal
-    return Form(photos, fields)
+    return Form(photos, fields, names)
 
 
 def _text(form: FormData, name: str) -> str:

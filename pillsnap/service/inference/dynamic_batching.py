@@ -16,6 +16,7 @@ import numpy as np
 
 from ...runlog import Decision, decide
 from ...runtime.engines import ENGINE_FILE, this_machine
+from ...runtime.session import all_outputs
 
 # %% auto #0
 __all__ = ['MIN_BATCH_GAIN', 'DynamicBatcher', 'choose_batching']
@@ -26,12 +27,12 @@ class DynamicBatcher:
 
     def __init__(
         self,
-        network: Callable[[np.ndarray], np.ndarray],  # float32 (n, 3, size, size) -> (n, ...), any n
+        network: Callable[[np.ndarray], np.ndarray],  # float32 (n, 3, size, size) -> (n, ...), any n; perhaps `outputs`
         max_batch: int = 16,  # crops of a batch
     ) -> None:
         self._network, self._max_batch = network, max_batch
         self._running, self._lock = Lock(), Lock()
-        self._waiting: list[tuple[np.ndarray, Future[np.ndarray]]] = []
+        self._waiting: list[tuple[np.ndarray, Future[tuple[np.ndarray, ...]]]] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._network, name)  # metadata and providers of the network
@@ -39,9 +40,16 @@ class DynamicBatcher:
     def __call__(
         self,
         batch: np.ndarray,  # float32 (n, 3, size, size)
-    ) -> np.ndarray:  # (n, ...)
+    ) -> np.ndarray:  # first output, (n, ...)
         """Compute a batch, together with those of waiting threads; raises what the network raises."""
-        result: Future[np.ndarray] = Future()
+        return self.outputs(batch)[0]
+
+    def outputs(
+        self,
+        batch: np.ndarray,  # float32 (n, 3, size, size)
+    ) -> tuple[np.ndarray, ...]:  # all outputs, (n, ...)
+        """Compute all outputs of a batch as a call does."""
+        result: Future[tuple[np.ndarray, ...]] = Future()
         with self._lock:
             self._waiting.append((batch, result))
         while not result.done():
@@ -57,17 +65,18 @@ class DynamicBatcher:
         if not taken:
             return
         try:
-            outputs = self._network(taken[0][0] if len(taken) == 1 else np.concatenate([batch for batch, _ in taken]))
+            joined = taken[0][0] if len(taken) == 1 else np.concatenate([batch for batch, _ in taken])
+            outputs = all_outputs(self._network, joined)
         except BaseException as error:
             for _, result in taken:
                 result.set_exception(error)
             return
         start = 0
         for batch, result in taken:
-            result.set_result(outputs[start : start + len(batch)])
+            result.set_result(tuple(output[start : start + len(batch)] for output in outputs))
             start += len(batch)
 
-    def _take(self) -> list[tuple[np.ndarray, Future[np.ndarray]]]:
+    def _take(self) -> list[tuple[np.ndarray, Future[tuple[np.ndarray, ...]]]]:
         taken, count = self._waiting[:1], 0
         for batch, result in self._waiting:
             count += len(batch)

@@ -128,6 +128,17 @@ class ModelManager:
         )
         return loaded
 
+    def change(
+        self,
+        function: Callable[[LoadedModels], LoadedModels],  # makes the models to serve from the present ones
+    ) -> LoadedModels:
+        """Swap in models that were changed; what the function raises leaves the present ones."""
+        self.get()
+        with self._lock:
+            assert self.loaded is not None, "they were opened above and never close"
+            self.loaded = function(self.loaded)
+            return self.loaded
+
 # %% ../../../nbs/service/inference/02_model_manager.ipynb #5cb82d87
 def folder_inside(
     root: Path | None,  # of all served folders; None = no other folder is allowed

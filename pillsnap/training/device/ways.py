@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from ...atomic import read_json_cache, write_json
-from ...config.schema import Settings, Train
+from ...config.schema import Settings
+from ...config.training import Train
 from ...runlog import decide
 from .autotune import step_seconds
 from .hardware import Way

@@ -44,12 +44,11 @@ function percent(share) { // nobody is 100 % sure; the Python client rounds alik
 }
 
 function translated(sentence) { // a note or a hint, null where it has no translation
-  if (language === "en") return sentence;
   for (const [pattern, meaning] of TEXT[language].sentences) {
     const found = pattern.exec(sentence);
     if (found) return meaning(...found.slice(1));
   }
-  return null;
+  return language === "en" ? sentence : null;
 }
 
 function sentence(text) {
@@ -298,7 +297,7 @@ function failure(card) {
   const shown = known ? make("p", {}, make("b", {}, known)) : say("refused") ? make("p", {}, say("refused")) : null;
   return [
     make("div", { class: "problem", role: "alert" }, shown,
-      detail && !known ? make("p", { lang: "en" }, detail) : null,
+      detail && !known ? make("p", { lang: "en" }, make("b", {}, detail)) : null,
       request ? make("small", {}, `${say("request")}: `, make("code", {}, request)) : null),
     retry ? make("div", { class: "actions" },
       make("button", { type: "button", disabled: seconds > 0, onclick: () => askAgain(card, card.pipeline) },

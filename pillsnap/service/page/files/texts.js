@@ -76,7 +76,11 @@ export const TEXT = {
     look_more: (count) => `Show more (${count} left)`,
     look_said: (count, excluded) => `${count} drugs may be the pill, ${excluded} contradict`,
     look_empty: "This server has nothing to search yet: no register was imported, and there is no model.",
-    request: "Request number", failed: "No answer", refused: "", problems: {}, sentences: [],
+    request: "Request number", failed: "No answer", refused: "", problems: {},
+    sentences: [ // of notes and hints that name a parameter: what they begin with, and what they mean
+      [/^(\d+) pills were found and only the clearest was named/,
+        (count) => `${count} pills were found and only the clearest was named. Ask for several pills to name all.`],
+    ],
   },
   ko: {
     skip: "결과로 건너뛰기", title: "이 알약은 무엇일까요?",

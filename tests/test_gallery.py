@@ -1,0 +1,193 @@
+"""The gallery from end to end: command line, service, archive, store and export; bad input changes nothing."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fastapi.testclient import TestClient
+from PIL import Image
+from tiny_models import CONFIG, KEY, RIGHT, photo_jpeg, save_classifier, save_detector
+
+from pillsnap import cli
+from pillsnap.answer.classes import Drug
+from pillsnap.answer.gallery.gallery_file import GALLERY_FILE, read_gallery, write_gallery
+from pillsnap.answer.gallery.recognise import GalleryIdentifier, open_identifier
+from pillsnap.answer.gallery.references import Gallery, Reference
+from pillsnap.config.environment import Environment
+from pillsnap.config.load import load_settings
+from pillsnap.export.report import export_run
+from pillsnap.packaging.archive import make_archive, restore_archive
+from pillsnap.registry.release import pull_models, push_run
+from pillsnap.registry.store import open_store
+from pillsnap.registry.versions import promote
+from pillsnap.serve import create_app
+
+GREEN, VIOLET = (40, 160, 60), (140, 60, 160)
+ADMIN = "q7Wm2-Lk0vR_t8Yc5n-admin"
+
+
+def plain_photo(colour: tuple[int, int, int]) -> bytes:
+    """A pill that fills its photo."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((80, 80, 3), colour, np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Models with embeddings, and photos of two drugs."""
+    save_classifier(tmp_path, embeddings=True)
+    for name, colour in {"Green": GREEN, "Violet": VIOLET}.items():
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        (tmp_path / "photos" / name / "front.png").write_bytes(plain_photo(colour))
+    return tmp_path
+
+
+@pytest.fixture
+def command(folder: Path, capfd: pytest.CaptureFixture) -> Callable[..., tuple[int, str, str]]:
+    """A function that runs `pillsnap gallery` on the models: status, output and error stream."""
+
+    def run(what: str, *words: object) -> tuple[int, str, str]:
+        capfd.readouterr()
+        status = cli.main(["gallery", what, "--model", str(folder), *map(str, words)])
+        return status, *capfd.readouterr()
+
+    return run
+
+
+def test_drugs_are_enrolled_listed_checked_and_removed(folder: Path, command: Callable):
+    assert command("enroll", folder / "photos", "--whole")[0] == 0
+    before = read_gallery(folder / GALLERY_FILE)
+    assert sorted(drug.name for drug in before.drugs.values()) == ["Green", "Violet"]
+    (folder / "white.png").write_bytes(plain_photo((240, 240, 240)))
+    status, out, _ = command("enroll", "--name", "White", "--code", "W-1", "--whole", folder / "white.png")
+    after = read_gallery(folder / GALLERY_FILE)
+    assert status == 0 and json.loads(out)["drugs"] == 3
+    for old, new in zip(before.references, after.references):
+        assert old.photo == new.photo and np.array_equal(old.embedding, new.embedding), "other drugs never change"
+    assert "W-1  White  (1 unknown)" in command("list")[1] and "Green  (1 front)" in command("list")[1]
+    checked = json.loads(command("check")[1])
+    assert checked["references"] == 3 and len(checked["without_both_sides"]) == 3
+    pill = open_identifier(folder).identify(np.full((80, 80, 3), GREEN, np.uint8), "single").pills[0]
+    assert pill.matches[0].drugs[0].name == "Green" and pill.matches[0].side == "front" and len(pill.matches) == 3
+    assert command("remove", "W-1")[0] == 0 and "White" not in command("list")[1]
+
+
+def test_galleries_are_merged(folder: Path, command: Callable, tmp_path: Path):
+    command("enroll", "--name", "Green", "--whole", folder / "photos" / "Green")
+    shutil.move(folder / GALLERY_FILE, tmp_path / "other.npz")
+    command("enroll", "--name", "Violet", "--whole", folder / "photos" / "Violet")
+    status, out, _ = command("merge", tmp_path / "other.npz")
+    assert status == 0 and json.loads(out)["drugs"] == 2
+    assert {drug.name for drug in read_gallery(folder / GALLERY_FILE).drugs.values()} == {"Green", "Violet"}
+
+
+def test_drugs_that_look_the_same_are_one_appearance(folder: Path, command: Callable):
+    photo = folder / "photos" / "Green" / "front.png"
+    command("enroll", "--name", "Green", "--code", "G", "--whole", photo)
+    status, _, err = command("enroll", "--name", "Generic green", "--code", "H", "--whole", photo)
+    assert status == 2 and "The same photo is given for H and for G" in err and err.count("pillsnap: ") == 1
+    assert command("enroll", "--name", "Generic green", "--code", "H", "--whole", "--same", photo)[0] == 0
+    assert json.loads(command("check")[1])["appearances"] == 1
+    pill = open_identifier(folder).identify(np.full((80, 80, 3), GREEN, np.uint8), "single").pills[0]
+    assert [drug.code for drug in pill.matches[0].drugs] == ["G", "H"] and len(pill.matches) == 1
+
+
+def test_bad_input_is_one_sentence_and_changes_nothing(folder: Path, command: Callable, tmp_path: Path):
+    green = folder / "photos" / "Green" / "front.png"
+    command("enroll", "--name", "Green", "--whole", green)
+    foreign = Gallery("another network", {"X": Drug("X", "X")}, (Reference(("X",), "", np.ones(3), b"", "1"),))
+    write_gallery(foreign, tmp_path / "foreign.npz")
+    (tmp_path / "no.png").write_bytes(b"no photo")
+    (tmp_path / "two.jpg").write_bytes(photo_jpeg())
+    before = (folder / GALLERY_FILE).read_bytes()
+    attempts = {
+        ("enroll", "--name", "<script>alert(1)</script>", "--whole", green): "has markup",
+        ("enroll", "--name", "Red", "--whole", tmp_path / "no.png"): "no.png",
+        ("enroll", "--name", "Red", "--whole", tmp_path / "missing.png"): "can't be read",
+        ("enroll", "--name", "Red", tmp_path / "two.jpg"): "There is no detector",
+        ("enroll", "--name", "Red", "--code", "../x", "--whole", green): "no code of a drug",
+        ("enroll", green): "the drug has no name",
+        ("enroll", "--name", "Red"): "There is no photo of Red",
+        ("merge", tmp_path / "foreign.npz"): "different networks",
+        ("merge", tmp_path / "no.png"): "is damaged",
+        ("remove", "Z-1"): "has no drug Z-1",
+        ("remove",): "no drug to remove",
+    }
+    for words, message in attempts.items():
+        status, _, err = command(*words)
+        assert status == 2 and message in err and err.count("pillsnap: ") == 1 and "Traceback" not in err, (words, err)
+        assert (folder / GALLERY_FILE).read_bytes() == before, words
+    assert not list(folder.glob(".gallery.????????.npz")), "nothing half-written is left"
+    save_detector(folder)
+    status, _, err = command("enroll", "--name", "Red", tmp_path / "two.jpg")
+    assert status == 2 and "Several pills were found in two.jpg" in err
+    write_gallery(Gallery("classifier of 8", {}, ()), folder / GALLERY_FILE)
+    status, _, err = command("list")
+    assert status == 2 and "is empty" in err
+
+
+def test_a_gallery_of_another_network_is_refused(folder: Path, command: Callable):
+    foreign = Gallery("another network", {"X": Drug("X", "X")}, (Reference(("X",), "", np.ones(3), b"", "1"),))
+    write_gallery(foreign, folder / GALLERY_FILE)
+    for words in (("check",), ("enroll", "--name", "Green", "--whole", folder / "photos" / "Green")):
+        status, _, err = command(*words)
+        assert status == 2 and "was made with another network" in err and err.count("pillsnap: ") == 1
+    with service(folder) as client:
+        refused = client.post("/predict", headers=KEY, files={"image": plain_photo(GREEN)})
+        assert refused.status_code == 503 and "another network" in refused.json()["detail"]
+
+
+def service(folder: Path) -> TestClient:
+    """A service with these models."""
+    environment = Environment(api_keys=(RIGHT,), admin_keys=(ADMIN,), model_path=folder)
+    return TestClient(create_app(load_settings(CONFIG, ["serve.requests_per_minute=0"]), environment))
+
+
+def test_a_drug_is_enrolled_while_serving(folder: Path):
+    with service(folder) as client:
+        question = {"headers": KEY, "files": {"image": plain_photo((44, 150, 62))}}
+        assert "matches" not in client.post("/predict", **question).json()["pills"][0]
+        files = [("images", ("front.png", plain_photo(GREEN))), ("images", ("back.png", plain_photo((50, 170, 70))))]
+        fields = {"name": "Green", "code": "G-1", "whole": "true"}
+        assert client.post("/gallery", headers=KEY, data=fields, files=files).status_code == 401
+        added = client.post("/gallery", headers={"X-Admin-Key": ADMIN}, data=fields, files=files)
+        assert added.status_code == 200, added.text
+        assert added.json()["drugs"] == [{"code": "G-1", "name": "Green", "references": 2, "sides": ["back", "front"]}]
+        match = client.post("/predict", **question).json()["pills"][0]["matches"][0]
+        assert match["drugs"][0]["name"] == "Green" and match["similarity"] > 0.99
+        assert match["side"] in ("front", "back") and match["picture"].startswith("data:image/jpeg;base64,/9j/")
+    assert isinstance(open_identifier(folder), GalleryIdentifier), "the next start serves it too"
+
+
+def test_archive_and_store_carry_the_gallery(
+    trained_run: Path, tmp_path: Path, tiny_data: Path, capfd: pytest.CaptureFixture
+):
+    settings = load_settings(trained_run / "config.yaml")
+    export_run(trained_run, settings)
+    models = trained_run / "export"
+    words = ["gallery", "build", "--model", str(models), "--cfg", str(trained_run / "config.yaml"), "--per-side", "2"]
+    assert cli.main([*words, "--data-root", str(tiny_data)]) == 0
+    built = read_gallery(models / GALLERY_FILE)
+    assert len(built.drugs) == 3 and {item.side for item in built.references} == {"front", "back"}
+    assert len(built.references) == 12 and all(len(item.codes) == 1 for item in built.references)
+    make_archive(models, tmp_path / "release.tar")
+    served = restore_archive(tmp_path / "release.tar", tmp_path / "releases")
+    assert served is not None and read_gallery(tmp_path / "releases" / "current" / "models" / GALLERY_FILE) is not None
+    store = open_store(tmp_path / "store", writing=True)
+    for version in push_run(store, trained_run):
+        promote(store, version.task, version.number)
+    (tmp_path / "served").mkdir()
+    write_gallery(Gallery("old network", {}, ()), tmp_path / "served" / GALLERY_FILE)
+    pull_models(store, tmp_path / "served", tmp_path / "cache", {})
+    assert read_gallery(tmp_path / "served" / GALLERY_FILE).drugs == built.drugs
+    assert (tmp_path / "served" / "gallery-old network.npz").is_file()
+    export_run(trained_run, settings)
+    assert read_gallery(models / GALLERY_FILE).drugs == built.drugs, "exporting again keeps it"
+    (models / GALLERY_FILE).unlink()
