@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || echo python3)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint lab serve bench-data bench-train bench-infer bench-serve bench-color bench-quality bench-masks bench-search bench-gallery gpu-check results clean
+.PHONY: help demo test lint lab serve bench-data bench-train bench-infer bench-serve bench-color bench-quality bench-masks bench-rules bench-search bench-gallery gpu-check results clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /|/' | awk -F'|' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -83,6 +83,10 @@ runs/bench/sample/export/classifier.onnx: | .venv/ready
 # Training and measuring read datasets with a training and a held-out part, and pills that are cut out on black.
 bench-masks: .venv/ready  ## outline pills not trained on, write runs/bench/masks.json (OPTIONS=--data NAME=DIR ...)
 	@$(BIN)/python -m pillsnap.bench.masks.main --out runs/bench $(OPTIONS)
+
+# The defaults of identify.color and identify.background, on parts of the training photos that are held out.
+bench-rules: .venv/ready  ## train with other rules of crops, write runs/bench/rules.json (OPTIONS=--data NAME=DIR ...)
+	@$(BIN)/python -m pillsnap.bench.rules.main --out runs/bench $(OPTIONS)
 
 # The studio photos are not part of the project: make bench-gallery REFERENCE=ZIP OPTIONS="--drug1 DIR --pushin DIR".
 bench-gallery: .venv/ready  ## enrol drugs not trained on, write runs/bench/gallery.json (REFERENCE= OPTIONS=)

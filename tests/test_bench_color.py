@@ -9,10 +9,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from conftest import TINY
 from PIL import Image
 
 from pillsnap.bench.color import main as bench
 from pillsnap.bench.color import speed
+from pillsnap.bench.rules import main as rules
 
 COLORS = {"red": (205, 60, 50), "blue": (60, 80, 190), "white": (232, 230, 224)}
 FAST = [
@@ -113,3 +115,21 @@ def test_options_that_can_not_be_used_are_one_sentence(
 def test_phones_are_compared_with_the_studio(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert bench.main(["--phone", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     assert "--phone needs --studio" in capsys.readouterr().err
+
+
+def test_rules_are_compared_with_trained_classifiers(data: Path, capsys: pytest.CaptureFixture[str]):
+    words = ["--data", f"tray={data / 'tray'}", "--out", str(data / "out")]
+    assert rules.main([*words, *TINY, "data.min_class_images=1", "train.classifier.epochs=1"]) == 0
+    report = json.loads((data / "out" / "rules.json").read_text())
+    top1 = report["values"]["top1"]["tray"]
+    assert set(top1) == {rules.KEPT, "learned"} and len(top1["learned"]) == 6
+    gain = np.mean([top1["learned"][light][0] - value[0] for light, value in top1[rules.KEPT].items()])
+    assert [item["name"] for item in report["goals"]] == ["learned_gain"]
+    assert abs(report["goals"][0]["value"] - gain) < 1e-4 and "tray, learned: as is" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["--seeds", "4"], ["--segmenter", "missing.onnx"]])
+def test_rules_that_cannot_be_compared(data: Path, words: list[str], capsys: pytest.CaptureFixture[str]):
+    assert rules.main(["--data", f"tray={data / 'tray'}", "--out", str(data / "out"), *words]) == 2
+    error = capsys.readouterr().err
+    assert words[0] in error and error.count("\n") == 1 and not (data / "out").exists()

@@ -757,6 +757,30 @@ def test_everything_is_said_in_the_chosen_language(
     assert quiet(browser)
 
 
+@pytest.mark.parametrize("language, said", [("en", "{} joined with another"), ("ko", "상자 {}개는 같은 알약으로")])
+@pytest.mark.parametrize("extra", [1, 2])
+def test_boxes_that_were_joined_are_told(
+    browser: WebDriver,
+    tmp_path: Path,
+    photo: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    language: str,
+    said: str,
+    extra: int,
+) -> None:
+    ends = np.array([[206, 204, 62, 62, 0.9], [236, 204, 70, 62, 0.8], [206, 226, 62, 62, 0.7]], np.float32)
+    with serving(app_for(models_with(tmp_path, monkeypatch, ends[: 1 + extra]))) as address:
+        visit(browser, address)
+        browser.find_element(By.CSS_SELECTOR, f"[data-language={language}]").click()
+        choose(browser, "combo")
+        send(browser, photo)
+        see(browser, ".pill")
+        notes = browser.find_element(By.CSS_SELECTOR, ".card .notes").text
+        assert len(texts(browser, ".pill")) == 1
+    count = {"en": "1 box was" if extra == 1 else "2 boxes were", "ko": str(extra)}[language]
+    assert said.format(count) in notes and quiet(browser)
+
+
 def test_every_error_of_a_request_has_a_korean_sentence() -> None:
     folder = CONFIG.parent / "pillsnap" / "service"
     source = "".join(path.read_text(encoding="utf-8") for path in folder.rglob("*.py"))

@@ -311,7 +311,8 @@ class Identifier:
         milliseconds = {
             step: round(value * 1000, 3) for step, value in {**seconds, "total": sum(seconds.values())}.items()
         }
-        return Identification(crops.pipeline, pills, milliseconds, crops.notes, crops.hint, places)
+        notes = [*crops.notes, *_joined(len(crops.boxes) - len(places))]
+        return Identification(crops.pipeline, pills, milliseconds, notes, crops.hint, places)
 
     def _places(self, pills: Sequence[Pill], pipeline: str) -> list[int]:
         """Which boxes are pills of their own."""
@@ -519,6 +520,14 @@ def _batches(
     crops: np.ndarray,  # (n, size, size, 3)
 ) -> list[np.ndarray]:
     return [crops[start : start + _BATCH] for start in range(0, len(crops), _BATCH)]
+
+
+def _joined(count: int) -> list[str]:
+    """Say that boxes were left out: what looks like one pill that was found twice may be two equal ones."""
+    if not count:
+        return []
+    boxes = "1 box was" if count == 1 else f"{count} boxes were"
+    return [f"{boxes} joined with another on what seems the same pill: look whether equal pills lie on each other."]
 
 
 def _select(

@@ -33,14 +33,15 @@ def add_photos(
     parser: ArgumentParser,  # from `benchmark_parser`
     studio: str,  # help text of the studio photos
     studio_needed: bool = False,  # whether there is nothing to measure without them
+    draws: bool = True,  # whether galleries are drawn
 ) -> None:
-    """Add the options of datasets, studio photos and phone photos, and how many galleries are drawn."""
+    """Add the options of datasets, studio photos and phone photos, and perhaps how many galleries are drawn."""
     parser.add_argument("--data", action="append", default=[], metavar="NAME=DIR", help="dataset with boxes and drugs")
     parser.add_argument("--studio", type=Path, required=studio_needed, metavar="ZIP", help=studio)
     parser.add_argument("--phone", type=Path, metavar="DIR", help="phone photos of the same drugs, DRUG/1_front.jpg")
-    parser.add_argument(
-        "--draws", type=int, default=20, metavar="N", help="galleries that are drawn (default: %(default)s)"
-    )
+    if draws:
+        text = "galleries that are drawn (default: %(default)s)"
+        parser.add_argument("--draws", type=int, default=20, metavar="N", help=text)
 
 
 def folders_of(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .surroundings import Surroundings
+from .surroundings import LINEAR, Surroundings
 from ...runtime.boxes import Box
 
 # %% auto #0
@@ -30,18 +30,26 @@ FEATURES = (
 )
 
 
+def _quantile(counts: np.ndarray, part: float) -> np.ndarray:
+    """Linear light that a fraction of the pixels does not reach, from the counts of their levels."""
+    light: np.ndarray = LINEAR[(counts.cumsum(axis=0) < part * counts[:, 0].sum()).sum(axis=0)]
+    return light
+
+
 def light_features(
     around: Surroundings,
     box: Box | None = None,  # of the pill, pixels of the photo; None: for the whole photo
 ) -> np.ndarray:  # (features, 3): log2 of linear red, green and blue
     """Describe the light of a photo, or of a pill in it."""
-    light, edges = around.light(), around.edges()
-    rows = [*np.quantile(light, _QUANTILES, axis=0)]
-    rows += [np.mean(light**power, axis=0) ** (1 / power) for power in _POWERS]
-    rows.append((edges if len(edges) >= max(_ENOUGH, 0.01 * len(light)) else light).mean(axis=0))
+    edges, counts = around.edges(), around.counts()
+    pixels = counts[:, 0].sum()
+    parts = counts / pixels
+    rows = [_quantile(counts, part) for part in _QUANTILES]
+    rows += [(LINEAR**power @ parts) ** (1 / power) for power in _POWERS]
+    rows.append(edges.mean(axis=0) if len(edges) >= max(_ENOUGH, 0.01 * pixels) else LINEAR @ parts)
     for reach in _REACHES:
-        near = light[:0] if box is None else around.near(box, reach)
-        rows.append(np.median(near, axis=0) if len(near) >= _ENOUGH else rows[0])
+        near = counts if box is None else around.counts(box, reach)
+        rows.append(_quantile(near, 0.5) if near[:, 0].sum() >= _ENOUGH else rows[0])
     features: np.ndarray = np.log2(np.maximum(rows, 1e-4))
     return features
 

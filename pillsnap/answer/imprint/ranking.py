@@ -94,9 +94,10 @@ class ImprintRanking:
         self,
         reader: ImprintReader,
         drugs: Sequence[Drug],  # of the class map
+        imprints: Imprints | None = None,  # of those drugs; None: what their labels say
     ) -> None:
         self.reader = reader
-        self._imprints = drug_imprints(drugs)
+        self._imprints = imprints or drug_imprints(drugs)
         self._numbers = {drug.code: number for number, drug in enumerate(drugs)}
 
     def __call__(

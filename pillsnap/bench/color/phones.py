@@ -19,7 +19,7 @@ from ...data.reading.photo_folders import PHOTO_SUFFIXES
 from ...runtime.images import decode_image
 
 # %% auto #0
-__all__ = ['TURNS', 'studio_gallery', 'phone_ranks']
+__all__ = ['TURNS', 'studio_gallery', 'phone_scores', 'phone_ranks']
 
 # %% ../../../nbs/bench/color/06_phones.ipynb #7cff432f
 _SIDE = 224  # pixels
@@ -61,6 +61,22 @@ def _turned(square: np.ndarray) -> list[np.ndarray]:
     return [cv2.warpAffine(square, turn, (_SIDE, _SIDE)) for turn in turns]
 
 
+def phone_scores(
+    pairs: Sequence[tuple[str, np.ndarray, np.ndarray]],  # from `phone_pairs`
+    gallery: tuple[np.ndarray, np.ndarray],  # from `studio_gallery`
+    correct: Correction,
+    embed: Embed,
+) -> tuple[np.ndarray, np.ndarray]:  # drugs, and how alike each phone photo is to each of them, (pairs, drugs)
+    """Compare phone photos with all drugs, in their best turn and on their best side."""
+    vectors, drugs = gallery
+    names, numbers = np.unique(drugs, return_inverse=True)
+    scores = np.full((len(pairs), len(names)), -np.inf)
+    for row, (_, taken, _) in zip(scores, pairs, strict=True):
+        (balance,) = correct(taken, [pill_of(taken)])
+        np.maximum.at(row, numbers, (embed(_turned(_square(balance(taken)))) @ vectors.T).max(axis=0))
+    return names, scores
+
+
 def phone_ranks(
     pairs: Sequence[tuple[str, np.ndarray, np.ndarray]],  # from `phone_pairs`
     gallery: tuple[np.ndarray, np.ndarray],  # from `studio_gallery`
@@ -68,13 +84,5 @@ def phone_ranks(
     embed: Embed,
 ) -> np.ndarray:  # (pairs,): place of the right drug, from 1 on
     """Look for the drug of each phone photo."""
-    vectors, drugs = gallery
-    names, numbers = np.unique(drugs, return_inverse=True)
-    ranks = []
-    for drug, taken, _ in pairs:
-        (balance,) = correct(taken, [pill_of(taken)])
-        similar = (embed(_turned(_square(balance(taken)))) @ vectors.T).max(axis=0)
-        best = np.full(len(names), -np.inf)
-        np.maximum.at(best, numbers, similar)
-        ranks.append(1 + int((best > best[names == drug][0]).sum()))
-    return np.array(ranks)
+    names, scores = phone_scores(pairs, gallery, correct, embed)
+    return np.array([1 + int((row > row[names == drug][0]).sum()) for row, (drug, _, _) in zip(scores, pairs)])

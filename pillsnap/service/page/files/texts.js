@@ -190,6 +190,8 @@ export const TEXT = {
       [/^No outline for pill ([\d, ]+):/, (numbers) => `알약 ${numbers}의 윤곽을 배경과 구별하지 못했습니다.`],
       [/^The card was not found/, () => "카드를 찾지 못해 크기를 재지 못했습니다. 카드 전체가 보이게 알약 옆에 놓아 주세요."],
       [/^The coin was not found/, () => "동전을 찾지 못해 크기를 재지 못했습니다. 알약과 떨어지게 놓고 바로 위에서 찍어 주세요."],
+      [/^(\d+) box(?:es were| was) joined/,
+        (count) => `상자 ${count}개는 같은 알약으로 보여 합쳤습니다. 같은 알약이 겹쳐 있지 않은지 확인해 주세요.`],
       [/^No pill was found in the photo/, () => "사진에서 알약을 찾지 못했습니다."],
     ],
   },
