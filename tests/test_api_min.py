@@ -82,7 +82,16 @@ def test_a_damaged_model_counts_as_no_model(models: Path, tmp_path: Path, jpeg: 
 
 def check_pill(pill: dict) -> None:
     drug = {"code", "edi_codes", "name", "maker", "details", "confidence"}
-    assert set(pill) == drug | {"box", "box_confidence", "verdict", "alike", "differ", "candidates", "imprint"}
+    assert set(pill) == drug | {
+        "box",
+        "box_confidence",
+        "verdict",
+        "alike",
+        "reason",
+        "differ",
+        "candidates",
+        "imprint",
+    }
     assert set(pill["box"]) == {"x1", "y1", "x2", "y2"}
     assert pill["code"].startswith("K-") and isinstance(pill["edi_codes"], list) and 0 <= pill["confidence"] <= 1
     assert pill["candidates"][0] == {name: pill[name] for name in drug}

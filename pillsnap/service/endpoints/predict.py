@@ -130,8 +130,8 @@ async def read_request(
 ) -> tuple[list[bytes], dict[str, list[bytes]], PredictParameters]:  # photos, others, parameters of address and form
     """Read a form with photos and parameters; raises `ApiError`."""
     service: Service = request.app.state.service
-    several = max_photos > 1 or others
-    all_bytes = max(service.max_bytes, service.max_batch_bytes) if several else service.max_bytes
+    one_pill = 2 * service.max_bytes if others else service.max_bytes  # further photos of it are small
+    all_bytes = one_pill if max_photos == 1 else service.max_batch_bytes
     limits = UploadLimits(max_photos, service.max_bytes, all_bytes, service.upload_idle_seconds, service.upload_seconds)
     sent = await read_form(request, field, limits, list(PredictParameters.model_fields), others)
     fields = sent.fields
