@@ -72,18 +72,16 @@ def _blur(
 def random_light(
     images: torch.Tensor,  # (n, 3, size, size), 0 to 255
     generator: torch.Generator,  # source of randomness
+    tint: float = 0.06,  # largest change of red, and of blue the other way, fraction of the level
 ) -> torch.Tensor:  # float (n, 3, size, size), 0 to 1
     """Change brightness, contrast and colour temperature, blur some images, add noise."""
     count, device = len(images), images.device
     contrast, brightness = (uniform(count, 0.75, 1.25, generator, device) for _ in range(2))
-    tint = (
-        1
-        + uniform(count, -0.06, 0.06, generator, device)
-        * torch.tensor([1.0, 0.0, -1.0], device=device).view(1, 3, 1, 1)
-    ) / 255
+    warmth = torch.tensor([1.0, 0.0, -1.0], device=device).view(1, 3, 1, 1)
+    gains = (1 + uniform(count, -tint, tint, generator, device) * warmth) / 255
     images = images.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     mean = images.mean(dim=(1, 2, 3), keepdim=True)
-    images.mul_(contrast * tint).add_(mean * (brightness - contrast) * tint)
+    images.mul_(contrast * gains).add_(mean * (brightness - contrast) * gains)
     noise = torch.randn(3, images.shape[2] + _MARGIN, images.shape[3] + _MARGIN, generator=generator).to(device)
     blur, grain = torch.rand(count, generator=generator) * 2 - 1, torch.rand(count, generator=generator) * 0.03
     windows = torch.randint(_MARGIN + 1, (count, 2), generator=generator)
@@ -244,6 +242,9 @@ PHOTO_AUGMENTATIONS: dict[str, Callable[[torch.Tensor, Boxes, torch.Generator], 
 }
 
 
+_PHOTO_TINT = 0.18
+
+
 def augment_photos(
     photos: torch.Tensor,  # uint8 (n, 3, size, size)
     boxes: list[torch.Tensor],  # n times (pills, 4): x1 y1 x2 y2, pixels
@@ -255,4 +256,4 @@ def augment_photos(
     images, boxes = mosaic(images, boxes, generator, mosaics)
     for augment in PHOTO_AUGMENTATIONS.values():
         images, boxes = augment(images, boxes, generator)
-    return random_light(images, generator), boxes
+    return random_light(images, generator, _PHOTO_TINT), boxes
