@@ -131,9 +131,11 @@ class Record:
         from mlflow.entities import Metric
 
         now, rows, end = int(time.time() * 1000), *self._new_rows()
-        every = self.settings.train.log_every
-        found = [(name, value, int(row["step"])) for row in rows for name, value in metrics_of(row, every)]
-        new = [Metric(name, value, now, step) for name, value, step in found if step > self._sent.get(name, -1)]
+        every, seen, new = self.settings.train.log_every, dict(self._sent), []
+        for name, value, step in ((*item, int(row["step"])) for row in rows for item in metrics_of(row, every)):
+            if step > seen.get(name, -1):  # a resumed run repeats steps
+                new.append(Metric(name, value, now, step))
+                seen[name] = step
         with tracking_errors(self.tracking.url, "Sending metrics"):
             for start in range(0, len(new), _BATCH):
                 self.tracking.client.log_batch(self.run_id, metrics=new[start : start + _BATCH])
@@ -160,8 +162,8 @@ class Record:
         with tracking_errors(self.tracking.url, "Recording a run"):
             self._parameters()
             client = self.tracking.client
-            for name, value in {**self.tags(), **weight_hashes(self.folder)}.items():
-                client.set_tag(self.run_id, name, value)
+            for name, text in {**self.tags(), **weight_hashes(self.folder)}.items():
+                client.set_tag(self.run_id, name, text)
             for name, value in results_of(read_json_cache(self.folder / "evaluation.json")).items():
                 client.log_metric(self.run_id, name, value)
             for path in self._files():

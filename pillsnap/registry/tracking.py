@@ -81,10 +81,11 @@ def tracking_errors(
 ) -> Iterator[None]:
     """Convert errors of MLflow into a `TrackingError` of one sentence."""
     from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
 
     try:
         yield
-    except (MlflowException, OSError) as error:
+    except (MlflowException, SQLAlchemyError, OSError) as error:
         text = str(error)
         found = re.search(_REASONS, text)
         reason = found[1] if found else (text.strip().splitlines() or [type(error).__name__])[0][:200]
