@@ -15,6 +15,8 @@ requirements = {
         ("train", "train_requirements"),
         ("formats", "formats_requirements"),
         ("imprint", "imprint_requirements"),
+        ("mlflow", "mlflow_requirements"),
+        ("lakefs", "lakefs_requirements"),
         ("bench", "bench_requirements"),
         ("dev", "dev_requirements"),
     ]
@@ -34,6 +36,8 @@ setup(
         "train": requirements["train"],
         "formats": requirements["train"] + requirements["formats"],
         "imprint": requirements["imprint"],
+        "mlflow": requirements["mlflow"],
+        "lakefs": requirements["lakefs"],
         "bench": requirements["train"] + requirements["bench"],
         "dev": requirements["train"] + requirements["dev"],
         "all": sum((requirements[name] for name in requirements if name != "runtime"), []),

@@ -167,9 +167,9 @@ OPTIONS = {  # of each command, in addition to the settings
     "models": [
         _option(
             "what",
-            choices=("list", "show", "push", "pull", "promote", "rollback", "info"),
-            metavar="{list,show,push,pull,promote,rollback,info}",
-            help="push takes --run, pull puts the promoted files into --out, info takes a file",
+            choices=("list", "show", "push", "pull", "promote", "rollback", "info", "track"),
+            metavar="{list,show,push,pull,promote,rollback,info,track}",
+            help="push and track take --run, pull puts the promoted files into --out, info takes a file",
         ),
         _option(
             "words",
@@ -178,7 +178,7 @@ OPTIONS = {  # of each command, in addition to the settings
             metavar="TASK VERSION",
             help="classifier, detector or quality, and a number; a file for info",
         ),
-        _option("--run", type=Path, metavar="DIR", help="folder of an exported run to push"),
+        _option("--run", type=Path, metavar="DIR", help="folder of an exported run to push, or of a run to track"),
         _option("--note", default="", help="kept with what is pushed"),
         _option("--resumable", action="store_true", help="push last.pt too, which training goes on from"),
         _option("--out", type=Path, metavar="DIR", help="folder to pull the promoted ONNX files into"),

@@ -40,9 +40,11 @@ def _needed(arguments: Namespace, name: str) -> Path:
 def _train(arguments: Namespace) -> int:
     settings = _settings(arguments)
     from pillsnap.color.train import ColorStopped, train_color
+    from pillsnap.registry.follow import tracked
 
     try:
-        print(train_color(settings, arguments.run_dir.resolve() if arguments.run_dir else None))
+        with tracked(settings):
+            print(train_color(settings, arguments.run_dir.resolve() if arguments.run_dir else None))
     except ColorStopped as error:
         return refuse(error, status=128 + signal.Signals[error.name])  # as shells report a signal
     return 0

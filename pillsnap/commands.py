@@ -197,6 +197,7 @@ def train(arguments: Namespace) -> int:
     """Train the networks and print the run folder; the log ends with advice, also where training cannot go on."""
     settings = settings_from(arguments)
     from pillsnap.evaluation.advisor import advise
+    from pillsnap.registry.follow import tracked
     from pillsnap.training.loop import Stopped
     from pillsnap.training.run import new_run_folder
     from pillsnap.training.run import train as train_run
@@ -205,7 +206,8 @@ def train(arguments: Namespace) -> int:
     folder = arguments.run_dir.resolve() if arguments.run_dir else new_run_folder(settings)
     first = os.environ.get("RANK", "0") == "0"  # of several processes that train together
     try:
-        folder = train_run(settings, folder)
+        with tracked(settings):
+            folder = train_run(settings, folder)
     except Stopped as error:
         return refuse(error, status=128 + signal.Signals[error.name])  # as shells report a signal
     except TrainingError:
@@ -224,8 +226,10 @@ def evaluate(arguments: Namespace) -> int:
     settings = settings_of_run(arguments)
     from pillsnap.evaluation.advisor import advise
     from pillsnap.evaluation.evaluate import evaluate_run
+    from pillsnap.registry.follow import record_results
 
     print_json(evaluate_run(arguments.run.resolve(), settings))
+    record_results(settings, arguments.run.resolve())
     advise(arguments.run.resolve(), settings)
     return 0
 
@@ -281,11 +285,13 @@ def export(arguments: Namespace) -> int:
         raise SettingsError("there is nothing to export: name a run with --run, or its weights with --checkpoint")
     settings = settings_of_run(arguments)
     from pillsnap.export.report import export_run
+    from pillsnap.registry.follow import record_results
 
     try:
         report = export_run(arguments.run.resolve(), settings, words_of(arguments.format), arguments.checkpoint)
     except PillsnapError as error:
         return refuse(error, status=1)
+    record_results(settings, arguments.run.resolve())
     print_json(report)
     for sentence in report["failures"]:
         print(f"Files that may not be used: {sentence}.", file=sys.stderr)
@@ -334,10 +340,16 @@ def quality(arguments: Namespace) -> int:
         from pillsnap.answer.factory import load_identifier
         from pillsnap.quality.failures import told_by
         from pillsnap.quality.train import train_quality
+        from pillsnap.registry.follow import tracked
+        from pillsnap.runlog import open_run
 
         models = arguments.classifier
         told = told_by(load_identifier(models, detect=False)) if models else None
-        train_quality(sources_of_folder(settings, data_root(settings), "train"), folder, told=told)
+        sources = sources_of_folder(settings, data_root(settings), "train")
+        with tracked(settings), open_run(folder, settings) as log:
+            log.forget_after({})
+            for epoch, metrics in enumerate(train_quality(sources, folder, told=told)["history"], 1):
+                log.evaluation("quality", epoch, metrics)
         print(folder / "quality.onnx")
         return 0
     from pillsnap.answer.quality.judge import load_judge

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .commands import print_json, print_last, settings_from
+from .commands import print_json, print_last, settings_from, settings_of_run
 from .config.environment import load_environment
 from .config.load import find_root
 from .config.schema import Settings, SettingsError
@@ -43,14 +43,32 @@ def settings_or_defaults(
 
 # %% ../nbs/23_model_commands.ipynb #9bdf3cfa
 def models(arguments: Namespace) -> int:
-    """List, show, push, pull, promote and roll back versions in the model store, or describe a model file."""
+    """List, show, push, pull, promote and roll back versions in the model store, or describe a model file.
+
+    `track` sends a run to MLflow.
+    """
     words = [word for word in arguments.words if "=" not in word]
     arguments.overrides += [word for word in arguments.words if "=" in word]
+    if arguments.what == "track":
+        return _track(arguments)
     settings = settings_or_defaults(arguments)
     from pillsnap.registry.release import run_models_command
 
     given = (arguments.run, arguments.out, arguments.note, arguments.resumable)
     print(run_models_command(arguments.what, words, settings, root_or_here(), *given))
+    return 0
+
+
+def _track(arguments: Namespace) -> int:
+    """Record a run that was trained without tracking, or while its server was away."""
+    if arguments.run is None:
+        raise SettingsError("models track takes --run with the folder of a run")
+    run, settings = arguments.run.resolve(), settings_of_run(arguments)
+    from pillsnap.registry.records import record_run
+    from pillsnap.registry.tracking import open_tracking
+
+    tracking = open_tracking(settings)
+    print(f"{run} is run {record_run(settings, run, tracking)} of {tracking.url}")
     return 0
 
 

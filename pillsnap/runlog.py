@@ -23,8 +23,8 @@ from .config.schema import Settings
 from .progress import NotebookHandler, progress_stream, use_executor_stderr
 
 # %% auto #0
-__all__ = ['LOGGER', 'FORMAT', 'COMPLETE', 'FAILED', 'ConsoleHandler', 'setup_logging', 'Decision', 'decide', 'throughput',
-           'RunLog', 'open_run']
+__all__ = ['LOGGER', 'FORMAT', 'COMPLETE', 'FAILED', 'Ending', 'LISTENERS', 'ConsoleHandler', 'setup_logging', 'Decision',
+           'decide', 'throughput', 'RunLog', 'open_run']
 
 # %% ../nbs/04_runlog.ipynb #18dcc6a4
 LOGGER = logging.getLogger("pillsnap")
@@ -120,6 +120,9 @@ def _finite(value: float) -> float | None:
 # %% ../nbs/04_runlog.ipynb #b9931785
 COMPLETE, FAILED = "the run is complete", "the run ended early: "  # the last line of run.log begins with one
 
+Ending = Callable[[BaseException | None], object]  # called when a run ends, with the error that ended it
+LISTENERS: list[Callable[[RunLog], Ending]] = []  # called with each run that begins
+
 
 class RunLog:
     """Write config.yaml, run.log, metrics.jsonl, decisions.json and TensorBoard's files into one folder."""
@@ -143,6 +146,7 @@ class RunLog:
             LOGGER.setLevel(logging.INFO)
         self._board: Any = None  # a SummaryWriter, None without TensorBoard
         self._write_failed = False
+        self._endings: list[Ending] = []
         _open_runs.append(self)
         self._open_board()
         self.decide("profile", settings.profile, settings.profile_reason)
@@ -305,11 +309,18 @@ class RunLog:
         self._file_handler.close()
 
     def __enter__(self) -> RunLog:
+        try:
+            self._endings += [listen(self) for listen in LISTENERS]
+        except BaseException:
+            self.close()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        for end in self._endings:
+            end(error)
         if error is None:
             LOGGER.info(COMPLETE)
         else:

@@ -31,7 +31,7 @@ from ..errors import PillsnapError
 
 # %% auto #0
 __all__ = ['LEAF_KEYS', 'PATH_KEYS', 'RENAMED', 'SettingsError', 'closest_name', 'check_path', 'Identify', 'Goals', 'Latency',
-           'Gate', 'Export', 'Color', 'Store', 'Serve', 'Settings', 'leaf_fields', 'refuse_old_names']
+           'Gate', 'Export', 'Color', 'Store', 'Tracking', 'Serve', 'Settings', 'leaf_fields', 'refuse_old_names']
 
 # %% ../../nbs/config/01_schema.ipynb #6c5bc25c
 class SettingsError(PillsnapError):
@@ -168,6 +168,13 @@ class Store(Section):
     url: Annotated[str, Field(min_length=1)] = "."
 
 
+class Tracking(Section):
+    """Where runs are recorded and models registered."""
+
+    url: Annotated[str, Field(min_length=1)] | None = None
+    experiment: Annotated[str, Field(min_length=1)] = "pillsnap"
+
+
 class Serve(Section):
     """The web service; for a null the environment is read."""
 
@@ -207,6 +214,7 @@ class Settings(Section):
     export: Export = Export()
     color: Color = Color()
     store: Store = Store()
+    tracking: Tracking = Tracking()
     serve: Serve = Serve()
     profile_reason: str = Field(default="settings made in code", exclude=True)
 

@@ -41,8 +41,8 @@ if _threads is None:
     os.environ.pop("OMP_NUM_THREADS", None)
 for _owner, _name, _original in _originals:
     setattr(_owner, _name, _original)
-if SETTINGS.get("sync"):
-    SETTINGS.update({"sync": False})  # type: ignore[no-untyped-call]  # ultralytics has no annotations here
+if reporting := {name: False for name in ("sync", "mlflow", "raytune") if SETTINGS.get(name)}:
+    SETTINGS.update(reporting)  # type: ignore[no-untyped-call]  # ultralytics has no annotations here
 _all_ = ["DetectionModel"]  # imported from here by other modules, because of the protected import
 
 # %% ../../nbs/models/01_detector.ipynb #282eb6a6
