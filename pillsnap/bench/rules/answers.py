@@ -12,50 +12,24 @@ import numpy as np
 from ...answer.identify import Identifier
 from ..color.lights import AS_IS, LIGHTS, in_light
 from ...color.data.pills import PillPhoto
-from ...runtime.boxes import Box, iou_matrix
 from ...runtime.images import decode_image
 
 # %% auto #0
-__all__ = ['WithTrueBoxes', 'right_in_light', 'lit_answers']
-
-# %% ../../../nbs/bench/rules/01_answers.ipynb #69bad6e4
-def _no_network(batch: np.ndarray) -> np.ndarray:
-    """Stands where a detector would: the boxes are told."""
-    raise AssertionError("the boxes are told")
-
-
-class WithTrueBoxes(Identifier):
-    """Cuts pills from where they are, by the rules of a model."""
-
-    def __init__(
-        self,
-        identifier: Identifier,  # with a classifier
-    ) -> None:
-        super().__init__(identifier.classify, _no_network, identifier.rules, identifier.outline)
-        self.boxes: Sequence[Box] = ()
-
-    def find(
-        self,
-        image: np.ndarray,  # RGB, uint8, (height, width, 3)
-        confidence: float | None = None,  # of no meaning here
-        size: int | None = None,  # of no meaning here
-    ) -> tuple[np.ndarray, np.ndarray]:  # boxes (n, 4), scores of 1 (n,)
-        """The true boxes."""
-        return np.asarray(self.boxes, np.float32).reshape(-1, 4), np.ones(len(self.boxes), np.float32)
+__all__ = ['right_in_light', 'lit_answers']
 
 # %% ../../../nbs/bench/rules/01_answers.ipynb #11738737
 def right_in_light(
-    identifier: WithTrueBoxes,
+    identifier: Identifier,  # with a classifier
     photos: Sequence[PillPhoto],  # held out
     light: str,  # key of LIGHTS, or AS_IS
 ) -> np.ndarray:  # bool (pills,)
     """Whether each pill is named rightly."""
-    right = []
+    right: list[bool] = []
     for photo in photos:
-        identifier.boxes = photo.boxes
-        pills = identifier.identify(in_light(decode_image(photo.path), light), "combo").pills
-        nearest = iou_matrix(np.array(photo.boxes), np.array([pill.box for pill in pills])).argmax(axis=1)
-        right += [pills[number].code == code for number, code in zip(nearest.tolist(), photo.codes, strict=True)]
+        image = in_light(decode_image(photo.path), light)
+        logits = identifier.logits_of(identifier.crops_of(image, np.array(photo.boxes, np.float32)))
+        named = [identifier.rules.class_map[number].code for number in logits.argmax(axis=1).tolist()]
+        right += [name == code for name, code in zip(named, photo.codes, strict=True)]
     return np.array(right)
 
 
@@ -64,5 +38,4 @@ def lit_answers(
     photos: Sequence[PillPhoto],  # held out
 ) -> dict[str, float]:  # top-1 by light
     """Top-1 in each light."""
-    told = WithTrueBoxes(identifier)
-    return {light: float(right_in_light(told, photos, light).mean()) for light in (AS_IS, *LIGHTS)}
+    return {light: float(right_in_light(identifier, photos, light).mean()) for light in (AS_IS, *LIGHTS)}
