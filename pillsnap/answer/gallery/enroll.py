@@ -29,9 +29,12 @@ def reference_embedding(
     identifier: Identifier,  # its classifier gives embeddings
     crop: np.ndarray,  # RGB, uint8, (size, size, 3)
 ) -> np.ndarray:  # float32 (size,), of length 1
-    """The mean embedding of a crop in four quarter turns."""
+    """The mean embedding of a crop in four quarter turns; raises `GalleryError` for a crop without any feature."""
     turned = identifier.embed(np.stack([np.rot90(crop, turns) for turns in range(4)])).sum(axis=0)
-    embedding: np.ndarray = (turned / np.linalg.norm(turned)).astype(np.float32)
+    length = float(np.linalg.norm(turned))
+    if not length > 0:
+        raise GalleryError("A photo shows an even surface without a pill: take another one, from closer.")
+    embedding: np.ndarray = (turned / length).astype(np.float32)
     return embedding
 
 
