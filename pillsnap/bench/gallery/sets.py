@@ -34,8 +34,8 @@ def embed_set(
     """Crop and embed every labelled pill; raises `BenchError` for a set without one."""
     report = scan(root, cache / f"{root.name}.parquet")
     check_usable(report)
-    pills = pl.min_horizontal(pl.col("x2") - pl.col("x1"), pl.col("y2") - pl.col("y1")) >= _SMALLEST
-    table = pl.read_parquet(report.manifest).filter(pills & ~pl.col("code").is_in(leave_out))
+    large = pl.min_horizontal(pl.col("x2") - pl.col("x1"), pl.col("y2") - pl.col("y1")) >= _SMALLEST
+    table = pl.read_parquet(report.manifest).filter(large & ~pl.col("code").is_in(leave_out))
     rows = table.sort("image", "x1", "y1")
     if not len(rows):
         raise BenchError(f"{root} has no labelled pill: name a data set with boxes.")
