@@ -88,9 +88,9 @@ bench-masks: .venv/ready  ## outline pills not trained on, write runs/bench/mask
 bench-rules: .venv/ready  ## train with other rules of crops, write runs/bench/rules.json (OPTIONS=--data NAME=DIR ...)
 	@$(BIN)/python -m pillsnap.bench.rules.main --out runs/bench $(OPTIONS)
 
-# The studio photos are not part of the project: make bench-gallery REFERENCE=ZIP OPTIONS="--drug1 DIR --pushin DIR".
-bench-gallery: .venv/ready  ## enrol drugs not trained on, write runs/bench/gallery.json (REFERENCE= OPTIONS=)
-	@$(BIN)/python -m pillsnap.bench.gallery.main --reference $(REFERENCE) --out runs/bench $(OPTIONS)
+# The photos are not part of the project: OPTIONS="--studio ZIP --data drug1=DIR --data pushin=DIR --phone DIR".
+bench-gallery: .venv/ready  ## enrol and ask drugs not trained on, write runs/bench/gallery.json (OPTIONS=--studio ZIP ...)
+	@$(BIN)/python -m pillsnap.bench.gallery.main --out runs/bench $(OPTIONS)
 
 # The register is not part of the project: make bench-search REGISTER=FILE.
 bench-search: .venv/ready runs/bench/sample/export/classifier.onnx  ## search, write runs/bench/search.json (REGISTER=)

@@ -132,6 +132,7 @@ def _references(identifier: Identifier, rows: pl.DataFrame, max_pixels: int) -> 
     from tqdm import tqdm
 
     from pillsnap.answer.gallery.enroll import make_reference
+    from pillsnap.answer.gallery.references import GalleryError
     from pillsnap.data.reading.photo_files import read_photo
     from pillsnap.progress import progress_stream
     from pillsnap.runlog import decide
@@ -144,14 +145,14 @@ def _references(identifier: Identifier, rows: pl.DataFrame, max_pixels: int) -> 
         try:
             data = read_photo(image)
             photo = open_photo(data, max_pixels, name=image)
-        except ImageError:
+            crop = identifier.crops_of(photo.pixels, np.array([photo.reduced(Box(*corners))]))[0]
+            digest = hashlib.sha256(data + repr(corners).encode()).hexdigest()
+            yield make_reference(identifier, crop, [code], side if side in ("front", "back") else "", digest)
+        except (ImageError, GalleryError):
             damaged += 1
-            continue
-        crop = identifier.crops_of(photo.pixels, np.array([photo.reduced(Box(*corners))]))[0]
-        digest = hashlib.sha256(data + repr(corners).encode()).hexdigest()
-        yield make_reference(identifier, crop, [code], side if side in ("front", "back") else "", digest)
     if damaged:
-        decide("gallery", f"{damaged} of {len(chosen)} photos left out", "they can't be decoded", fallback=True)
+        why = "they can't be decoded, or their box shows nothing"
+        decide("gallery", f"{damaged} of {len(chosen)} photos left out", why, fallback=True)
 
 
 def _build(words: list[Path], arguments: Namespace, settings: Settings) -> int:

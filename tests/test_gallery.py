@@ -6,19 +6,23 @@ import io
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_models
 from fastapi.testclient import TestClient
+from httpx import Response
 from PIL import Image
-from tiny_models import CONFIG, KEY, RIGHT, photo_jpeg, save_classifier, save_detector
+from tiny_models import CONFIG, KEY, RIGHT, check_error, photo_jpeg, save_classifier, save_detector
 
 from pillsnap import cli
 from pillsnap.answer.classes import Drug
 from pillsnap.answer.gallery.gallery_file import GALLERY_FILE, read_gallery, write_gallery
 from pillsnap.answer.gallery.recognise import GalleryIdentifier, open_identifier
 from pillsnap.answer.gallery.references import Gallery, Reference
+from pillsnap.answer.verdicts.verdicts import Verdicts
 from pillsnap.config.environment import Environment
 from pillsnap.config.load import load_settings
 from pillsnap.export.report import export_run
@@ -131,6 +135,60 @@ def test_bad_input_is_one_sentence_and_changes_nothing(folder: Path, command: Ca
     write_gallery(Gallery("classifier of 8", {}, ()), folder / GALLERY_FILE)
     status, _, err = command("list")
     assert status == 2 and "is empty" in err
+
+
+def test_a_photo_without_a_pill_is_refused(folder: Path, command: Callable, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tiny_models, "RULES", replace(tiny_models.RULES, box_confidence=0.99))
+    save_classifier(folder, embeddings=True)
+    save_detector(folder)
+    (folder / "table.jpg").write_bytes(photo_jpeg())
+    status, _, err = command("enroll", "--name", "Red", folder / "table.jpg")
+    assert status == 2 and "No pill was found in table.jpg" in err and err.count("pillsnap: ") == 1
+    assert not (folder / GALLERY_FILE).exists()
+
+
+def test_bad_input_to_the_service_changes_nothing(folder: Path):
+    save_detector(folder)
+    with service(folder) as client:
+        green, admin = plain_photo(GREEN), {"X-Admin-Key": ADMIN}
+
+        def enroll(photo: bytes, **fields: str) -> Response:
+            files = [("images", ("front.png", photo))]
+            return client.post("/gallery", headers=admin, data={"whole": "true"} | fields, files=files)
+
+        assert enroll(green, name="Green").status_code == 200
+        before = (folder / GALLERY_FILE).read_bytes()
+        for photo, fields, message in (
+            (green, {"name": "Generic green"}, "The same photo is given for"),
+            (green, {"name": "<b>Green</b>"}, "has markup"),
+            (green, {}, "The name of a drug has"),
+            (green, {"name": "Red", "code": "../x"}, "no code of a drug"),
+            (b"no photo", {"name": "Red"}, "front.png"),
+            (photo_jpeg(), {"name": "Red", "whole": "false"}, "Several pills were found"),
+        ):
+            refused = enroll(photo, **fields)
+            check_error(refused, 422, message)
+            assert (
+                refused.json()["code"] == "not_enrolled" and refused.json()["detail"].count("Nothing was enrolled") == 1
+            )
+            assert (folder / GALLERY_FILE).read_bytes() == before and not list(folder.glob(".gallery.????????.npz"))
+        assert [drug["name"] for drug in client.get("/gallery", headers=KEY).json()["drugs"]] == ["Green"]
+
+
+def test_one_picture_of_several_drugs_names_none_of_them(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tiny_models, "RULES", replace(tiny_models.RULES, verdicts=Verdicts(identified=0.0)))
+    save_classifier(folder, embeddings=True)
+    white, admin = plain_photo((212, 207, 196)), {"X-Admin-Key": ADMIN}
+    with service(folder) as client:
+        question = {"headers": KEY, "files": {"image": plain_photo((210, 205, 190))}}
+        assert client.post("/predict", **question).json()["pills"][0]["verdict"] == "identified"
+        for code, name in (("K-000030", "White round tablet"), ("G-1", "Generic white")):
+            fields = {"name": name, "code": code, "whole": "true", "same": "true"}
+            files = [("images", ("front.png", white))]
+            assert client.post("/gallery", headers=admin, data=fields, files=files).status_code == 200
+        pill = client.post("/predict", **question).json()["pills"][0]
+    assert pill["verdict"] == "ambiguous" and pill["reason"]["reason"] == "same_appearance"
+    assert {drug["code"] for drug in pill["matches"][0]["drugs"]} == {"K-000030", "G-1"}
 
 
 def test_a_gallery_of_another_network_is_refused(folder: Path, command: Callable):

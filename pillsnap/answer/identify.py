@@ -463,7 +463,7 @@ class Identifier:
         logits, embeddings = self._outputs(crops)
         known = [row for row in embeddings if row is not None]
         together = np.mean(known, axis=0) if known else None
-        direction = None if together is None else together / np.linalg.norm(together)
+        direction = None if together is None else together / max(float(np.linalg.norm(together)), 1e-12)
         return logits.mean(axis=0, keepdims=True), [direction]
 
     def _compute(

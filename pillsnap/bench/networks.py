@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from .errors import BenchError
 from ..config.load import load_settings
 from ..export.report import export_run
 from ..training.run import train
@@ -23,11 +24,15 @@ def trained_network(
     data: Path | None = None,  # dataset; None: the embedded sample
     more: Sequence[str] = (),  # settings that win
 ) -> Path:  # folder with the exported network
-    """Train and export a network, where it is not there yet."""
+    """Train and export a network, where it is not there yet; raises `BenchError` where the export is refused."""
     if not any(folder.glob("export/*.onnx")):
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted
         cache = f"paths.cache_root={folder.parent / 'cache'}"
         chosen = {text.partition("=")[0]: text for text in (*fixed, cache, *more)}
         settings = load_settings(profile="cpu", data_root=data, overrides=list(chosen.values()))
-        export_run(train(settings, folder), settings, ["onnx"])
+        report = export_run(train(settings, folder), settings, ["onnx"])
+        if not report["passed"]:
+            raise BenchError(
+                f"The export of {folder} was refused ({'; '.join(report['failures'])}): train it for longer."
+            )
     return folder / "export"

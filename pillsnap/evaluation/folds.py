@@ -5,7 +5,8 @@
 # %% ../../nbs/evaluation/06_folds.ipynb #42086b2f
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 
 import numpy as np
 import polars as pl
@@ -14,7 +15,7 @@ from ..answer.classes import ClassMap
 from ..data.manifest import Dataset
 
 # %% auto #0
-__all__ = ['FOLDS', 'Fold', 'make_fold']
+__all__ = ['FOLDS', 'Fold', 'without_drugs', 'make_fold']
 
 # %% ../../nbs/evaluation/06_folds.ipynb #0eb39210
 FOLDS = 4  # a drug is left out in one of them
@@ -30,25 +31,34 @@ class Fold:
     unknown: pl.DataFrame  # pills of the drugs that are left out
 
 
+def without_drugs(
+    dataset: Dataset,  # of a run
+    left_out: Collection[str],  # codes of drugs
+) -> Dataset:  # the pills of all other drugs, with a class map of their own
+    """Leave drugs out of a dataset."""
+    drugs = ClassMap([drug for drug in dataset.class_map if drug.code not in left_out])
+    pills = dataset.manifest.filter((pl.col("class_index") >= 0) & ~pl.col("code").is_in(list(left_out)))
+    numbers = pl.col("code").replace_strict({code: index for index, code in enumerate(drugs.codes)})
+    manifest = pills.with_columns(class_index=numbers.cast(pl.Int32))
+    return Dataset(manifest, drugs, dataset.report | {"class_map_hash": drugs.hash}, [])
+
+
 def make_fold(
     dataset: Dataset,  # of a run
     number: int,  # of the fold, from 0 to FOLDS - 1
     seed: int,  # of the run
 ) -> Fold:
-    """Divide the training and validation photos of a run."""
-    usable = pl.col("split").is_in(["train", "validation"]) & (pl.col("class_index") >= 0)
-    pills = dataset.manifest.filter(usable)
+    """Divide the photos of a run that nothing is reported on."""
+    splits = ["train", "validation"] if "test" in set(dataset.manifest["split"]) else ["train"]
+    usable = replace(dataset, manifest=dataset.manifest.filter(pl.col("split").is_in(splits)))
     codes = np.random.default_rng(seed).permutation(np.array(dataset.class_map.codes))
     left_out = set(codes[number::FOLDS].tolist())
-    drugs = ClassMap([drug for drug in dataset.class_map if drug.code not in left_out])
-    unknown = pills.filter(pl.col("code").is_in(left_out))
-    others = pills.filter(~pl.col("code").is_in(left_out))
-    asked = _held_back(others, seed + number)
-    numbers = pl.col("code").replace_strict({code: index for index, code in enumerate(drugs.codes)})
+    unknown = usable.manifest.filter((pl.col("class_index") >= 0) & pl.col("code").is_in(left_out))
+    trained = without_drugs(usable, left_out)
+    asked = _held_back(trained.manifest, seed + number)
     split = pl.when(pl.col("group").is_in(asked)).then(pl.lit("validation")).otherwise(pl.lit("train"))
-    manifest = others.with_columns(class_index=numbers.cast(pl.Int32), split=split)
-    report = dataset.report | {"class_map_hash": drugs.hash}
-    return Fold(Dataset(manifest, drugs, report, []), manifest.filter(pl.col("split") == "validation"), unknown)
+    manifest = trained.manifest.with_columns(split=split)
+    return Fold(replace(trained, manifest=manifest), manifest.filter(pl.col("split") == "validation"), unknown)
 
 
 def _held_back(pills: pl.DataFrame, seed: int) -> list[str]:

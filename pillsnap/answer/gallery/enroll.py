@@ -19,10 +19,23 @@ from ...runtime.images import decode_image
 from ...runtime.letterbox import resize
 
 # %% auto #0
-__all__ = ['PICTURE_SIZE', 'make_reference', 'NamedPhoto', 'crop_one_pill', 'enrolled', 'code_of']
+__all__ = ['PICTURE_SIZE', 'reference_embedding', 'make_reference', 'NamedPhoto', 'crop_one_pill', 'enrolled', 'code_of']
 
 # %% ../../../nbs/answer/gallery/03_enroll.ipynb #d8371217
 PICTURE_SIZE = 96  # side of a reference's picture, pixels
+
+
+def reference_embedding(
+    identifier: Identifier,  # its classifier gives embeddings
+    crop: np.ndarray,  # RGB, uint8, (size, size, 3)
+) -> np.ndarray:  # float32 (size,), of length 1
+    """The mean embedding of a crop in four quarter turns; raises `GalleryError` for a crop without any feature."""
+    turned = identifier.embed(np.stack([np.rot90(crop, turns) for turns in range(4)])).sum(axis=0)
+    length = float(np.linalg.norm(turned))
+    if not length > 0:
+        raise GalleryError("A photo shows an even surface without a pill: take another one, from closer.")
+    embedding: np.ndarray = (turned / length).astype(np.float32)
+    return embedding
 
 
 def make_reference(
@@ -33,8 +46,7 @@ def make_reference(
     photo: str,  # hash of the photo, and of the box if it has several pills
 ) -> Reference:
     """A reference of one cropped pill."""
-    turned = identifier.embed(np.stack([np.rot90(crop, turns) for turns in range(4)])).sum(axis=0)
-    embedding = (turned / np.linalg.norm(turned)).astype(np.float32)
+    embedding = reference_embedding(identifier, crop)
     small = resize(crop, PICTURE_SIZE, PICTURE_SIZE)
     picture = cv2.imencode(".jpg", small[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 85])[1].tobytes()
     return Reference(tuple(sorted(codes)), side, embedding, picture, photo)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 # %% auto #0
-__all__ = ['Pills', 'draw', 'similarities', 'auroc', 'false_positives', 'Measured', 'shots', 'unknowns']
+__all__ = ['Pills', 'draw', 'similarities', 'auroc', 'false_positives', 'Measured', 'shots', 'interval', 'unknowns']
 
 # %% ../../../nbs/bench/gallery/00_draws.ipynb #162f47d0
 @dataclass(frozen=True)
@@ -96,21 +96,25 @@ def shots(
     draws: int = 20,
 ) -> Measured:
     """Top-1 with `count` photos enrolled."""
-    right: dict[str, list[float]] = {}
-    values, asked = [], []
+    values, asked, right, sources = [], [], [], []
     for seed in range(draws):
         references, questions = draw(pills, count, np.random.default_rng(seed))
         hits = similarities(pills, references, questions)[0] == pills.codes[questions]
         values.append(float(hits.mean()))
         asked.append(len(questions))
-        for source, hit in zip(pills.sources[questions].tolist(), hits.tolist()):
-            right.setdefault(source, []).append(hit)
-    sums = np.array([(sum(hits), len(hits)) for hits in right.values()], float)
-    return Measured(tuple(values), _interval(sums), round(float(np.mean(asked))))
+        right.append(hits)
+        sources.append(pills.sources[questions])
+    return Measured(tuple(values), interval(np.concatenate(right), np.concatenate(sources)), round(np.mean(asked)))
 
 
-def _interval(sums: np.ndarray, resamples: int = 1000) -> tuple[float, float]:
-    """95 % interval of right answers over answers, source photos drawn with replacement; `sums`: both by source."""
+def interval(
+    values: np.ndarray,  # (n,)
+    sources: np.ndarray,  # (n,) source photo of each, text
+    resamples: int = 1000,
+) -> tuple[float, float]:
+    """95 % interval of the mean, source photos drawn with replacement."""
+    numbers = np.unique(sources, return_inverse=True)[1]
+    sums = np.stack([np.bincount(numbers, np.asarray(values, float)), np.bincount(numbers)], axis=1)
     generator = np.random.default_rng(0)
     drawn = sums[generator.integers(len(sums), size=(resamples, len(sums)))].sum(axis=1)
     low, high = np.percentile(drawn[:, 0] / drawn[:, 1], [2.5, 97.5])

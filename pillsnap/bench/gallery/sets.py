@@ -22,6 +22,9 @@ from ...runtime.boxes import Box
 __all__ = ['embed_set', 'unpack_reference']
 
 # %% ../../../nbs/bench/gallery/01_sets.ipynb #a77f2dba
+_SMALLEST = 8  # shorter side of a box, pixels
+
+
 def embed_set(
     identifier: Identifier,  # its classifier gives embeddings
     root: Path,  # data set with boxes, in any layout
@@ -31,7 +34,9 @@ def embed_set(
     """Crop and embed every labelled pill; raises `BenchError` for a set without one."""
     report = scan(root, cache / f"{root.name}.parquet")
     check_usable(report)
-    rows = pl.read_parquet(report.manifest).filter(~pl.col("code").is_in(leave_out)).sort("image", "x1", "y1")
+    large = pl.min_horizontal(pl.col("x2") - pl.col("x1"), pl.col("y2") - pl.col("y1")) >= _SMALLEST
+    table = pl.read_parquet(report.manifest).filter(large & ~pl.col("code").is_in(leave_out))
+    rows = table.sort("image", "x1", "y1")
     if not len(rows):
         raise BenchError(f"{root} has no labelled pill: name a data set with boxes.")
     turned = []
