@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
@@ -16,7 +17,7 @@ from ..runtime.boxes import Box
 from ..runtime.letterbox import GREY, resize
 
 # %% auto #0
-__all__ = ['crop_window', 'crop_pill', 'without_background']
+__all__ = ['crop_window', 'crop_pill', 'without_background', 'without_neighbours']
 
 # %% ../../nbs/answer/02_crops.ipynb #90393b19
 def crop_window(
@@ -75,3 +76,29 @@ def _clip_box(
     if x2 <= x1 or y2 <= y1:
         raise ValueError(f"The box {tuple(box)} lies outside of the image of {width} x {height} pixels.")
     return x1, y1, x2, y2
+
+# %% ../../nbs/answer/02_crops.ipynb #08490696
+def without_neighbours(
+    crop: np.ndarray,  # RGB, uint8, (size, size, 3), from `crop_pill`
+    box: Box,  # that was cropped
+    others: Sequence[Box],  # of the other pills of the photo
+    margin: float,  # as for `crop_pill`
+) -> np.ndarray:  # RGB, uint8, (size, size, 3)
+    """Blur the parts of other pills, so that nothing can be read on them."""
+    at = ((np.arange(len(crop)) + 0.5) / len(crop) - 0.5) * (1 + 2 * margin) * max(box.x2 - box.x1, box.y2 - box.y1)
+    x, y = (box.x1 + box.x2) / 2 + at[None], (box.y1 + box.y2) / 2 + at[:, None]
+    own, nearer = _distance(x, y, box), np.zeros(crop.shape[:2], bool)
+    for other in others:
+        distance = _distance(x, y, other)
+        nearer |= (distance < 1) & (distance < own)
+    if not nearer.any():
+        return crop
+    return np.where(nearer[..., None], cv2.GaussianBlur(crop, (0, 0), len(crop) / 16), crop)
+
+
+def _distance(x: np.ndarray, y: np.ndarray, box: Box) -> np.ndarray:  # 0 in the middle of the box, 1 at its edge
+    across, down = max(box.x2 - box.x1, 1e-6) / 2, max(box.y2 - box.y1, 1e-6) / 2
+    distance: np.ndarray = np.maximum(
+        np.abs(x - (box.x1 + box.x2) / 2) / across, np.abs(y - (box.y1 + box.y2) / 2) / down
+    )
+    return distance

@@ -15,7 +15,7 @@ import numpy as np
 
 from .classes import Drug
 from .color.balance import NO_CORRECTION, Balance, estimate_balances
-from .crops import crop_pill, without_background
+from .crops import crop_pill, without_background, without_neighbours
 from .rules import ModelMismatch, Rules
 from .shapes.background import REMOVE
 from .shapes.masks import PillMask
@@ -302,10 +302,9 @@ class Identifier:
         seconds = crops.seconds | {"classify": perf_counter() - started}
         if self.refine is not None:
             started = perf_counter()
-            details = [crops.details[place] for place in places if place < len(crops.details)]
             pills = [
                 replace(pill, candidates=pill.candidates[:top_k], alike=min(pill.alike, top_k))
-                for pill in self._refined(pills, details)
+                for pill in self._refined(pills, crops, places)
             ]
             seconds["imprint"] = perf_counter() - started
         milliseconds = {
@@ -322,11 +321,24 @@ class Identifier:
 
         return without_repeats(np.array([pill.box for pill in pills]), [pill.code for pill in pills])
 
-    def _refined(self, pills: list[Pill], details: Sequence[np.ndarray]) -> list[Pill]:
+    def _refined(self, pills: Sequence[Pill], crops: PillCrops, boxes: Sequence[int]) -> list[Pill]:
         """Look once more at the pills that are not identified."""
-        assert self.refine is not None, "called where there is one"
-        looked = [pill if pill.identified else self.refine(pill, detail) for pill, detail in zip(pills, details)]
-        return [*looked, *pills[len(looked) :]]
+        numbers = range(len(pills))
+        return [pills[each] if pills[each].identified else self.look(pills, each, crops, boxes) for each in numbers]
+
+    def look(
+        self,
+        pills: Sequence[Pill],  # of an answer
+        place: int,  # of the pill among them, from 0
+        crops: PillCrops,  # that were classified
+        boxes: Sequence[int],  # places of the pills among the boxes of the crops
+    ) -> Pill:  # as it is, where nobody looks or there is no larger crop of it
+        """Look once more at a pill, without its neighbours."""
+        if self.refine is None or boxes[place] >= len(crops.details):
+            return pills[place]
+        others = [pill.box for number, pill in enumerate(pills) if number != place]
+        detail = without_neighbours(crops.details[boxes[place]], pills[place].box, others, self.rules.margin)
+        return self.refine(pills[place], detail)
 
     def find(
         self,

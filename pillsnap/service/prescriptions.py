@@ -9,9 +9,9 @@ from dataclasses import replace
 from typing import Any
 
 from ..answer.classes import ClassMap
-from ..answer.identify import Identification, Identifier, PillCrops
+from ..answer.identify import Identification, Identifier, Pill, PillCrops
 from ..answer.search.expected import Expected, read_expected
-from ..answer.search.prescription import check_prescription, weigh
+from ..answer.search.prescription import check_prescription, unclear, weigh
 
 # %% auto #0
 __all__ = ['classify_expected']
@@ -30,13 +30,26 @@ def classify_expected(
         plain = identifier.classify_crops(crops, top_k)
         return replace(plain, notes=[*plain.notes, *expected.notes]), None
     whole = identifier.classify_crops(crops, len(class_map))
-    seen = [pill for pill in whole.pills if pill.box_confidence is not None or identifier.detect is None]
-    compared = _response(class_map, expected, [*seen])
-    weighed = [weigh(pill, expected, top_k) for pill in whole.pills]
+    read = _read(identifier, crops, whole, expected)
+    compared = _response(
+        class_map, expected, [pill for pill in read if pill.box_confidence is not None or identifier.detect is None]
+    )
+    kept = [replace(pill, imprint=looked.imprint) for pill, looked in zip(whole.pills, read, strict=True)]
+    weighed = [weigh(pill, expected, top_k) for pill in kept]
     return replace(whole, pills=weighed, notes=[*whole.notes, *expected.notes]), compared
 
 
-def _response(class_map: ClassMap, expected: Expected, pills: list[Any]) -> dict[str, Any]:
+def _read(identifier: Identifier, crops: PillCrops, whole: Identification, expected: Expected) -> list[Pill]:
+    """The pills, with the imprint of those that the list leaves in doubt; one that contradicts leaves the doubt."""
+    pills = list(whole.pills)
+    for place, pill in enumerate(whole.pills):
+        if pill.imprint is None and unclear(pill, expected):
+            looked = identifier.look(whole.pills, place, crops, whole.places)
+            pills[place] = looked if looked.code == pill.code else replace(pill, imprint=looked.imprint)
+    return pills
+
+
+def _response(class_map: ClassMap, expected: Expected, pills: list[Pill]) -> dict[str, Any]:
     def named(code: str) -> dict[str, str]:
         return {"code": code, "name": class_map[class_map.index_of(code)].name}
 

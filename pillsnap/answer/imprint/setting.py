@@ -8,6 +8,7 @@ from __future__ import annotations
 from ..identify import Identifier
 from .ranking import ImprintRanking
 from .reader import ImprintUnavailable, open_reader
+from ..verdicts.verdicts import Verdicts
 from ...runlog import decide
 
 # %% auto #0
@@ -23,6 +24,9 @@ def read_imprints(
     identifier.refine = None
     if choice == "off":
         decide("imprints", "off", "identify.imprint is off")
+        return identifier
+    if identifier.rules.verdicts == Verdicts():
+        decide("imprints", "off", "the model was not calibrated: nothing says which pills are unclear")
         return identifier
     try:
         identifier.refine = ImprintRanking(open_reader(threads), list(identifier.rules.class_map))

@@ -13,7 +13,7 @@ from .expected import Expected
 from ..verdicts.reasons import ANOTHER_EXPECTED
 
 # %% auto #0
-__all__ = ['MATCHED', 'SURPLUS', 'WEIGHT', 'shares', 'Prescription', 'check_prescription', 'weigh']
+__all__ = ['MATCHED', 'SURPLUS', 'WEIGHT', 'shares', 'unclear', 'Prescription', 'check_prescription', 'weigh']
 
 # %% ../../../nbs/answer/search/10_prescription.ipynb #38089970
 MATCHED = 0.5  # share of an expected drug from which a pill is it
@@ -25,13 +25,22 @@ def shares(
     open_codes: Collection[str],  # expected drugs that no pill has been matched with yet
 ) -> dict[str, tuple[float, float]]:  # code -> share and confidence, 0 to 1
     """How likely a pill is each open drug, next to the best of all others."""
-    others = (candidate.confidence for candidate in pill.candidates if candidate.drug.code not in open_codes)
-    other = next(others, 0.0)
+    weights = {candidate.drug.code: candidate.confidence * candidate.evidence for candidate in pill.candidates}
+    other = max((weight for code, weight in weights.items() if code not in open_codes), default=0.0)
+    scale = sum(candidate.confidence for candidate in pill.candidates) / max(sum(weights.values()), 1e-12)
     return {
-        candidate.drug.code: (candidate.confidence / max(candidate.confidence + other, 1e-12), candidate.confidence)
-        for candidate in pill.candidates
-        if candidate.drug.code in open_codes
+        code: (weight / max(weight + other, 1e-12), weight * scale)
+        for code, weight in weights.items()
+        if code in open_codes
     }
+
+
+def unclear(
+    pill: Pill,  # with all drugs of the model as candidates
+    expected: Expected,
+) -> bool:
+    """Whether a pill may be an expected drug, and may be another one."""
+    return any(SURPLUS < share < 1 - SURPLUS for share, _ in shares(pill, expected.counts).values())
 
 # %% ../../../nbs/answer/search/10_prescription.ipynb #aff6a7f8
 @dataclass(frozen=True)

@@ -18,7 +18,9 @@ import polars as pl
 from ...answer.classes import ClassMap
 from ...answer.factory import load_identifier
 from ...answer.identify import Identifier
+from ...answer.imprint.setting import read_imprints
 from ..errors import BenchError
+from ...config.schema import Identify
 from ...data.moved import dataset_of_run
 from ...evaluation.evaluate import TruePhoto, true_photos
 from ...runtime.boxes import iou_matrix
@@ -151,7 +153,8 @@ def measure_handfuls(
     photos = handfuls_of(run, split)
     if not photos:
         raise BenchError(f"The {split} photos of {run} have no handful of trained drugs: name a run on the sample.")
-    right = compare_handfuls(load_identifier(run / "export", engine="onnxruntime"), photos, seed)
+    identifier = read_imprints(load_identifier(run / "export", engine="onnxruntime"), Identify().imprint)
+    right = compare_handfuls(identifier, photos, seed)
     answers = [answer for found in right.values() for answer in found]
     return {
         "handfuls": len(photos),

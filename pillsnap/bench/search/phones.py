@@ -23,30 +23,25 @@ from .references import KeptReadings, Read, close_crop
 from ...masks.cutouts import CutoutArchive
 
 # %% auto #0
-__all__ = ['CANDIDATES', 'WEIGHTS', 'Asked', 'ask_phones', 'best_weight', 'cross_validated', 'measure_phones']
+__all__ = ['WEIGHTS', 'Asked', 'ask_phones', 'best_weight', 'cross_validated', 'measure_phones']
 
 # %% ../../../nbs/bench/search/04_phones.ipynb #1fe7c246
-CANDIDATES = 20
-
-
 @dataclass(frozen=True)
 class Asked:
-    """A phone photo and its candidates."""
+    """A phone photo and how it compares with all drugs."""
 
     drug: str  # the right one
-    place: int  # of the right one by its look, from 1 on
-    similar: np.ndarray  # cosine of each candidate, best first, (candidates,)
-    fits: np.ndarray  # logarithm of the likelihood of what was read, (candidates,)
+    place: int  # of the right one among the drugs, from 0
+    similar: np.ndarray  # cosine of each drug, (drugs,)
+    fits: np.ndarray  # logarithm of the likelihood of what was read, (drugs,)
 
     def rank(
         self,
         weight: float,  # of the imprint
     ) -> int:  # from 1 on
-        """Place of the right drug."""
-        if self.place > len(self.similar):
-            return self.place
+        """How early the right drug comes."""
         scores = self.similar + weight * self.fits
-        return 1 + int((scores > scores[self.place - 1]).sum())
+        return 1 + int((scores > scores[self.place]).sum())
 
 
 def ask_phones(
@@ -56,18 +51,14 @@ def ask_phones(
     read: Read,
     kept: KeptReadings,  # of the studio photos
 ) -> list[Asked]:
-    """Look at each phone photo, and read it and its candidates."""
+    """Look at each phone photo, and read it and all studio photos."""
     names, scores = phone_scores(pairs, studio_gallery(studio, embed), CORRECTIONS[NO_CORRECTION], embed)
     archive, asked = CutoutArchive(studio), []
+    imprints = Imprints([[(text, None) for text in _sides(archive, str(name), kept)] for name in names])
     for (drug, taken, _), row in zip(pairs, scores, strict=True):
-        best = np.argsort(-row, kind="stable")[:CANDIDATES]
         reading = read(close_crop(taken))
-        fits = np.zeros(len(best))
-        if reading is not None:
-            sides = [_sides(archive, str(name), kept) for name in names[best]]
-            fits = np.log(Imprints([[(side, None) for side in texts] for texts in sides]).likelihoods(reading))
-        place = 1 + int((row > row[names == drug][0]).sum())
-        asked.append(Asked(drug, place, row[best], fits))
+        fits = np.zeros(len(names)) if reading is None else np.log(imprints.likelihoods(reading))
+        asked.append(Asked(drug, names.tolist().index(drug), row, fits))
     return asked
 
 
@@ -116,7 +107,7 @@ def measure_phones(
     asked = ask_phones(list(phone_pairs(phone, studio)), studio, embed, read, kept)
     kept.save()
     ranks, weights = cross_validated(asked, seed=0)
-    both = {"without": np.array([one.place for one in asked]), "with": ranks}
+    both = {"without": np.array([one.rank(0.0) for one in asked]), "with": ranks}
     shares = {
         name: {f"top{top}": round(float((found <= top).mean()), 4) for top in (1, 5, 20)}
         for name, found in both.items()

@@ -78,6 +78,10 @@ def change_of(
     return {**top1, "change": round(top1["with"] - top1["without"], 4), "photos": len(photos), "pills": pills}
 
 
+# No checkpoint is chosen on the held-out photos, and none of them is left out.
+_SETTINGS = ("train.amp=off", "train.evaluations=1", "data.leakage_check=off")
+
+
 def measure_trained(
     folders: Mapping[str, Path],  # datasets by name
     sample: Path | None,  # exported run on the sample
@@ -85,7 +89,7 @@ def measure_trained(
     out: Path,  # gets the runs that are trained
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:  # goals, and plain values for JSON
     """The worst change of trained drugs."""
-    runs = {name: trained_network(out / name, ("train.amp=off",), folder).parent for name, folder in folders.items()}
+    runs = {name: trained_network(out / name, _SETTINGS, folder).parent for name, folder in folders.items()}
     runs |= {} if sample is None else {"sample": sample}
     values = {
         name: change_of(run, reader, KeptReadings(out / f"readings-{name}.json", reader)) for name, run in runs.items()
