@@ -78,7 +78,8 @@ def left_out_drugs(
 def _settings(data: Path | None, options: Namespace, work: Path) -> Settings:
     words = (*ONCE, "train.only=classifier", f"train.classifier.min_steps={options.steps}")
     cache = f"paths.cache_root={work / 'cache'}"
-    return load_settings(profile="cpu", data_root=data, overrides=[*words, cache, *options.overrides])
+    chosen = {text.partition("=")[0]: text for text in (*words, cache, *options.overrides)}  # the last of each wins
+    return load_settings(profile="cpu", data_root=data, overrides=list(chosen.values()))
 
 
 def partial_network(
