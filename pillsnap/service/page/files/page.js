@@ -295,8 +295,8 @@ function comparison({ prescription, pills }) { // with the drugs that were expec
 }
 
 function internals({ timings_ms, model, pills, quality }) {
-  const times = Object.entries(timings_ms).map(([step, time]) =>
-    [say(step) ?? step, `${number(time, { maximumFractionDigits: time < 10 ? 1 : 0 })} ms`]);
+  const times = Object.entries(timings_ms).map(([name, time]) => [name === "imprint" ? "read_imprint" : name, time])
+    .map(([step, time]) => [say(step) ?? step, `${number(time, { maximumFractionDigits: time < 10 ? 1 : 0 })} ms`]);
   const networks = [model.classifier, model.detector, model.version].filter(Boolean).join(", ");
   const seen = pills.map((one) => (one.box_confidence === null ? "–" : percent(one.box_confidence))).join(", ");
   const other = pills.filter((one) => nameOf(one) !== one.name).map((one) => one.name).join(", ");
