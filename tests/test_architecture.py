@@ -52,7 +52,20 @@ SUBPACKAGES = {
     "training": ["device", "report", ""],
     "quality": ["ranking", "pairs", "degradations", ""],
     "service": ["", "guard", "inference", "page", "endpoints", "client"],
-    "bench": ["", "data", "training", "engines", "gpu", "serving", "quality", "color", "masks", "gallery", "search"],
+    "bench": [
+        "",
+        "data",
+        "training",
+        "engines",
+        "gpu",
+        "serving",
+        "quality",
+        "color",
+        "rules",
+        "masks",
+        "gallery",
+        "search",
+    ],
 }
 LAYER = {package: number for number, layer in enumerate(LAYERS) for package in layer}
 
