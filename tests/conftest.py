@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -141,3 +142,20 @@ def lakefs_repository(lakefs_server: StandIn | None, monkeypatch: pytest.MonkeyP
         monkeypatch.setenv("LAKECTL_CREDENTIALS_SECRET_ACCESS_KEY", SECRET)
     lakefs.Repository(name, lakefs.Client()).create(f"local://{name}")
     return f"lakefs://{name}"
+
+
+@pytest.fixture(scope="session")
+def empty_records(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty file of records; making its tables takes seconds."""
+    from pillsnap.registry.tracking import open_tracking
+
+    path = tmp_path_factory.mktemp("records") / "mlflow.db"
+    open_tracking(load_settings(profile="cpu", overrides=[f"tracking.url=sqlite:///{path}", "tracking.experiment=no"]))
+    return path
+
+
+@pytest.fixture
+def url(empty_records: Path, tmp_path: Path) -> str:
+    """Records of one test."""
+    shutil.copy(empty_records, tmp_path / "mlflow.db")
+    return f"tracking.url=sqlite:///{tmp_path / 'mlflow.db'}"

@@ -150,6 +150,7 @@ class Handler(BaseHTTPRequestHandler):
     """One connection."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm, wbufsize = True, -1
     server: StandIn
 
     def log_message(self, *arguments: object) -> None:

@@ -12,14 +12,14 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from uuid import uuid4
 
 from .objects import Change, StoreError, short_reason
 from ..runlog import LOGGER
 
 if TYPE_CHECKING:
-    from lakefs import Branch, Client
+    from lakefs import Branch, Client, ObjectWriter, StoredObject
 
 # %% auto #0
 __all__ = ['parse_address', 'LakeFS']
@@ -69,7 +69,7 @@ def _client() -> Client:
             f"store.url is in lakeFS, but the package {error.name} is missing: pip install 'pillsnap[lakefs]'."
         ) from error
     try:
-        client = Client()
+        client: Client = cast(Any, Client)()  # it has no annotations
     except NoAuthenticationFound as error:
         raise StoreError(
             "The keys of lakeFS are missing: set LAKECTL_SERVER_ENDPOINT_URL, LAKECTL_CREDENTIALS_ACCESS_KEY_ID and "
@@ -100,6 +100,8 @@ class LakeFS:
         self._repository = Repository(self._name, client)
         self._branch = self._repository.branch(self._ref)
         with _as_os_errors():
+            # asked once, or every file asks for it
+            self._direct = client.storage_config_by_id(self._repository.properties.storage_id or "").pre_sign_support
             try:
                 _ = self._branch.head
                 self._read = self._repository.ref(f"{self._ref}@")
@@ -108,9 +110,12 @@ class LakeFS:
 
     def pieces(self, path: str) -> Iterator[bytes]:
         """Content of a file, read with ranges."""
-        with _as_os_errors(), self._read.object(self._prefix + path).reader("rb") as reader:
-            while piece := reader.read(_PIECE):
-                yield bytes(piece)  # type: ignore[arg-type]  # the mode is binary
+        with _as_os_errors(), self._object(path).reader("rb", self._direct) as reader:
+            while piece := cast(bytes, reader.read(_PIECE)):
+                yield piece
+
+    def _object(self, path: str) -> StoredObject:
+        return self._read.object(self._prefix + path)
 
     def folders(self, prefix: str) -> list[str]:
         """Names of the folders directly below a prefix, and of those that are only claimed."""
@@ -149,7 +154,7 @@ class LakeFS:
         with _as_os_errors():
             own = self._repository.branch(f"pillsnap-{uuid4().hex}").create(self._writable().head, hidden=True)
             try:
-                change = _LakeFSChange(own, self._prefix)
+                change = _LakeFSChange(own, self._prefix, self._direct)
                 yield change
                 own.commit(message, dict(metadata))
                 change.address = self._address(self._merge(own, message, metadata))
@@ -192,12 +197,16 @@ class LakeFS:
 
 
 class _LakeFSChange:
-    def __init__(self, branch: Branch, prefix: str) -> None:
-        self.address, self._branch, self._prefix = "", branch, prefix
+    def __init__(self, branch: Branch, prefix: str, direct: bool) -> None:
+        self.address, self._branch, self._prefix, self._direct = "", branch, prefix, direct
 
     def upload(self, path: str, file: Path) -> None:
-        with file.open("rb") as source, self._branch.object(self._prefix + path).writer("wb") as target:
+        with file.open("rb") as source, self._writer(path) as target:
             shutil.copyfileobj(source, target, 1 << 20)
 
     def write(self, path: str, data: bytes) -> None:
-        self._branch.object(self._prefix + path).upload(data, mode="wb")
+        with self._writer(path) as target:
+            target.write(data)
+
+    def _writer(self, path: str) -> ObjectWriter:
+        return self._branch.object(self._prefix + path).writer("wb", self._direct)

@@ -40,7 +40,6 @@ class ModelVersion:
 
 LIST, CLAIM = "version.json", "claim.json"
 _TASK = re.compile(r"[a-z][a-z0-9_-]{0,40}")
-_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,100}")
 
 
 def task_folder(task: str) -> str:
@@ -51,9 +50,11 @@ def task_folder(task: str) -> str:
 
 
 def file_name(name: str) -> str:
-    """Return the name; raises `StoreError` for one that is reserved or not safe in a path."""
-    if not _FILE.fullmatch(name) or name in (LIST, CLAIM):
-        raise StoreError(f"{name!r} is no name of a file in a model store: use letters, digits, dots, - and _.")
+    """Return the name, with folders or without; raises `StoreError` for one that is reserved or not safe in a path."""
+    parts = name.split("/")
+    safe = all(part.strip() and part not in (".", "..") and part.isprintable() and "\\" not in part for part in parts)
+    if not safe or name in (LIST, CLAIM):
+        raise StoreError(f"{name!r} is no name of a file in a model store: leave out .. and what can't be printed.")
     return name
 
 # %% ../../nbs/registry/02_store.ipynb #19af40e7
