@@ -19,7 +19,8 @@ from .objects import Change, StoreError, short_reason
 from ..runlog import LOGGER
 
 if TYPE_CHECKING:
-    from lakefs import Branch, Client, ObjectWriter, StoredObject
+    from lakefs import Branch, Client
+    from lakefs.object import ObjectWriter, StoredObject
 
 # %% auto #0
 __all__ = ['parse_address', 'LakeFS']
@@ -101,7 +102,8 @@ class LakeFS:
         self._branch = self._repository.branch(self._ref)
         with _as_os_errors():
             # asked once, or every file asks for it
-            self._direct = client.storage_config_by_id(self._repository.properties.storage_id or "").pre_sign_support
+            storage = self._repository.properties.storage_id or ""
+            self._direct = bool(cast(Any, client).storage_config_by_id(storage).pre_sign_support)
             try:
                 _ = self._branch.head
                 self._read = self._repository.ref(f"{self._ref}@")
