@@ -34,7 +34,7 @@ from pillsnap.commands import (
 from .config.load import load_plugins_of
 from .errors import PillsnapError
 from .gallery_commands import gallery
-from .model_commands import archive, catalog, demo, models, predict, search, ship, watch
+from .model_commands import archive, catalog, data, demo, models, predict, search, ship, watch
 from .runlog import setup_logging
 
 # %% auto #0
@@ -167,21 +167,31 @@ OPTIONS = {  # of each command, in addition to the settings
     "models": [
         _option(
             "what",
-            choices=("list", "show", "push", "pull", "promote", "rollback", "info", "track"),
-            metavar="{list,show,push,pull,promote,rollback,info,track}",
-            help="push and track take --run, pull puts the promoted files into --out, info takes a file",
+            choices=("list", "show", "push", "pull", "promote", "rollback", "info", "track", "register", "infer"),
+            metavar="{list,show,push,pull,promote,rollback,info,track,register,infer}",
+            help="push and track take --run, pull puts the promoted files into --out, info takes a file, "
+            "register and infer a registered model's task",
         ),
         _option(
             "words",
             nargs="*",
             default=[],
             metavar="TASK VERSION",
-            help="classifier, detector or quality, and a number; a file for info",
+            help="classifier, detector, segmenter or quality (also nilut or lut3d to register), and a number; "
+            "a file for info, photos for infer",
         ),
         _option("--run", type=Path, metavar="DIR", help="folder of an exported run to push, or of a run to track"),
         _option("--note", default="", help="kept with what is pushed"),
         _option("--resumable", action="store_true", help="push last.pt too, which training goes on from"),
-        _option("--out", type=Path, metavar="DIR", help="folder to pull the promoted ONNX files into"),
+        _option("--out", type=Path, metavar="DIR", help="folder to pull the promoted ONNX files into; infer: its file"),
+        _option("--manual", action="store_true", help="register: pick a run from a table, whatever its goal"),
+        _option("--interactive", action="store_true", help="infer: pick a registered model from a table"),
+        _option("--which", default="champion", metavar="NAME", help="alias or number (default: %(default)s)"),
+        _option("--pipeline", choices=("single", "combo"), default="single", help="infer: one pill, or several"),
+    ],
+    "data": [
+        _option("what", choices=("push",), help="push takes --data-root, and prints the address of the version"),
+        _option("--note", default="", help="kept with what is pushed"),
     ],
     "ship": [
         _option(
@@ -343,6 +353,7 @@ COMMANDS = {
         quality,
         color,
         models,
+        data,
         ship,
         archive,
         predict,

@@ -106,8 +106,6 @@ def _bench(arguments: Namespace) -> int:
 def _push(arguments: Namespace) -> int:
     import tempfile
 
-    import obstore
-
     from pillsnap.color.export import bake_files
     from pillsnap.color.networks.files import get_model_info
     from pillsnap.registry.release import configured_store
@@ -121,8 +119,10 @@ def _push(arguments: Namespace) -> int:
     version = push(store, "nilut" if nilut else "lut3d", {name: run / name for name in names}, arguments.note)
     print(f"pushed {version.task} v{version.number} to {store.url}")
     with tempfile.TemporaryDirectory() as folder, store_errors(store, "Pushing the .cube files"):
-        for path in bake_files(run / "best.pt", Path(folder), arguments.size) if nilut else []:
-            obstore.put(store.objects, f"models/exports/{path.name}", path.read_bytes())
+        baked = bake_files(run / "best.pt", Path(folder), arguments.size) if nilut else []
+        for path in baked:
+            with store.objects.change(f"Push {path.name}", {"task": version.task}) as change:
+                change.upload(f"models/exports/{path.name}", path)
             print(f"pushed exports/{path.name}")
     return 0
 

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,18 +25,30 @@ if TYPE_CHECKING:
     from .answer.quality.judge import Judge
 
 # %% auto #0
-__all__ = ['settings_from', 'settings_of_run', 'print_json', 'print_last', 'words_of', 'refuse', 'show_config', 'sample', 'scan',
-           'compose', 'cache', 'train', 'evaluate', 'calibrate', 'runs', 'export', 'bench', 'gate', 'quality']
+__all__ = ['settings_from', 'data_here', 'settings_of_run', 'print_json', 'print_last', 'words_of', 'refuse', 'show_config',
+           'sample', 'scan', 'compose', 'cache', 'train', 'evaluate', 'calibrate', 'runs', 'export', 'bench', 'gate',
+           'quality']
 
 # %% ../nbs/22_commands.ipynb #0b916f68
 def settings_from(
     arguments: Namespace,  # parsed command line
     file: Path | None = None,  # settings file where --cfg is not given; None = config.yaml of the project
 ) -> Settings:
-    """Load the settings that the command line requests."""
-    return load_settings(
-        arguments.cfg or file, arguments.overrides, arguments.stage, arguments.profile, arguments.data_root
-    )
+    """Load the settings that the command line requests; data with an address is fetched."""
+    given = (arguments.cfg or file, arguments.overrides, arguments.stage, arguments.profile)
+    return load_settings(*given, data_here(arguments.data_root, lambda: load_settings(*given)))
+
+
+def data_here(
+    root: str | None,  # a folder, or the address of a version of data in a store
+    settings: Callable[[], Settings],  # paths.cache_root gets what is fetched
+) -> str | None:  # a folder; None: none was named
+    """Fetch data that has an address; raises `StoreError`."""
+    if root is None or "://" not in root:
+        return root
+    from pillsnap.registry.datasets import fetch_data
+
+    return str(fetch_data(root, settings().paths.cache_root / "models"))
 
 
 def settings_of_run(

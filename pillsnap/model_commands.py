@@ -5,10 +5,12 @@
 # %% ../nbs/23_model_commands.ipynb #5d0a71c4
 from __future__ import annotations
 
+import sys
+import tempfile
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .commands import print_json, print_last, settings_from, settings_of_run
 from .config.environment import load_environment
@@ -22,7 +24,8 @@ if TYPE_CHECKING:
     from pillsnap.service.inference.model_manager import LoadedModels
 
 # %% auto #0
-__all__ = ['root_or_here', 'settings_or_defaults', 'models', 'ship', 'archive', 'watch', 'demo', 'predict', 'catalog', 'search']
+__all__ = ['root_or_here', 'settings_or_defaults', 'models', 'ship', 'data', 'archive', 'watch', 'demo', 'predict', 'catalog',
+           'search']
 
 # %% ../nbs/23_model_commands.ipynb #5d0a71c6
 def root_or_here() -> Path:
@@ -45,12 +48,14 @@ def settings_or_defaults(
 def models(arguments: Namespace) -> int:
     """List, show, push, pull, promote and roll back versions in the model store, or describe a model file.
 
-    `track` sends a run to MLflow.
+    `track` records a run in MLflow, `register` names its weights where they are good enough (else status 1), `infer`
+    answers with registered models.
     """
     words = [word for word in arguments.words if "=" not in word]
     arguments.overrides += [word for word in arguments.words if "=" in word]
-    if arguments.what == "track":
-        return _track(arguments)
+    if arguments.what in ("track", "register", "infer"):
+        arguments.words = words
+        return {"track": _track, "register": _register, "infer": _infer}[arguments.what](arguments)
     settings = settings_or_defaults(arguments)
     from pillsnap.registry.release import run_models_command
 
@@ -72,6 +77,81 @@ def _track(arguments: Namespace) -> int:
     return 0
 
 
+def _task_and_rest(arguments: Namespace, needed: bool) -> tuple[str | None, list[str]]:
+    """The task that the words begin with."""
+    from pillsnap.registry.registered import THRESHOLDS
+
+    words: list[str] = arguments.words
+    if words and words[0] in THRESHOLDS:
+        return words[0], words[1:]
+    if needed:
+        raise SettingsError(f"models {arguments.what} takes what to register: {', '.join(THRESHOLDS)}")
+    return None, words
+
+
+def _register(arguments: Namespace) -> int:
+    """Register the weights of a run, or give an alias to a registered version."""
+    (task, rest), settings = _task_and_rest(arguments, needed=True), settings_from(arguments)
+    from pillsnap.registry.chosen import run_to_register
+    from pillsnap.registry.registered import register, set_alias
+    from pillsnap.registry.tracking import open_tracking
+
+    assert task is not None
+    tracking, cache = open_tracking(settings), settings.paths.cache_root / "models"
+    if rest:
+        set_alias(tracking, task, rest[0], arguments.which)
+        print(f"{task} {rest[0]} is {arguments.which}")
+        return 0
+    run = arguments.run.resolve() if arguments.run else None
+    run_id = run_to_register(tracking, task, run, input if arguments.manual else None)
+    done = register(tracking, settings, task, run_id, cache, arguments.manual)
+    if isinstance(done, str):
+        print(f"pillsnap: not registered: {done}", file=sys.stderr)
+        return 1
+    print(f"{done.task} {done.version}, {done.alias}: {done.address}")
+    return 0
+
+
+def _infer(arguments: Namespace) -> int:
+    """Answer with a registered model, in JSON."""
+    (task, photos), settings = _task_and_rest(arguments, needed=False), settings_from(arguments)
+    from pillsnap.registry.chosen import fetch_models, photos_of_data
+    from pillsnap.registry.tracking import open_tracking
+    from pillsnap.service.client.client import predict_local, predict_photos
+
+    tracking, cache = open_tracking(settings), settings.paths.cache_root / "models"
+    with tempfile.TemporaryDirectory() as folder:
+        ask = input if arguments.interactive else None
+        chosen = fetch_models(tracking, task, Path(folder), cache, arguments.which, ask)
+        print_last([f"{name} {version.version}: {version.source}" for name, version in chosen.items()])
+        main = chosen[task or "classifier"]
+        paths = [Path(photo) for photo in photos] or photos_of_data(main.tags, cache)
+        if task in ("quality", "nilut", "lut3d"):
+            for path in paths:
+                print_json({"photo": path.name, **_answer_of(task, Path(folder), path, arguments.out)})
+            return 0
+        loaded = _open_models(Path(folder), settings)
+        request = {"pipeline": arguments.pipeline, "masks": task == "segmenter"}
+        predict = partial(predict_local, loaded, max_pixels=settings.data.max_pixels, **request)
+        return predict_photos(paths, predict, True, arguments.out)
+
+
+def _answer_of(task: str, folder: Path, photo: Path, out: Path | None) -> dict[str, Any]:
+    """What a quality model or a model of colours says of a photo; `out` gets photos with other colours."""
+    from pillsnap.runtime.images import decode_image
+
+    pixels = decode_image(photo)
+    if task == "quality":
+        from pillsnap.answer.quality.judge import load_judge
+
+        return load_judge(folder / "quality.onnx").judge(pixels).to_json()
+    from pillsnap.color.apply import corrected
+
+    if out is None:
+        raise SettingsError(f"models infer {task} takes --out with the folder that gets the photos")
+    return {"written": [str(path) for path in corrected(folder / "best.pt", pixels, out / photo.stem)]}
+
+
 def ship(arguments: Namespace) -> int:
     """Package an exported run: a folder for the Hugging Face Hub, or an archive for SageMaker.
 
@@ -90,6 +170,19 @@ def ship(arguments: Namespace) -> int:
     print(f"{', '.join(names)} are in {arguments.out}")
     if arguments.repo:
         print(upload_package(arguments.out, arguments.repo, names, arguments.public))
+    return 0
+
+
+def data(arguments: Namespace) -> int:
+    """Push a dataset to the store as a version, and print the address that --data-root takes on every machine."""
+    settings = settings_from(arguments)
+    if settings.paths.data_root is None:
+        raise SettingsError("there is no dataset to push: name its folder with --data-root")
+    from pillsnap.registry.datasets import push_data
+    from pillsnap.registry.release import configured_store
+
+    store = configured_store(settings, root_or_here(), writing=True)
+    print(push_data(store, settings, settings.paths.data_root, arguments.note))
     return 0
 
 

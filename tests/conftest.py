@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
+import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 from fastapi.testclient import TestClient
+from lakefs_stand_in import KEY, SECRET, StandIn
 from tiny_models import client_for, photo_jpeg, save_classifier, save_detector
 
 from pillsnap.bench import publish
@@ -110,3 +115,47 @@ def trained_run(tiny_settings: Callable[..., Settings], tmp_path_factory: pytest
     from pillsnap.training.run import train
 
     return train(tiny_settings("train.amp=bf16", "train.compile=default"), tmp_path_factory.mktemp("runs") / "smoke")
+
+
+@pytest.fixture(scope="session")
+def lakefs_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StandIn | None]:
+    """A running lakeFS: what stands in for it, or, where LAKEFS_ENDPOINT is set, that server with its keys (None)."""
+    if "LAKEFS_ENDPOINT" in os.environ:
+        yield None
+        return
+    server = StandIn(tmp_path_factory.mktemp("lakefs"))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+@pytest.fixture
+def lakefs_repository(lakefs_server: StandIn | None, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The address of an own repository; its server and keys are in the environment."""
+    import lakefs
+
+    name = f"pills-{uuid4().hex[:12]}"
+    endpoint = lakefs_server.endpoint if lakefs_server else os.environ["LAKEFS_ENDPOINT"]
+    monkeypatch.setenv("LAKECTL_SERVER_ENDPOINT_URL", endpoint)
+    if lakefs_server:
+        monkeypatch.setenv("LAKECTL_CREDENTIALS_ACCESS_KEY_ID", KEY)
+        monkeypatch.setenv("LAKECTL_CREDENTIALS_SECRET_ACCESS_KEY", SECRET)
+    lakefs.Repository(name, lakefs.Client()).create(f"local://{name}")
+    return f"lakefs://{name}"
+
+
+@pytest.fixture(scope="session")
+def empty_records(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty file of records; making its tables takes seconds."""
+    from pillsnap.registry.tracking import open_tracking
+
+    path = tmp_path_factory.mktemp("records") / "mlflow.db"
+    open_tracking(load_settings(profile="cpu", overrides=[f"tracking.url=sqlite:///{path}", "tracking.experiment=no"]))
+    return path
+
+
+@pytest.fixture
+def url(empty_records: Path, tmp_path: Path) -> str:
+    """Records of one test."""
+    shutil.copy(empty_records, tmp_path / "mlflow.db")
+    return f"tracking.url=sqlite:///{tmp_path / 'mlflow.db'}"

@@ -171,7 +171,7 @@ def test_compose_reserves_a_gpu_and_keeps_the_key_out():
         == dict(pair.split("=", 1) for pair in last("Dockerfile", "ENV").split())["MODEL_PATH"]
         == "/models"
     )
-    for service in services.values():
+    for service in (service for service in services.values() if "build" in service):
         assert (
             "CUDA_VISIBLE_DEVICES" in service["environment"] and service["environment"]["CUDA_VISIBLE_DEVICES"] is None
         ), "an empty value would switch the GPU off"
@@ -181,6 +181,20 @@ def test_compose_reserves_a_gpu_and_keeps_the_key_out():
         any(volume.endswith(place) for volume in services["train"]["volumes"])
         for place in (":/app/data", ":/app/models", ":/app/runs", ":/photos:ro")
     )
+
+
+def test_compose_starts_lakefs_and_mlflow_only_when_asked():
+    compose = yaml.safe_load((ROOT / "compose.yaml").read_text(encoding="utf-8"))
+    found = {name: one for name, one in compose["services"].items() if one.get("profiles") == ["local-lakefs"]}
+    assert {name: one["image"].rpartition(":")[2] for name, one in found.items()} == {
+        "lakefs": "1.86.0",
+        "mlflow": "v3.17.2",
+    }
+    for name, service in found.items():
+        assert all(port.startswith("127.0.0.1:") for port in service["ports"])
+        assert service["volumes"][0].partition(":")[0] in compose["volumes"], name
+    keys = [value for name, value in found["lakefs"]["environment"].items() if "KEY" in name]
+    assert keys and all(value.startswith("${LAKEFS_") for value in keys), "keys come from the environment"
 
 
 def free_port() -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,21 +21,6 @@ from pillsnap.registry.tracking import Tracking, TrackingError, open_tracking
 from pillsnap.runlog import LISTENERS, open_run
 
 TIMES: dict[str, Any] = {"lr": 1e-3, "data_time": 0.01, "compute_time": 0.03, "images": 16, "cuda_mem": 0.0}
-
-
-@pytest.fixture(scope="session")
-def empty_records(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty file of records; making its tables takes seconds."""
-    path = tmp_path_factory.mktemp("records") / "mlflow.db"
-    open_tracking(load_settings(profile="cpu", overrides=[f"tracking.url=sqlite:///{path}", "tracking.experiment=no"]))
-    return path
-
-
-@pytest.fixture
-def url(empty_records: Path, tmp_path: Path) -> str:
-    """Records of one test."""
-    shutil.copy(empty_records, tmp_path / "mlflow.db")
-    return f"tracking.url=sqlite:///{tmp_path / 'mlflow.db'}"
 
 
 def settings_with(url: str, *more: str) -> Settings:

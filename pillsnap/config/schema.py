@@ -67,6 +67,8 @@ def check_path(
         hint = f"a Windows path: write /mnt/{drive[1].lower()}/{slashed[2:].lstrip('/')}"
     elif slashed.startswith("//"):
         hint = f"a network path: mount the share and write its folder, such as /mnt/{slashed.lstrip('/')}"
+    elif "://" in text:
+        hint = "an address: give that of a dataset with --data-root"
     elif "\\" in text:
         hint = f"a path with backslashes: write {slashed}"
     elif not text.strip():
@@ -96,6 +98,8 @@ class Goals(Section):
     top1: Fraction = 0.92
     map50: Fraction = 0.85
     miou: Fraction = 0.9
+    quality: Fraction = 0.8
+    color_de: Positive = 3.0
     latency_ms_p95: Positive = 150.0
 
 
