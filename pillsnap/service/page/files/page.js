@@ -227,7 +227,8 @@ function seen({ confidence: best, candidates, imprint: read }) { // what the sea
     .map((word) => WORDS.find(([korean]) => korean === word)?.[1] ?? word).filter(Boolean);
   const common = (name) => likely.map(({ details }) => english(details[name]))
     .reduce((all, words) => all.filter((word) => words.includes(word)));
-  return { imprint: read ?? "", colors: common("colors"), shapes: common("shape") };
+  // One letter is soon read into a shadow.
+  return { imprint: read?.length > 1 ? read : "", colors: common("colors"), shapes: common("shape") };
 }
 
 function recommendation(card, { pipeline, reason }) {
