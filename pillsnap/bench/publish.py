@@ -36,6 +36,7 @@ REPORTS = {  # name in results/ -> where the command writes it
     "serve": "runs/bench/serve.json",
     "search": "runs/bench/search.json",
     "color": "runs/bench/color.json",
+    "rules": "runs/bench/rules.json",
     "quality": "runs/bench/quality.json",
     "masks": "runs/bench/masks.json",
 }

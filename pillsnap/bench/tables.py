@@ -14,7 +14,7 @@ from .report import is_met
 __all__ = ['Report', 'Rows', 'TABLES', 'markdown', 'machine_text', 'value_of', 'demo_rows', 'demo_rows_korean',
            'demo_seconds_rows', 'loader_rows', 'label_rows', 'training_rows', 'accuracy_rows', 'engine_rows',
            'server_rows', 'goal_rows', 'service_rows', 'search_rows', 'outline_rows', 'quality_rows', 'color_rows',
-           'color_phone_rows']
+           'rules_rows', 'color_phone_rows']
 
 # %% ../../nbs/bench/03_tables.ipynb #47c96541
 Report = Mapping[str, Any]
@@ -338,6 +338,20 @@ def color_rows(
     return rows
 
 
+def rules_rows(
+    report: Report,  # of the comparison of rules
+) -> Rows:
+    """Mean top-1 of classifiers that were trained with each rule, in each light and over all lights."""
+    found = report["values"]["top1"]
+    lights = list(next(iter(next(iter(found.values())).values())))
+    rows = [["photos, crops", *lights, "mean"]]
+    for name, rules in found.items():
+        for rule, values in rules.items():
+            means = [sum(values[light]) / len(values[light]) for light in lights]
+            rows.append([f"{name}, {rule}", *(f"{mean:.3f}" for mean in (*means, sum(means) / len(means)))])
+    return rows
+
+
 def color_phone_rows(
     report: Report,  # of the colour benchmark
 ) -> Rows:
@@ -364,6 +378,7 @@ TABLES: dict[str, tuple[str, Callable[[Report], Rows]]] = {  # name -> report, f
     "color": ("color", color_rows),
     "color-phones": ("color", color_phone_rows),
     "color-goals": ("color", goal_rows),
+    "rules": ("rules", rules_rows),
     "quality": ("quality", quality_rows),
     "outlines": ("masks", outline_rows),
 }
