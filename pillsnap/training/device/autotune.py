@@ -112,7 +112,8 @@ def timed_attempt(
         end = time.perf_counter() + seconds
         while len(times) < runs and (not times or time.perf_counter() < end):
             times.append(step_seconds(step, device))
-        return Trial(statistics.median(times), peak(), sum(_memory(device)), before)
+        held = max(before, peak())  # a system may take back pages meanwhile
+        return Trial(statistics.median(times), held, sum(_memory(device)), before)
 
 # %% ../../../nbs/training/device/03_autotune.ipynb #a8d8a81c
 def try_size(
