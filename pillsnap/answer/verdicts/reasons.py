@@ -35,8 +35,8 @@ WHY_NOT = {
     NONE_ALIKE: WhyNot("이 모델에는 비슷한 약이 없습니다.", "No drug of this model looks like it."),
     NOTHING_FOUND: WhyNot("사진에서 알약을 찾지 못했습니다.", "No pill was detected in the photo."),
     NOT_CALIBRATED: WhyNot(
-        "보정하지 않은 모델이라 어떤 약도 확인하지 않습니다.",
-        "This model was not calibrated, so it identifies nothing.",
+        "보정하지 않았거나 보정할 사진이 부족한 모델이라 어떤 약도 확인하지 않습니다.",
+        "This model was not calibrated, or with too few photos, so it identifies nothing.",
     ),
     NO_COLOUR: WhyNot(
         "흑백 사진이라 색이 다른 약을 제외할 수 없습니다.",
