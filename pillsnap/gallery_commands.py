@@ -5,7 +5,6 @@
 # %% ../nbs/28_gallery_commands.ipynb #e1fe7053
 from __future__ import annotations
 
-import hashlib
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator
@@ -19,13 +18,11 @@ from .config.schema import Settings, SettingsError
 from .model_commands import root_or_here, settings_or_defaults
 
 if TYPE_CHECKING:
-    import polars as pl
-
-    from pillsnap.answer.gallery.references import Gallery, Reference
+    from pillsnap.answer.gallery.references import Gallery
     from pillsnap.answer.identify import Identifier
 
 # %% auto #0
-__all__ = ['ACTIONS', 'model_folder', 'summary_of', 'photos_of_drugs', 'chosen_rows', 'confused', 'gallery']
+__all__ = ['ACTIONS', 'model_folder', 'summary_of', 'photos_of_drugs', 'confused', 'gallery']
 
 # %% ../nbs/28_gallery_commands.ipynb #4958051d
 def model_folder(
@@ -109,54 +106,9 @@ def _enroll(words: list[Path], arguments: Namespace, settings: Settings) -> int:
     return 0
 
 # %% ../nbs/28_gallery_commands.ipynb #82a3d355
-def chosen_rows(
-    manifest: pl.DataFrame,  # of a dataset: split, class_index, code, side, group, image and box
-    per_drug: int,  # references of each side of a drug
-) -> pl.DataFrame:  # training rows, from different capture groups as far as there are some
-    """Choose the photos of each drug and side."""
-    import polars as pl
-
-    rows = manifest.filter((pl.col("split") == "train") & (pl.col("class_index") >= 0))
-    key = ["code", "side"]
-    ranked = rows.with_columns(
-        combination=pl.col("photo_kind") == "combination", repeat=pl.col("image").cum_count().over([*key, "group"])
-    )
-    return (
-        ranked.sort(*key, "combination", "repeat", "group", "image").group_by(key, maintain_order=True).head(per_drug)
-    )
-
-
-def _references(identifier: Identifier, rows: pl.DataFrame, max_pixels: int) -> Iterator[Reference]:
-    """A reference for each row whose photo can be read."""
-    import numpy as np
-    from tqdm import tqdm
-
-    from pillsnap.answer.gallery.enroll import make_reference
-    from pillsnap.answer.gallery.references import GalleryError
-    from pillsnap.data.reading.photo_files import read_photo
-    from pillsnap.progress import progress_stream
-    from pillsnap.runlog import decide
-    from pillsnap.runtime.boxes import Box
-    from pillsnap.runtime.images import ImageError, open_photo
-
-    damaged = 0
-    chosen = rows.select("image", "code", "side", "x1", "y1", "x2", "y2").rows()
-    for image, code, side, *corners in tqdm(chosen, desc="gallery", file=progress_stream(), disable=None):
-        try:
-            data = read_photo(image)
-            photo = open_photo(data, max_pixels, name=image)
-            crop = identifier.crops_of(photo.pixels, np.array([photo.reduced(Box(*corners))]))[0]
-            digest = hashlib.sha256(data + repr(corners).encode()).hexdigest()
-            yield make_reference(identifier, crop, [code], side if side in ("front", "back") else "", digest)
-        except (ImageError, GalleryError):
-            damaged += 1
-    if damaged:
-        why = "they can't be decoded, or their box shows nothing"
-        decide("gallery", f"{damaged} of {len(chosen)} photos left out", why, fallback=True)
-
-
 def _build(words: list[Path], arguments: Namespace, settings: Settings) -> int:
     from pillsnap.data.manifest import prepare_data
+    from pillsnap.evaluation.references import chosen_rows, references_of
     from pillsnap.training.run import data_root
 
     if words:
@@ -166,7 +118,7 @@ def _build(words: list[Path], arguments: Namespace, settings: Settings) -> int:
     rows = chosen_rows(dataset.manifest, arguments.per_side)
     with _opened(folder, settings) as (identifier, gallery):
         drugs = {drug.code: gallery.drugs.get(drug.code, drug) for drug in dataset.class_map}
-        references = list(_references(identifier, rows, settings.data.max_pixels))
+        references = list(references_of(identifier, rows, settings.data.max_pixels))
         shown = sorted({code for reference in references for code in reference.codes})
         _write(gallery.added([drugs[code] for code in shown], references, same=True), folder)
     return 0

@@ -221,7 +221,7 @@ def test_a_drug_is_enrolled_while_serving(folder: Path):
         pill = client.post("/predict", **question).json()["pills"][0]
         match = pill["matches"][0]
         assert not any("picture" in candidate for candidate in pill["candidates"]), "the gallery has no trained drug"
-        assert match["drugs"][0]["name"] == "Green" and match["similarity"] > 0.99
+        assert match["drugs"][0]["name"] == "Green" and match["similarity"] > 0.9
         assert match["side"] in ("front", "back") and match["picture"].startswith("data:image/jpeg;base64,/9j/")
     assert isinstance(open_identifier(folder), GalleryIdentifier), "the next start serves it too"
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from .classes import Drug
 from .color.balance import NO_CORRECTION, Balance, estimate_balances
+from .color.histogram import with_colours
 from .crops import crop_pill, without_background, without_neighbours
 from .rules import ModelMismatch, Rules
 from .shapes.background import REMOVE
@@ -224,6 +225,8 @@ class Identifier:
         self.detect = detect
         self.rules = rules
         self.with_embeddings = False  # compute them beside the logits, in the same pass
+        # Compares a pill with a gallery, if the photo has colours or not; None = there is no gallery.
+        self.compare: Callable[[Pill, bool], Pill] | None = None
         # Looks at a pill that is not identified once more, in a larger crop; None = nobody does.
         self.refine: Callable[[Pill, np.ndarray], Pill] | None = None
         self.outline = outline
@@ -300,6 +303,10 @@ class Identifier:
         places = self._places(pills, crops.pipeline)
         pills = [pills[place] for place in places]
         seconds = crops.seconds | {"classify": perf_counter() - started}
+        if self.compare is not None:
+            started = perf_counter()
+            pills = [self.compare(pill, crops.grey) for pill in pills]
+            seconds["search"] = perf_counter() - started
         if self.refine is not None:
             started = perf_counter()
             pills = [
@@ -492,7 +499,7 @@ class Identifier:
             )
         if embeddings and len(outputs) < 2:
             raise ModelMismatch("The classifier gives no embeddings: train and export it with this version.")
-        return outputs
+        return (outputs[0], with_colours(outputs[1], crops)) if embeddings else outputs
 
     def _verdict(
         self,

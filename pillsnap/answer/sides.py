@@ -30,8 +30,9 @@ def fuse_pills(
     seen = [pill for pill in pills if pill.verdict != NO_PILL]
     if not seen:
         return replace(pills[0], candidates=pills[0].candidates[:top_k])
-    drugs = {candidate.drug.code: candidate.drug for candidate in seen[0].candidates}
-    found = [{candidate.drug.code: candidate for candidate in pill.candidates} for pill in seen]
+    drugs = {candidate.drug.code: candidate.drug for pill in seen for candidate in pill.candidates}
+    none = Candidate(seen[0].drug, 0.0)  # a drug that was not trained is a candidate of the sides that look like it
+    found = [dict.fromkeys(drugs, none) | {each.drug.code: each for each in pill.candidates} for pill in seen]
     logarithms = np.array([sum(np.log(max(one[code].confidence, _LEAST)) for one in found) for code in drugs])
     shares = np.exp(logarithms - logarithms.max())
     shares /= shares.sum()

@@ -26,7 +26,7 @@ __all__ = ['GALLERY_FILE', 'gallery_hash', 'write_gallery', 'read_gallery', 'loc
 
 # %% ../../../nbs/answer/gallery/01_gallery_file.ipynb #6451f427
 GALLERY_FILE = "gallery.npz"  # beside classifier.onnx
-_FORMAT = 1
+_FORMAT = 2  # 1 had embeddings without colours
 
 
 def gallery_hash(
@@ -85,8 +85,11 @@ def read_gallery(
         )
         drugs = {drug["code"]: Drug.from_json(drug) for drug in content["drugs"]}
         gallery, stored = Gallery(content["network"], drugs, references), content["hash"]
+        written = content["format"]
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise GalleryError(f"The gallery {path} is damaged ({type(error).__name__}): take a copy of it.") from error
+    if written != _FORMAT:
+        raise GalleryError(f"The gallery {path} was written by another version: enrol its drugs again, or build it.")
     if gallery_hash(gallery) != stored:
         raise GalleryError(f"The gallery {path} was changed after it was written: take a copy of it.")
     return gallery
@@ -125,4 +128,6 @@ def settle_gallery(
         before = None
     if more is not None:
         coming = read_gallery(more)
-        write_gallery(coming if before is None else before.merged(coming), path)
+        names = {} if before is None else before.drugs  # a drug keeps the name that it was enrolled with
+        drugs = [names.get(code, drug) for code, drug in coming.drugs.items()]
+        write_gallery(coming if before is None else before.added(drugs, coming.references, same=True), path)

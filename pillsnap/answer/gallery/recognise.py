@@ -8,25 +8,27 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import numpy as np
 
+from ..classes import ClassMap
 from ..factory import load_identifier
 from .gallery_file import GALLERY_FILE, read_gallery
 from .references import Gallery, GalleryError
 from .search import Search
-from ..identify import Identification, Identifier, Match, Pill, PillCrops
+from ..identify import Candidate, Identifier, Match, Pill
 from ..rules import ModelMismatch, Rules
 from ..shapes.masks import PillMask
-from ..verdicts.reasons import GALLERY_DISAGREES, SAME_APPEARANCE
+from ..verdicts.reasons import GALLERY_DISAGREES, LOOK_ALIKES, NO_COLOUR, NONE_ALIKE, SAME_APPEARANCE
+from ..verdicts.verdicts import AMBIGUOUS, IDENTIFIED, NO_PILL, UNKNOWN, Verdicts
 from ...runlog import decide
 from ...runtime.boxes import Box
 from ...runtime.session import ModelError
 
 # %% auto #0
-__all__ = ['MATCHES', 'GalleryIdentifier', 'compared', 'network_of', 'gallery_for', 'with_gallery', 'open_identifier']
+__all__ = ['MATCHES', 'GalleryIdentifier', 'named', 'judged', 'contradicted', 'network_of', 'gallery_for', 'with_gallery',
+           'open_identifier']
 
 # %% ../../../nbs/answer/gallery/04_recognise.ipynb #3c3fa68e
 MATCHES = 5  # appearances that a pill is shown with
@@ -47,22 +49,13 @@ class GalleryIdentifier(Identifier):
         super().__init__(classify, detect, rules, outline)
         self.search = Search(gallery)
         self.with_embeddings = True
+        self.compare = self._compared
 
-    def classify_crops(
-        self,
-        crops: PillCrops,  # of a photo
-        top_k: int = 5,  # candidates for each pill
-    ) -> Identification:
-        """Classify the cropped pills of a photo, and search the gallery for each."""
-        identification = super().classify_crops(crops, top_k)
-        started = perf_counter()
-        pills = [self._matched(pill) for pill in identification.pills]
-        milliseconds = round((perf_counter() - started) * 1000, 3)
-        timings = identification.timings_ms | {
-            "search": milliseconds,
-            "total": round(identification.timings_ms["total"] + milliseconds, 3),
-        }
-        return replace(identification, pills=pills, timings_ms=timings)
+    def _compared(self, pill: Pill, grey: bool) -> Pill:
+        matched, verdicts = self._matched(pill), self.rules.verdicts
+        if verdicts.similar is not None and pill.verdict != NO_PILL:
+            matched = judged(named(matched, self.rules.class_map), verdicts, self.rules.class_map, grey)
+        return contradicted(matched, self.search.gallery)
 
     def _matched(self, pill: Pill) -> Pill:
         assert pill.embedding is not None, "an identifier with a gallery computes embeddings"
@@ -76,10 +69,42 @@ class GalleryIdentifier(Identifier):
             for candidate in pill.candidates[:_PICTURES]
         ]
         candidates = [*shown, *pill.candidates[_PICTURES:]]
-        return compared(replace(pill, candidates=candidates, matches=tuple(matches)), gallery)
+        return replace(pill, candidates=candidates, matches=tuple(matches))
 
 
-def compared(
+def named(
+    pill: Pill,  # with its matches
+    trained: ClassMap,  # drugs of the classifier
+) -> Pill:
+    """Put the drugs of the most similar reference first, where none of them was trained."""
+    best = pill.matches[0]
+    if any(drug.code in trained for drug in best.drugs):
+        return pill
+    confidence = float(np.clip(best.similarity, 0, 1))
+    enrolled = [Candidate(drug, confidence, picture=best.picture) for drug in best.drugs]
+    return replace(pill, candidates=[*enrolled, *pill.candidates])
+
+
+def judged(
+    pill: Pill,  # with its matches
+    verdicts: Verdicts,  # with the thresholds of similarities
+    trained: ClassMap,  # drugs of the classifier
+    grey: bool,  # whether the photo has no colour
+) -> Pill:  # with the verdict that its most similar references give
+    """Decide by similarity."""
+    verdict, reason = verdicts.verdict_of_similarity(pill.matches[0].similarity), LOOK_ALIKES
+    alone = pill.code in trained or len(pill.matches) < 2 or pill.matches[1].similarity < (verdicts.similar or 0)
+    if verdict == UNKNOWN:
+        return replace(pill, verdict=UNKNOWN, reason=NONE_ALIKE, alike=1)
+    if verdict == IDENTIFIED and alone and not grey:
+        return replace(pill, verdict=IDENTIFIED, reason="", alike=1)
+    if verdict == IDENTIFIED and grey:
+        reason = NO_COLOUR
+    alike = verdicts.look_alikes([candidate.confidence for candidate in pill.candidates])
+    return replace(pill, verdict=AMBIGUOUS, reason=reason, alike=alike)
+
+
+def contradicted(
     pill: Pill,  # with its matches
     gallery: Gallery,
 ) -> Pill:  # ambiguous where it was identified and the gallery speaks against it

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ...answer.factory import load_identifier
+from ...answer.gallery.recognise import with_gallery
 from ...answer.identify import Identifier
 from .sets import unpack_reference
 from ..networks import trained_network
@@ -23,6 +24,7 @@ from ...data.moved import dataset_of_run
 from ...evaluation.calibrate import calibrate_run
 from ...evaluation.evaluate import identifier_of
 from ...evaluation.folds import without_drugs
+from ...evaluation.references import gallery_of
 from ...training.checkpoint import CALIBRATION_FILE, load_trained
 from ...training.run import train
 
@@ -90,12 +92,14 @@ def partial_network(
     run: Path,  # keeps the classifier; the folder of the product where no drug is left out
 ) -> Identifier:  # with verdicts, and the detector of the product
     """Train and calibrate without some drugs, or take the earlier run."""
+    settings = _settings(data, options, run.parent)
     if not (run / CALIBRATION_FILE).is_file():
-        settings = _settings(data, options, run.parent)
         if left_out:
             shutil.rmtree(run, ignore_errors=True)  # of a training that was interrupted
             train(settings, run, dataset=without_drugs(dataset_of_run(product), left_out))
         calibrate_run(run, settings, options.folds)
     whole, part = load_identifier(product / "export"), identifier_of(load_trained(run))
     rules = replace(whole.rules, class_map=part.rules.class_map, verdicts=part.rules.verdicts)
-    return Identifier(part.classify, whole.detect, rules)
+    identifier = Identifier(part.classify, whole.detect, rules)
+    manifest = dataset_of_run(run).manifest
+    return with_gallery(identifier, gallery_of(identifier, run.name, manifest, settings.data.max_pixels))
