@@ -27,8 +27,8 @@ __all__ = ['USER', 'PASSWORD', 'BUCKET', 'free_ports', 's3_keys', 'variables', '
 
 # %% ../../../nbs/bench/registry/00_places.ipynb #f2dd0dea
 USER, PASSWORD, BUCKET = "writer", "of-models", "team"
-_PORTS = ("master.port", "volume.port", "filer.port", "s3.port")
-_PORTS = (*_PORTS, *(f"{name}.grpc" for name in _PORTS), "s3.port.iceberg", "s3.port.lance")
+_SERVERS = ("master.port", "volume.port", "filer.port", "s3.port")
+_PORTS = (*_SERVERS, *(f"{name}.grpc" for name in _SERVERS), "s3.port.iceberg", "s3.port.lance")
 
 
 def free_ports(
@@ -131,7 +131,10 @@ def lakefs_server(
         return
     if not _STAND_IN.is_file():
         raise BenchError(f"There is no {_STAND_IN}: run it from the project's folder, or set LAKEFS_ENDPOINT.")
-    server = subprocess.Popen([sys.executable, str(_STAND_IN), str(folder)], stdout=subprocess.PIPE, text=True)
+    folder.mkdir(parents=True)
+    words = [sys.executable, str(_STAND_IN), str(folder)]
+    with (folder / "server.log").open("w") as log:
+        server = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=log, text=True)
     try:
         assert server.stdout is not None
         keys = json.loads(server.stdout.readline())

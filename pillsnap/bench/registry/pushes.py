@@ -15,7 +15,7 @@ from typing import Any
 
 from ...atomic import sha256
 from ..errors import BenchError
-from .writer import Pushed, written
+from .writer import STARTED, Pushed, written
 from ...registry.objects import StoreError
 from ...registry.store import ModelStore, numbers, open_store, read_version
 from ...registry.versions import pull
@@ -33,21 +33,21 @@ def push_and_kill(
     pushes: int,  # that have to succeed, of all writers
     kills: int,
     writers: int = 8,
-) -> list[list[Pushed]]:  # of each writer, what it was told
+) -> tuple[list[list[Pushed]], int]:  # what each writer was told, and how many were killed
     """Push from several processes; raises `BenchError` where one fails by itself."""
     folder.mkdir(parents=True)
     logs = [folder / f"writer-{number}.log" for number in range(writers)]
     counts = [pushes // writers + (number < pushes % writers) for number in range(writers)]
-    running = [_start(url, log, count) for log, count in zip(logs, counts, strict=True)]
+    running, killed = [_start(url, log, count) for log, count in zip(logs, counts, strict=True)], 0
     try:
         while any(process.poll() is None for process in running):
-            time.sleep(random.uniform(0.05, 0.25))
-            number = random.randrange(writers)
-            if kills and written(logs[number])[1] and running[number].poll() is None:
+            time.sleep(random.uniform(0.01, 0.2))
+            pushing = [number for number in range(writers) if written(logs[number])[1]]
+            if pushing and killed < kills:
+                number = random.choice(pushing)
                 running[number].kill()
-                running[number].wait()
+                killed += running[number].wait() != 0
                 running[number] = _start(url, logs[number], counts[number])
-                kills -= 1
     finally:
         for process in running:
             process.kill()
@@ -55,11 +55,13 @@ def push_and_kill(
     for log, process in zip(logs, running, strict=True):
         if process.returncode:
             raise BenchError(f"A writer ended with status {process.returncode}: {log.with_suffix('.err')} says why.")
-    return [written(log)[0] for log in logs]
+    return [written(log)[0] for log in logs], killed
 
 
 def _start(url: str, log: Path, count: int) -> subprocess.Popen[bytes]:
     words = [sys.executable, "-m", "pillsnap.bench.registry.writer", url, str(log), str(count), str(SIZE)]
+    with log.open("a", encoding="utf-8") as file:
+        print(STARTED, file=file)  # a process that is starting is in no push
     with log.with_suffix(".err").open("ab") as errors:
         return subprocess.Popen(words, stdout=errors, stderr=errors)
 

@@ -16,10 +16,10 @@ from ...registry.store import open_store
 from ...registry.versions import push
 
 # %% auto #0
-__all__ = ['Pushed', 'written', 'write']
+__all__ = ['STARTED', 'Pushed', 'written', 'write']
 
 # %% ../../../nbs/bench/registry/01_writer.ipynb #3136a914
-_BEGUN = "begun"
+STARTED, _BEGUN = "started", "begun"
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def written(
     """Read what a writer has written down."""
     lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.is_file() else []
     whole = [line.split() for line in lines if line.endswith("\n")]
-    done = [Pushed(int(words[0]), words[1]) for words in whole if words != [_BEGUN]]
+    done = [Pushed(int(words[0]), words[1]) for words in whole if words not in ([STARTED], [_BEGUN])]
     return done, bool(whole) and whole[-1] == [_BEGUN]
 
 
