@@ -53,9 +53,12 @@ def run_of_folder(
     return str(named["run_id"])
 
 
+_HASH = "sha256.store."  # tags of files in the store; sha256.FILE is one in the run folder
+
+
 def _facts(address: str, version: ModelVersion) -> dict[str, str]:
-    """Tags that name a version: weights.TASK, and sha256.TASK.FILE for each of its files."""
-    hashes = {f"sha256.{version.task}.{name}": entry["sha256"] for name, entry in version.files.items()}
+    """Tags that name a version: weights.TASK, and sha256.store.TASK.FILE for each of its files."""
+    hashes = {f"{_HASH}{version.task}.{name}": entry["sha256"] for name, entry in version.files.items()}
     return {f"weights.{version.task}": address, **hashes}
 
 
@@ -70,8 +73,8 @@ def fetch_checked(
         raise TrackingError(f"No weights of a {task} are recorded: push them with `pillsnap models push --run RUN`.")
     store, stored, number = open_address(address)
     version = existing_version(store, stored, number)
-    recorded = {name: value for name, value in tags.items() if name.startswith(f"sha256.{task}.")}
-    if {name: value for name, value in _facts(address, version).items() if name.startswith("sha256.")} != recorded:
+    recorded = {name: value for name, value in tags.items() if name.startswith(f"{_HASH}{task}.")}
+    if {name: value for name, value in _facts(address, version).items() if name.startswith(_HASH)} != recorded:
         raise TrackingError(f"{address} holds other files than those that were recorded: their hashes differ.")
     return pull(store, stored, number, cache)
 
@@ -183,7 +186,7 @@ def _create(tracking: Tracking, task: str, run: Run, tags: dict[str, str]) -> Re
 
 def _same(client: Any, name: str, tags: Mapping[str, str]) -> list[str]:
     """Versions with the same weights, the oldest first."""
-    hashes = {key: value for key, value in tags.items() if key.startswith("sha256.")}
+    hashes = {key: value for key, value in tags.items() if key.startswith(_HASH)}
     found = [item for item in client.search_model_versions(f"name = '{name}'") if hashes.items() <= item.tags.items()]
     return [str(item.version) for item in sorted(found, key=lambda item: int(item.version))]
 
