@@ -74,12 +74,26 @@ def test_models_of_colours(
     assert made and all((first / name).read_bytes() == (later / name).read_bytes() for name in made)
 
 
-def test_the_quality_model(place: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    settings, run = load_settings(profile="cpu", overrides=place), tmp_path / "run"
+def quality_run(place: list[str], run: Path, pairwise: float) -> Path:
+    """A tracked run folder as a training of the quality model leaves it."""
+    settings = load_settings(profile="cpu", overrides=place)
     with tracked(settings), open_run(run, settings) as log:
         save_quality(run)
         write_json(run / "quality_report.json", {"onnx_difference": 0.0})
-        log.evaluation("quality", 1, {"loss": 0.5, "pairwise": 0.85})
+        log.evaluation("quality", 1, {"loss": 0.5, "pairwise": pairwise})
+    return run
+
+
+def register_quality(capsys: pytest.CaptureFixture[str], place: list[str], run: Path, pairwise: float) -> Path:
+    """Push and register such a run."""
+    quality_run(place, run, pairwise)
+    said(capsys, "models", "push", "--run", str(run), *place)
+    said(capsys, "models", "register", "quality", "--run", str(run), *place)
+    return run
+
+
+def test_the_quality_model(place: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = quality_run(place, tmp_path / "run", 0.85)
     assert "pushed quality v1" in said(capsys, "models", "push", "--run", str(run), *place)
     register = ["models", "register", "quality", "--run", str(run), *place]
     refused(said(capsys, *register, status=1), "quality/validation/pairwise", "goals.quality", "at least 0.9")
@@ -110,11 +124,7 @@ def test_the_segmenter(place: list[str], tmp_path: Path, capsys: pytest.CaptureF
 def test_a_person_registers_what_missed_its_goal_and_it_is_noted(
     place: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings, run = load_settings(profile="cpu", overrides=place), tmp_path / "run"
-    with tracked(settings), open_run(run, settings) as log:
-        save_quality(run)
-        write_json(run / "quality_report.json", {})
-        log.evaluation("quality", 1, {"pairwise": 0.6})
+    settings, run = load_settings(profile="cpu", overrides=place), quality_run(place, tmp_path / "run", 0.6)
     said(capsys, "models", "push", "--run", str(run), *place)
     monkeypatch.setattr("builtins.input", lambda question: "no number")
     manual = ["models", "register", "quality", "--manual", *place]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion as Registered
 
 # %% auto #0
-__all__ = ['THRESHOLDS', 'record_weights', 'run_of_folder', 'fetch_checked', 'Threshold', 'shortfall', 'model_name',
+__all__ = ['THRESHOLDS', 'record_weights', 'run_of_folder', 'fetch_checked', 'Threshold', 'shortfall', 'model_name', 'weights_of',
            'Registration', 'register', 'registered', 'choose', 'set_alias', 'table_of']
 
 # %% ../../nbs/registry/14_registered.ipynb #15858cf5
@@ -123,9 +123,19 @@ def shortfall(
     return f"{threshold.metric} is {value:.4g}, but {threshold.setting} asks for {bound} {goal:g}."
 
 # %% ../../nbs/registry/14_registered.ipynb #d3fd630c
+_NAME = "pillsnap-"
+
+
 def model_name(task: str) -> str:
     """Name of a kind of model in MLflow."""
-    return f"pillsnap-{task}"
+    return f"{_NAME}{task}"
+
+
+def weights_of(
+    version: Registered,
+) -> str:  # address
+    """Where the files of a registered version are."""
+    return str(version.tags[f"weights.{version.name.removeprefix(_NAME)}"])
 
 
 @dataclass(frozen=True)
@@ -171,7 +181,9 @@ def _create(tracking: Tracking, task: str, run: Run, tags: dict[str, str]) -> Re
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
         if not (made := _same(client, name, tags)):
-            own = client.create_model_version(name, address, run_id=run.info.run_id, tags=tags)
+            # a server refuses folders as sources; `weights_of` has the address
+            source = f"runs:/{run.info.run_id}" if address.startswith("file:") else address
+            own = client.create_model_version(name, source, run_id=run.info.run_id, tags=tags)
             made = _same(client, name, tags)
             if made[0] != str(own.version):
                 client.delete_model_version(name, own.version)
@@ -241,5 +253,5 @@ def table_of(
             aliases = tracking.client.get_registered_model(version.name).aliases
         own = ",".join(name for name, number in aliases.items() if str(number) == str(version.version))
         judged = version.tags.get("registered", "")
-        lines.append(f"{version.name:<22} {version.version:>4} {own:<22} {judged:<24} {version.source}")
+        lines.append(f"{version.name:<22} {version.version:>4} {own:<22} {judged:<24} {weights_of(version)}")
     return "\n".join(lines) or "No model is registered."
