@@ -118,6 +118,10 @@ def _push(arguments: Namespace) -> int:
     names = ("best.pt", "last.pt", "config.yaml")
     version = push(store, "nilut" if nilut else "lut3d", {name: run / name for name in names}, arguments.note)
     print(f"pushed {version.task} v{version.number} to {store.url}")
+    if settings.tracking.url is not None:
+        from pillsnap.registry.release import record_pushed
+
+        record_pushed(settings, run.resolve(), store, [version])
     with tempfile.TemporaryDirectory() as folder, store_errors(store, "Pushing the .cube files"):
         baked = bake_files(run / "best.pt", Path(folder), arguments.size) if nilut else []
         for path in baked:

@@ -116,6 +116,7 @@ def _infer(arguments: Namespace) -> int:
     """Answer with a registered model, in JSON."""
     (task, photos), settings = _task_and_rest(arguments, needed=False), settings_from(arguments)
     from pillsnap.registry.chosen import fetch_models, photos_of_data
+    from pillsnap.registry.registered import weights_of
     from pillsnap.registry.tracking import open_tracking
     from pillsnap.service.client.client import predict_local, predict_photos
 
@@ -123,7 +124,7 @@ def _infer(arguments: Namespace) -> int:
     with tempfile.TemporaryDirectory() as folder:
         ask = input if arguments.interactive else None
         chosen = fetch_models(tracking, task, Path(folder), cache, arguments.which, ask)
-        print_last([f"{name} {version.version}: {version.source}" for name, version in chosen.items()])
+        print_last([f"{name} {version.version}: {weights_of(version)}" for name, version in chosen.items()])
         main = chosen[task or "classifier"]
         paths = [Path(photo) for photo in photos] or photos_of_data(main.tags, cache)
         if task in ("quality", "nilut", "lut3d"):

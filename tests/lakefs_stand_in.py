@@ -2,7 +2,7 @@
 
 The server of lakeFS is no Python package. This one serves the operations that its clients call for repositories,
 branches, objects, commits, merges, tags, logs and differences, with contents on a disk and commits in memory.
-`python tests/lakefs_stand_in.py FOLDER` prints its address.
+`python tests/lakefs_stand_in.py FOLDER` prints the environment that its clients need, as JSON.
 """
 
 from __future__ import annotations
@@ -442,5 +442,6 @@ def list_objects(handler: Handler, repository: str, ref: str) -> Answer:
 
 if __name__ == "__main__":
     server = StandIn(Path(sys.argv[1]))
-    print(server.endpoint, flush=True)
+    keys = {"LAKECTL_CREDENTIALS_ACCESS_KEY_ID": KEY, "LAKECTL_CREDENTIALS_SECRET_ACCESS_KEY": SECRET}
+    print(json.dumps({"LAKECTL_SERVER_ENDPOINT_URL": server.endpoint, **keys}), flush=True)
     server.serve_forever()

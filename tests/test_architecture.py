@@ -65,6 +65,7 @@ SUBPACKAGES = {
         "masks",
         "gallery",
         "search",
+        "registry",
     ],
 }
 LAYER = {package: number for number, layer in enumerate(LAYERS) for package in layer}

@@ -78,7 +78,7 @@ def test_train_register_and_infer_years_later(
     assert answers(said(capsys, *later)) == first
     assert answers(said(capsys, *later, "--interactive")) == first
     assert "There is no registered classifier 7" in said(capsys, *later, "--which", "7", status=2)
-    tracking.client.set_model_version_tag(model.name, model.version, "sha256.classifier.model.onnx", "0" * 64)
+    tracking.client.set_model_version_tag(model.name, model.version, "sha256.store.classifier.model.onnx", "0" * 64)
     assert "holds other files than those that were recorded" in said(capsys, *later, status=2)
     lost = model.source.replace(model.source.split("/")[3], "0" * 64)
     tracking.client.set_model_version_tag(model.name, model.version, "weights.classifier", lost)

@@ -5,119 +5,32 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from pillsnap.bench.registry.places import free_ports, s3_keys, seaweedfs
 from pillsnap.cli import main
 from pillsnap.registry.objects import Change, StoreError
 from pillsnap.registry.store import ModelStore, list_versions, numbers, open_store, tasks
 from pillsnap.registry.versions import promote, promoted, pull, push, rollback
 
-WEED = Path(sys.executable).parent / "weed"
-IDENTITIES = {
-    "identities": [
-        {
-            "name": "writer",
-            "credentials": [{"accessKey": "writer", "secretKey": "of-models"}],
-            "actions": ["Admin", "Read", "List", "Tagging", "Write"],
-        },
-        {
-            "name": "reader",
-            "credentials": [{"accessKey": "reader", "secretKey": "of-models"}],
-            "actions": ["Read:team", "List:team"],
-        },
-    ]
-}
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that are not in use."""
-    taken = [socket.socket() for _ in range(count)]
-    try:
-        for one in taken:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in taken]
-    finally:
-        for one in taken:
-            one.close()
-
 
 @pytest.fixture(scope="session")
 def s3_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """SeaweedFS on the loopback, with two users, without telemetry."""
-    home, names = (
-        tmp_path_factory.mktemp("s3"),
-        (
-            "master.port",
-            "master.port.grpc",
-            "volume.port",
-            "volume.port.grpc",
-            "filer.port",
-            "filer.port.grpc",
-            "s3.port",
-            "s3.port.grpc",
-            "s3.port.iceberg",
-            "s3.port.lance",
-        ),
-    )
-    (home / "identities.json").write_text(json.dumps(IDENTITIES))
-    ports = dict(zip(names, free_ports(len(names))))
-    command = [
-        str(WEED),
-        "server",
-        f"-dir={home}",
-        "-ip=127.0.0.1",
-        "-ip.bind=127.0.0.1",
-        "-master.telemetry=false",
-        "-volume.max=5",
-        "-filer",
-        "-s3",
-        f"-s3.config={home / 'identities.json'}",
-        *(f"-{name}={port}" for name, port in ports.items()),
-    ]
-    with (home / "server.log").open("w") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log, cwd=home)
-    try:
-        endpoint = f"http://127.0.0.1:{ports['s3.port']}"
-        with pytest.MonkeyPatch.context() as patch:
-            as_user(patch, endpoint, "writer")
-            wait_until_ready(server, home / "server.log")
+    with seaweedfs(tmp_path_factory.mktemp("s3") / "server") as endpoint:
         yield endpoint
-    finally:
-        server.kill()  # a graceful end takes half a minute
-        server.wait()
 
 
 def as_user(patch: pytest.MonkeyPatch, endpoint: str, name: str) -> None:
     """Set endpoint and credentials in the environment."""
-    for key, value in {
-        "AWS_ENDPOINT_URL": endpoint,
-        "AWS_ACCESS_KEY_ID": name,
-        "AWS_SECRET_ACCESS_KEY": "of-models",
-        "AWS_REGION": "us-east-1",
-    }.items():
+    for key, value in s3_keys(endpoint, name).items():
         patch.setenv(key, value)
-
-
-def wait_until_ready(server: subprocess.Popen, log: Path) -> None:
-    """Write until it succeeds; the first write creates the bucket."""
-    last = None
-    for _ in range(120):
-        assert server.poll() is None, log.read_text()[-2000:]
-        try:
-            assert open_store("s3://team/first").objects.claim("ready", b"yes")
-            return
-        except Exception as error:  # any error while it starts
-            last = error
-            time.sleep(0.5)
-    raise AssertionError(f"the S3 server did not start: {last}\n{log.read_text()[-2000:]}")
 
 
 @pytest.fixture(params=["disk", "s3", "lakefs"])

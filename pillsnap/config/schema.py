@@ -98,7 +98,7 @@ class Goals(Section):
     top1: Fraction = 0.92
     map50: Fraction = 0.85
     miou: Fraction = 0.9
-    quality: Fraction = 0.8
+    quality: Fraction = 0.9
     color_de: Positive = 3.0
     latency_ms_p95: Positive = 150.0
 

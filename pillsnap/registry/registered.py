@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion as Registered
 
 # %% auto #0
-__all__ = ['THRESHOLDS', 'record_weights', 'run_of_folder', 'fetch_checked', 'Threshold', 'shortfall', 'model_name',
+__all__ = ['THRESHOLDS', 'record_weights', 'run_of_folder', 'fetch_checked', 'Threshold', 'shortfall', 'model_name', 'weights_of',
            'Registration', 'register', 'registered', 'choose', 'set_alias', 'table_of']
 
 # %% ../../nbs/registry/14_registered.ipynb #15858cf5
@@ -53,9 +53,12 @@ def run_of_folder(
     return str(named["run_id"])
 
 
+_HASH = "sha256.store."  # tags of files in the store; sha256.FILE is one in the run folder
+
+
 def _facts(address: str, version: ModelVersion) -> dict[str, str]:
-    """Tags that name a version: weights.TASK, and sha256.TASK.FILE for each of its files."""
-    hashes = {f"sha256.{version.task}.{name}": entry["sha256"] for name, entry in version.files.items()}
+    """Tags that name a version: weights.TASK, and sha256.store.TASK.FILE for each of its files."""
+    hashes = {f"{_HASH}{version.task}.{name}": entry["sha256"] for name, entry in version.files.items()}
     return {f"weights.{version.task}": address, **hashes}
 
 
@@ -70,8 +73,8 @@ def fetch_checked(
         raise TrackingError(f"No weights of a {task} are recorded: push them with `pillsnap models push --run RUN`.")
     store, stored, number = open_address(address)
     version = existing_version(store, stored, number)
-    recorded = {name: value for name, value in tags.items() if name.startswith(f"sha256.{task}.")}
-    if {name: value for name, value in _facts(address, version).items() if name.startswith("sha256.")} != recorded:
+    recorded = {name: value for name, value in tags.items() if name.startswith(f"{_HASH}{task}.")}
+    if {name: value for name, value in _facts(address, version).items() if name.startswith(_HASH)} != recorded:
         raise TrackingError(f"{address} holds other files than those that were recorded: their hashes differ.")
     return pull(store, stored, number, cache)
 
@@ -120,9 +123,19 @@ def shortfall(
     return f"{threshold.metric} is {value:.4g}, but {threshold.setting} asks for {bound} {goal:g}."
 
 # %% ../../nbs/registry/14_registered.ipynb #d3fd630c
+_NAME = "pillsnap-"
+
+
 def model_name(task: str) -> str:
     """Name of a kind of model in MLflow."""
-    return f"pillsnap-{task}"
+    return f"{_NAME}{task}"
+
+
+def weights_of(
+    version: Registered,
+) -> str:  # address
+    """Where the files of a registered version are."""
+    return str(version.tags[f"weights.{version.name.removeprefix(_NAME)}"])
 
 
 @dataclass(frozen=True)
@@ -168,7 +181,9 @@ def _create(tracking: Tracking, task: str, run: Run, tags: dict[str, str]) -> Re
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
         if not (made := _same(client, name, tags)):
-            own = client.create_model_version(name, address, run_id=run.info.run_id, tags=tags)
+            # a server refuses folders as sources; `weights_of` has the address
+            source = f"runs:/{run.info.run_id}" if address.startswith("file:") else address
+            own = client.create_model_version(name, source, run_id=run.info.run_id, tags=tags)
             made = _same(client, name, tags)
             if made[0] != str(own.version):
                 client.delete_model_version(name, own.version)
@@ -183,7 +198,7 @@ def _create(tracking: Tracking, task: str, run: Run, tags: dict[str, str]) -> Re
 
 def _same(client: Any, name: str, tags: Mapping[str, str]) -> list[str]:
     """Versions with the same weights, the oldest first."""
-    hashes = {key: value for key, value in tags.items() if key.startswith("sha256.")}
+    hashes = {key: value for key, value in tags.items() if key.startswith(_HASH)}
     found = [item for item in client.search_model_versions(f"name = '{name}'") if hashes.items() <= item.tags.items()]
     return [str(item.version) for item in sorted(found, key=lambda item: int(item.version))]
 
@@ -238,5 +253,5 @@ def table_of(
             aliases = tracking.client.get_registered_model(version.name).aliases
         own = ",".join(name for name, number in aliases.items() if str(number) == str(version.version))
         judged = version.tags.get("registered", "")
-        lines.append(f"{version.name:<22} {version.version:>4} {own:<22} {judged:<24} {version.source}")
+        lines.append(f"{version.name:<22} {version.version:>4} {own:<22} {judged:<24} {weights_of(version)}")
     return "\n".join(lines) or "No model is registered."

@@ -32,7 +32,8 @@ from ..runtime.engines import TASKS
 
 # %% auto #0
 __all__ = ['QUALITY', 'SEGMENTER', 'OPTIONAL', 'STORED', 'run_files', 'exported_networks', 'push_run', 'files_to_push',
-           'pull_models', 'describe_store', 'describe_version', 'configured_store', 'run_models_command']
+           'pull_models', 'describe_store', 'describe_version', 'configured_store', 'record_pushed',
+           'run_models_command']
 
 # %% ../../nbs/registry/20_release.ipynb #21a5f99d
 QUALITY = "quality"
@@ -46,6 +47,10 @@ def run_files(
     resumable: bool = False,  # also last.pt, from which training resumes
 ) -> dict[str, Path]:  # name in the store -> file
     """Files of a run that make a version; raises `StoreError` when its export is missing or has failed."""
+    judge = Path(run) / QUALITY_FILE  # of a training of the quality model, which has compared it with its network
+    if task == QUALITY and judge.is_file():
+        beside = {"config.yaml": judge.with_name("config.yaml"), "report.json": judge.with_name("quality_report.json")}
+        return {"model.onnx": judge, **beside}
     report = Path(run) / "export" / "export_report.json"
     if not report.is_file():
         raise StoreError(
@@ -57,7 +62,7 @@ def run_files(
             f"The export of {run} has failed its comparison ({report} says why): "
             "only models that answer as they were trained are pushed."
         )
-    if task == QUALITY:  # its own training has compared it with its network
+    if task == QUALITY:
         return {"model.onnx": Path(run) / "export" / QUALITY_FILE}
     files = {
         "best.pt": Path(run) / f"best_{task}.pt",
@@ -74,7 +79,9 @@ def run_files(
 def exported_networks(
     run: Path,  # run folder
 ) -> Sequence[str]:  # classifier, detector, or both, and quality where its file lies beside them
-    """Networks of a run's export; both where nothing tells."""
+    """Networks of a run's export; both where nothing tells, and what a training of the quality model has made."""
+    if (Path(run) / QUALITY_FILE).is_file():
+        return [QUALITY]
     beside = [QUALITY] if (Path(run) / "export" / QUALITY_FILE).is_file() else []
     try:
         report = json.loads((Path(run) / "export" / "export_report.json").read_text(encoding="utf-8"))
@@ -200,8 +207,13 @@ def _parse(command: str, arguments: Sequence[str]) -> tuple[str, int]:
     return task, int(number or 0)
 
 
-def _record(settings: Settings, run: Path, store: ModelStore, pushed: Iterable[ModelVersion]) -> None:
-    """Write the addresses of pushed weights into the record of their run."""
+def record_pushed(
+    settings: Settings,  # tracking is read
+    run: Path,  # run folder, with a record
+    store: ModelStore,
+    pushed: Iterable[ModelVersion],
+) -> None:
+    """Write the addresses of pushed weights into the record of their run; raises `TrackingError` where it has none."""
     from pillsnap.registry.registered import record_weights
     from pillsnap.registry.tracking import open_tracking
 
@@ -247,7 +259,7 @@ def run_models_command(
         assert run is not None
         pushed = push_run(store, run, [task] if task else exported_networks(run), note, resumable)
         if settings.tracking.url is not None:
-            _record(settings, run, store, pushed)
+            record_pushed(settings, run, store, pushed)
         return "\n".join(f"pushed {version.task} v{version.number} to {store.url}" for version in pushed)
     if command == "pull":
         assert out is not None

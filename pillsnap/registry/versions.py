@@ -12,6 +12,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -112,9 +113,10 @@ def _as_json(version: ModelVersion) -> bytes:
 
 def _upload(change: Change, path: Path, place: str) -> dict[str, Any]:
     """Upload one file; returns its entry in the list."""
-    entry = {"sha256": sha256(path), "bytes": path.stat().st_size}
-    change.upload(place, path)
-    return entry
+    with ThreadPoolExecutor(1) as pool:  # the hash is made meanwhile
+        digest = pool.submit(sha256, path)
+        change.upload(place, path)
+        return {"sha256": digest.result(), "bytes": path.stat().st_size}
 
 # %% ../../nbs/registry/03_versions.ipynb #b60c1de3
 def promotions(
