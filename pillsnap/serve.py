@@ -40,6 +40,8 @@ from .service.guard.rate_limit import RateLimiter
 from .service.guard.security_headers import add_security_headers
 from .service.inference.model_manager import ModelManager
 from .service.inference.work_queue import WorkQueue
+from .service.jobs.job import JobsError
+from .service.jobs.queue import open_queue
 from .service.logging import AccessLog, setup_service_logging
 
 # %% auto #0
@@ -139,6 +141,7 @@ def _service(settings: Settings, environment: Environment, root: Path) -> Servic
         pipelines=PIPELINES[:1] if serve.features == "mvp" else PIPELINES,
         frame_limiter=RateLimiter(10 * serve.requests_per_minute),  # a camera sends a few a second
         lookup=Lookup(root / settings.paths.catalog),
+        jobs=open_queue(settings.jobs, environment.jobs_url, root),
     )
 
 
@@ -209,7 +212,7 @@ def _try_model(model_manager: ModelManager) -> None:
 def _app() -> ASGIApp:
     try:
         return create_app()
-    except SettingsError as error:
+    except (SettingsError, JobsError) as error:
         return _StartupGuard(FastAPI(), str(error))
 
 

@@ -35,6 +35,7 @@ LAYERS = [
     ["registry", "packaging"],
     ["service"],
     ["serve"],
+    ["scale"],
     ["bench"],
     ["demo"],
     ["commands"],
@@ -51,7 +52,7 @@ SUBPACKAGES = {
     "data": ["reading", "labelling", "readers", "scan", "splits", "cache", ""],
     "training": ["device", "report", ""],
     "quality": ["ranking", "pairs", "degradations", ""],
-    "service": ["", "guard", "inference", "page", "endpoints", "client"],
+    "service": ["", "jobs", "guard", "inference", "page", "endpoints", "client"],
     "bench": [
         "",
         "data",
@@ -65,7 +66,9 @@ SUBPACKAGES = {
         "masks",
         "gallery",
         "search",
+        "scale",
     ],
+    "scale": ["ray", "jobs", ""],
 }
 LAYER = {package: number for number, layer in enumerate(LAYERS) for package in layer}
 

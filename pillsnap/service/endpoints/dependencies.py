@@ -19,6 +19,7 @@ from ..guard.auth import ApiKeys
 from ..guard.rate_limit import RateLimiter
 from ..inference.model_manager import LoadedModels, ModelManager
 from ..inference.work_queue import WorkQueue
+from ..jobs.queue import JobQueue
 
 # %% auto #0
 __all__ = ['Service', 'require_key', 'require_admin_key', 'count_photo']
@@ -46,6 +47,7 @@ class Service:
     metrics: Any = None  # ServiceMetrics; None = `/metrics` is not active
     frame_limiter: RateLimiter | None = None  # frames of a camera per minute and key; None = no limit
     lookup: Lookup = field(default_factory=Lookup)  # what `/search` searches
+    jobs: JobQueue | None = None  # work that waits; None = there is none
 
     def loaded(self) -> LoadedModels:
         """The models; raises `ApiError` 503 while there are none."""
