@@ -17,7 +17,7 @@ LOGGER = logging.getLogger("pillsnap")
 # %% auto #0
 __all__ = ['LOGGER', 'Lease']
 
-# %% ../../../nbs/scale/jobs/00_lease.ipynb #137b6485
+# %% ../../../nbs/scale/jobs/00_lease.ipynb #172bf934
 class Lease:
     """The lease of a job, renewed in a `with` block."""
 
@@ -32,12 +32,16 @@ class Lease:
         self._error: JobsError | None = None
         self._thread = Thread(target=self._keep, name=f"lease of {job.id}", daemon=True)
 
+    def _renew(self) -> None:
+        try:
+            self._queue.renew(self._job, self._done, self._total)
+        except StoreDown as error:
+            LOGGER.warning("the lease of job %s was not renewed: %s", self._job.id, error)
+
     def _keep(self) -> None:
         while not self._over.wait(min(1.0, self._queue.limits.lease_seconds / 4)):
             try:
-                self._queue.renew(self._job, self._done, self._total)
-            except StoreDown as error:
-                LOGGER.warning("the lease of job %s was not renewed: %s", self._job.id, error)
+                self._renew()
             except (LeaseLost, JobCancelled) as error:
                 self._error = error
                 return
@@ -64,3 +68,5 @@ class Lease:
     ) -> None:
         self._over.set()
         self._thread.join()
+        if error is None:
+            self._renew()

@@ -78,7 +78,7 @@ def _problem(error: Exception) -> str:
         return "The disk of the worker has no room: make some, and send the job again."
     return f"Something unexpected went wrong ({type(error).__name__}): the worker's log has the details."
 
-# %% ../../../nbs/scale/jobs/06_running.ipynb #b44f840d
+# %% ../../../nbs/scale/jobs/06_running.ipynb #57660e60
 def run_next(
     runner: Runner,
 ) -> bool:  # False = no job is free
@@ -92,7 +92,6 @@ def run_next(
             folder = runner.queue.folder_of(job.id)
             work = Work(job, folder, runner.settings, runner.models, lease.progress)
             result = KINDS[job.kind](work)
-        lease.progress(job.total, job.total)
     except LeaseLost as error:
         LOGGER.warning("%s", error)
         return True
