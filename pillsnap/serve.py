@@ -18,6 +18,7 @@ from anyio import to_thread
 from asgi_correlation_id import CorrelationIdMiddleware
 from fastapi import Depends, FastAPI
 from fastapi.middleware.cors import CORSMiddleware
+from .service.inference.shared_models import SharedModels
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from . import __version__
@@ -116,7 +117,8 @@ def _unusable_keys(environment: Environment) -> str:
 def _service(settings: Settings, environment: Environment, root: Path) -> Service:
     serve = settings.serve
     model_root = serve.model_root or (None if "://" in settings.store.url else root / settings.store.url / "models")
-    return Service(
+    jobs = open_queue(settings.jobs, environment.jobs_url, root)
+    service = Service(
         ModelManager(
             serve.model_path or environment.model_path,
             partial(
@@ -129,7 +131,7 @@ def _service(settings: Settings, environment: Environment, root: Path) -> Servic
         ),
         ApiKeys(environment.api_keys, allow_anonymous=environment.allow_weak_keys),
         ApiKeys(environment.admin_keys),
-        RateLimiter(serve.requests_per_minute),
+        RateLimiter(serve.requests_per_minute, jobs.url),
         WorkQueue(serve.workers or os.cpu_count() or 1, serve.queue, serve.request_seconds),
         int(serve.max_image_mb * 1e6),
         settings.data.max_pixels,
@@ -139,10 +141,12 @@ def _service(settings: Settings, environment: Environment, root: Path) -> Servic
         upload_seconds=serve.upload_seconds,
         font=serve.font,
         pipelines=PIPELINES[:1] if serve.features == "mvp" else PIPELINES,
-        frame_limiter=RateLimiter(10 * serve.requests_per_minute),  # a camera sends a few a second
+        frame_limiter=RateLimiter(10 * serve.requests_per_minute, jobs.url),  # a camera sends a few a second
         lookup=Lookup(root / settings.paths.catalog),
-        jobs=open_queue(settings.jobs, environment.jobs_url, root),
+        jobs=jobs,
     )
+    service.shared = SharedModels(jobs.url, service.model_manager, model_root) if jobs.url else None
+    return service
 
 
 def create_app(
@@ -165,7 +169,11 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         setup_service_logging(environment)
         await to_thread.run_sync(_try_model, service.model_manager)
+        if service.shared is not None:
+            service.shared.start()
         yield
+        if service.shared is not None:
+            service.shared.close()
         await to_thread.run_sync(service.work_queue.close)
 
     app = FastAPI(

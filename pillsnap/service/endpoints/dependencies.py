@@ -11,6 +11,7 @@ from typing import Any
 
 from fastapi import Depends, Request, Security
 from fastapi.security import APIKeyHeader
+from ..inference.shared_models import SharedModels
 
 from ...answer.search.lookup import Lookup
 from ...runtime.session import ModelError
@@ -48,6 +49,15 @@ class Service:
     frame_limiter: RateLimiter | None = None  # frames of a camera per minute and key; None = no limit
     lookup: Lookup = field(default_factory=Lookup)  # what `/search` searches
     jobs: JobQueue | None = None  # work that waits; None = there is none
+    shared: SharedModels | None = None  # with the other processes of the service; None = they know nothing of it
+
+    def followed(
+        self,
+        folder: str | None = None,  # below `model_root`; None = the same as before
+    ) -> None:
+        """Tell the other processes that the models or their gallery are new."""
+        if self.shared is not None:
+            self.shared.publish(folder)
 
     def loaded(self) -> LoadedModels:
         """The models; raises `ApiError` 503 while there are none."""
