@@ -12,22 +12,24 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import httpx
 import numpy as np
 import psutil
 import pytest
-from debian import redis_server
+import redis
+from debian import program, redis_server, wait_for_port
 from fastapi.testclient import TestClient
 from PIL import Image
-from serving import free_port
+from serving import ADMIN, Running, free_port, running
 from tiny_models import ANOTHER, CONFIG, KEY, check_error, client_for, photo_jpeg, post_photo, save_classifier
 
 from pillsnap.answer.gallery.gallery_file import read_gallery
 from pillsnap.config.schema import Jobs, Settings
-from pillsnap.scale.jobs import running
+from pillsnap.scale.jobs import running as worker_side
 from pillsnap.scale.jobs.running import Runner, run_next
 from pillsnap.scale.jobs.work import Models
 from pillsnap.service.jobs.job import JobsError, StoreDown, TooManyJobs
@@ -50,8 +52,6 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     if request.param == "sqlite":
         yield f"sqlite:///{tmp_path / 'store' / 'jobs.db'}"
         return
-    import redis
-
     address = request.getfixturevalue("redis_url")
     redis.Redis.from_url(address).flushall()
     yield address
@@ -121,10 +121,10 @@ def test_limits_cancelling_and_removal(open_one: Callable[..., JobQueue]) -> Non
     queue.cancel(second.id)
     assert queue.store.read(second.id).state == "cancelled"
     queue.cancel(second.id)
-    running = queue.claim()
-    queue.cancel(running.id)
-    assert running.id == first.id and queue.store.read(first.id).cancel
-    assert queue.finish(running, "cancelled") and len(queue.store.open_jobs()) == 1
+    taken = queue.claim()
+    queue.cancel(taken.id)
+    assert taken.id == first.id and queue.store.read(first.id).cancel
+    assert queue.finish(taken, "cancelled") and len(queue.store.open_jobs()) == 1
     queue.folder_of(first.id).mkdir(parents=True)
     (abandoned := queue.folder_of("f" * 32)).mkdir()
     os.utime(abandoned, (1, 1))
@@ -223,12 +223,12 @@ def test_a_job_goes_on_where_another_worker_stopped(
             """As if the process had been killed."""
 
         def kill(work: object) -> None:
-            original = running.predict
+            original = worker_side.predict
             stop = replace(work, progress=lambda done, total: (_ for _ in ()).throw(Killed()) if done >= 100 else None)
             original(stop)
 
         with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setitem(running.KINDS, "predict", kill)
+            patch.setitem(worker_side.KINDS, "predict", kill)
             run_next(runner)
         before = {path.name: path.stat().st_mtime_ns for path in folder.glob("part-*")}
         assert len(before) == 2 and show(client, job)["state"] == "running"
@@ -236,11 +236,11 @@ def test_a_job_goes_on_where_another_worker_stopped(
         kept = {}
 
         def watched(work: object) -> dict:
-            result = running.predict(work)
+            result = worker_side.predict(work)
             kept.update({path.name: path.stat().st_mtime_ns for path in folder.glob("part-*")})
             return result
 
-        monkeypatch.setitem(running.KINDS, "predict", watched)
+        monkeypatch.setitem(worker_side.KINDS, "predict", watched)
         assert run_next(runner)
         assert before.items() < kept.items() and show(client, job)["attempts"] == 2
         assert len(client.get(f"/jobs/{job['id']}/result", headers=KEY).text.splitlines()) == 120
@@ -258,7 +258,7 @@ def test_a_running_job_is_cancelled_and_its_files_go(
             work.progress(1, 2)
             raise AssertionError("it was cancelled")
 
-        monkeypatch.setitem(running.KINDS, "predict", slow)
+        monkeypatch.setitem(worker_side.KINDS, "predict", slow)
         assert run_next(runner)
         assert show(client, job)["state"] == "cancelled" and not list(runner.queue.folder_of(job["id"]).iterdir())
         check_error(client.get(f"/jobs/{job['id']}/result", headers=KEY), 409, "cancelled")
@@ -371,10 +371,12 @@ def test_a_store_that_is_down_is_said(models: Path, tmp_path: Path) -> None:
             ):
                 check_error(response, 503, "Redis at redis://127.0.0.1")
             assert post_photo(client, photo_jpeg()).status_code == 200, "predictions need no Redis"
-            assert not running._finish(runner, taken, "done", {"file": "x"}), "patience ends"
+            assert not worker_side._finish(runner, taken, "done", {"file": "x"}), "patience ends"
             with redis_server(tmp_path / "redis", port):
                 assert show(client, job)["state"] == "running"
-                assert running._finish(runner, taken, "done", {"file": "x"}) and show(client, job)["state"] == "done"
+                assert (
+                    worker_side._finish(runner, taken, "done", {"file": "x"}) and show(client, job)["state"] == "done"
+                )
 
 
 def test_a_service_starts_while_redis_is_down(models: Path, tmp_path: Path) -> None:
@@ -451,3 +453,72 @@ def test_a_worker_without_its_store_ends_with_a_sentence(tmp_path: Path) -> None
     assert process.wait(60) == 1
     lines = (tmp_path / "worker.log").read_text(encoding="utf-8").splitlines()
     assert "Traceback" not in "\n".join(lines) and lines[-1].startswith("Redis at redis://127.0.0.1:9/0, which has the")
+
+
+# ---- Two services behind nginx, with one Redis
+
+
+@pytest.fixture
+def proxy(tmp_path: Path, redis_url: str) -> Iterator[tuple[str, list[Running], Path]]:
+    """The address of nginx with the configuration in operation/, its two services, and the folder of their models."""
+    (first := tmp_path / "place" / "first").mkdir(parents=True)
+    save_classifier(first, embeddings=True)
+    redis.Redis.from_url(redis_url).flushall()
+    port, lines = free_port(), f"  model_root: {tmp_path / 'place'}\njobs:\n  url: {redis_url}\n  folder: ../jobs\n"
+    limits = "  requests_per_minute: 8\n"
+    with ExitStack() as stack:
+        servers = [stack.enter_context(running(first, tmp_path / name, lines, limits=limits)) for name in ("a", "b")]
+        text = (CONFIG.parent / "operation" / "nginx.conf").read_text(encoding="utf-8")
+        for old, server in zip(("127.0.0.1:8001", "127.0.0.1:8002"), servers, strict=True):
+            text = text.replace(old, server.url.removeprefix("http://"))
+        (conf := tmp_path / "nginx.conf").write_text(
+            f"daemon off;\npid {tmp_path}/nginx.pid;\nerror_log {tmp_path}/error.log;\nevents {{}}\nhttp {{\n"
+            f"access_log off;\nclient_body_temp_path {tmp_path}/body;\nproxy_temp_path {tmp_path}/proxy;\n"
+            f"{text.replace('listen 8000', f'listen 127.0.0.1:{port}')}\n}}\n"
+        )
+        process = subprocess.Popen([program("nginx", "nginx"), "-c", str(conf), "-p", str(tmp_path)])
+        stack.callback(process.wait, 10)
+        stack.callback(process.terminate)
+        wait_for_port(port)
+        yield f"http://127.0.0.1:{port}", servers, tmp_path / "place"
+
+
+def versions(servers: list[Running]) -> list[str]:
+    return [httpx.get(f"{server.url}/version", headers=KEY).json()["model"]["version"] for server in servers]
+
+
+def drugs_of(servers: list[Running]) -> list[list[str]]:
+    found = [httpx.get(f"{server.url}/gallery", headers=KEY).json()["drugs"] for server in servers]
+    return [[drug["name"] for drug in drugs] for drugs in found]
+
+
+def test_two_services_behind_nginx_are_one(proxy: tuple[str, list[Running], Path]) -> None:
+    url, servers, place = proxy
+    log, photo = servers[1].log, photo_jpeg()
+    with httpx.Client(base_url=url, headers=KEY, timeout=30) as client:
+        job = client.post("/jobs?kind=style", headers=ZIP, content=zipped({"a.jpg": photo})).json()
+        seen = [client.get(f"/jobs/{job['id']}").json()["state"] for _ in range(4)]
+        assert seen == ["queued"] * 4, "whichever is asked"
+        statuses = [client.post("/predict", files={"image": photo}).status_code for _ in range(10)]
+        assert statuses == [200] * 8 + [429] * 2, "the limit is of both together"
+        before = versions(servers)
+        enrolled = client.post(
+            "/gallery",
+            headers={"X-Admin-Key": ADMIN},
+            data={"name": "New tablet", "whole": "true"},
+            files=[("images", ("front.jpg", photo))],
+        )
+        assert enrolled.status_code == 200, enrolled.text
+        until(lambda: drugs_of(servers) == [["New tablet"]] * 2, 20, log)
+        (second := place / "second").mkdir()
+        save_classifier(second)
+        reloaded = client.post("/reload", headers={"X-Admin-Key": ADMIN}, json={"folder": "second"})
+        assert reloaded.status_code == 200, reloaded.text
+        new = reloaded.json()["model"]["version"]
+        until(lambda: versions(servers) == [new] * 2, 20, log)
+        assert before[0] == before[1] != new and drugs_of(servers) == [[], []]
+        served = [httpx.get(f"{server.url}/metrics", headers=KEY).text for server in servers]
+        assert sum('route="/predict",status="200"' in text for text in served) == 2, "both have answered"
+        servers[0].process.terminate()
+        servers[0].process.wait(30)
+        assert [client.get("/ready").status_code for _ in range(6)] == [200] * 6
