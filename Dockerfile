@@ -8,7 +8,7 @@ RUN python -m venv /opt/pillsnap
 COPY setup.py settings.ini constraints.txt ./
 # The quotes are left out, PACKAGES may be several words.
 # hadolint ignore=SC2086
-RUN /opt/pillsnap/bin/pip install --no-cache-dir --constraint constraints.txt . $PACKAGES
+RUN /opt/pillsnap/bin/pip install --no-cache-dir --constraint constraints.txt '.[jobs]' $PACKAGES
 COPY pillsnap pillsnap
 RUN /opt/pillsnap/bin/pip install --no-cache-dir --no-deps --force-reinstall .
 
@@ -17,7 +17,7 @@ FROM python:3.11-slim
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install -y --no-install-recommends fonts-nanum && rm -rf /var/lib/apt/lists/*
 COPY --from=build /opt/pillsnap /opt/pillsnap
-RUN useradd --system --uid 10001 --no-create-home pillsnap
+RUN useradd --system --uid 10001 --no-create-home pillsnap && mkdir -p /app/data/jobs && chown pillsnap /app/data/jobs
 ENV PATH=/opt/pillsnap/bin:$PATH MODEL_PATH=/models PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 WORKDIR /app
 USER 10001

@@ -18,6 +18,7 @@ from anyio import to_thread
 from asgi_correlation_id import CorrelationIdMiddleware
 from fastapi import Depends, FastAPI
 from fastapi.middleware.cors import CORSMiddleware
+from .service.inference.shared_models import SharedModels
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from . import __version__
@@ -40,6 +41,8 @@ from .service.guard.rate_limit import RateLimiter
 from .service.guard.security_headers import add_security_headers
 from .service.inference.model_manager import ModelManager
 from .service.inference.work_queue import WorkQueue
+from .service.jobs.job import JobsError
+from .service.jobs.queue import open_queue
 from .service.logging import AccessLog, setup_service_logging
 
 # %% auto #0
@@ -114,7 +117,8 @@ def _unusable_keys(environment: Environment) -> str:
 def _service(settings: Settings, environment: Environment, root: Path) -> Service:
     serve = settings.serve
     model_root = serve.model_root or (None if "://" in settings.store.url else root / settings.store.url / "models")
-    return Service(
+    jobs = open_queue(settings.jobs, environment.jobs_url, root)
+    service = Service(
         ModelManager(
             serve.model_path or environment.model_path,
             partial(
@@ -127,7 +131,7 @@ def _service(settings: Settings, environment: Environment, root: Path) -> Servic
         ),
         ApiKeys(environment.api_keys, allow_anonymous=environment.allow_weak_keys),
         ApiKeys(environment.admin_keys),
-        RateLimiter(serve.requests_per_minute),
+        RateLimiter(serve.requests_per_minute, jobs.url),
         WorkQueue(serve.workers or os.cpu_count() or 1, serve.queue, serve.request_seconds),
         int(serve.max_image_mb * 1e6),
         settings.data.max_pixels,
@@ -137,9 +141,12 @@ def _service(settings: Settings, environment: Environment, root: Path) -> Servic
         upload_seconds=serve.upload_seconds,
         font=serve.font,
         pipelines=PIPELINES[:1] if serve.features == "mvp" else PIPELINES,
-        frame_limiter=RateLimiter(10 * serve.requests_per_minute),  # a camera sends a few a second
+        frame_limiter=RateLimiter(10 * serve.requests_per_minute, jobs.url),  # a camera sends a few a second
         lookup=Lookup(root / settings.paths.catalog),
+        jobs=jobs,
     )
+    service.shared = SharedModels(jobs.url, service.model_manager, model_root) if jobs.url else None
+    return service
 
 
 def create_app(
@@ -162,7 +169,11 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         setup_service_logging(environment)
         await to_thread.run_sync(_try_model, service.model_manager)
+        if service.shared is not None:
+            service.shared.start()
         yield
+        if service.shared is not None:
+            service.shared.close()
         await to_thread.run_sync(service.work_queue.close)
 
     app = FastAPI(
@@ -209,7 +220,7 @@ def _try_model(model_manager: ModelManager) -> None:
 def _app() -> ASGIApp:
     try:
         return create_app()
-    except SettingsError as error:
+    except (SettingsError, JobsError) as error:
         return _StartupGuard(FastAPI(), str(error))
 
 

@@ -45,10 +45,17 @@ def free_port() -> int:
 
 
 @contextmanager
-def running(models: Path, folder: Path, settings: str = "", *options: str, **environment: str) -> Iterator[Running]:
+def running(
+    models: Path,
+    folder: Path,
+    settings: str = "",
+    *options: str,
+    limits: str = "  requests_per_minute: 0\n",
+    **environment: str,
+) -> Iterator[Running]:
     """Run `uvicorn pillsnap.serve:app` in a folder with these settings; yields when it is ready."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(f"serve:\n  requests_per_minute: 0\n{settings}", encoding="utf-8")
+    (folder / "config.yaml").write_text(f"serve:\n{limits}{settings}", encoding="utf-8")
     url, log = f"http://127.0.0.1:{(port := free_port())}", folder / "server.log"
     variables = {
         **os.environ,

@@ -35,6 +35,7 @@ LAYERS = [
     ["registry", "packaging"],
     ["service"],
     ["serve"],
+    ["scale"],
     ["bench"],
     ["demo"],
     ["commands"],
@@ -51,7 +52,7 @@ SUBPACKAGES = {
     "data": ["reading", "labelling", "readers", "scan", "splits", "cache", ""],
     "training": ["device", "report", ""],
     "quality": ["ranking", "pairs", "degradations", ""],
-    "service": ["", "guard", "inference", "page", "endpoints", "client"],
+    "service": ["", "jobs", "guard", "inference", "page", "endpoints", "client"],
     "bench": [
         "",
         "data",
@@ -66,7 +67,9 @@ SUBPACKAGES = {
         "gallery",
         "search",
         "registry",
+        "scale",
     ],
+    "scale": ["ray", "jobs", ""],
 }
 LAYER = {package: number for number, layer in enumerate(LAYERS) for package in layer}
 

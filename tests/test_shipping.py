@@ -157,7 +157,7 @@ def test_images_are_built_from_git_and_run_without_root(name: str):
 
 def test_training_image_has_cuda_and_all_requirements():
     assert last("Dockerfile.train", "FROM").startswith("nvidia/cuda:13.")
-    assert installed_by("Dockerfile.train") == [".[train,formats]"]
+    assert installed_by("Dockerfile.train") == [".[train,formats,jobs]"]
     assert json.loads(last("Dockerfile.train", "CMD")) == ["python", "-m", "pillsnap", "train"]
 
 
@@ -181,6 +181,21 @@ def test_compose_reserves_a_gpu_and_keeps_the_key_out():
         any(volume.endswith(place) for volume in services["train"]["volumes"])
         for place in (":/app/data", ":/app/models", ":/app/runs", ":/photos:ro")
     )
+
+
+def test_compose_has_a_worker_with_a_gpu_that_shares_its_files():
+    compose = yaml.safe_load((ROOT / "compose.yaml").read_text(encoding="utf-8"))
+    services = compose["services"]
+    worker, redis = services["worker"], services["redis"]
+    assert worker["command"].split() == "celery -A pillsnap.scale.worker worker -Q ml_tasks".split()
+    assert worker["deploy"] == services["train"]["deploy"] and worker["environment"]["MODEL_PATH"] == "/models"
+    assert "jobs:/app/data/jobs" in worker["volumes"] and "jobs:/app/data/jobs" in services["serve"]["volumes"]
+    assert worker["environment"]["JOBS_URL"] == "${JOBS_URL:-redis://redis:6379/0}" and "ports" not in redis
+    assert "--appendonly yes" in redis["command"] and {"jobs", "redis"} <= set(compose["volumes"])
+    assert {one.get("profiles", [""])[0] for one in (worker, redis)} == {"jobs"}
+    for name in ("Dockerfile", "Dockerfile.train"):
+        made = " ".join(words for found, words in instructions(name) if found == "RUN")
+        assert "jobs" in made.partition("useradd")[2] and "[" in made and "jobs]" in made
 
 
 def test_compose_starts_lakefs_and_mlflow_only_when_asked():

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -148,13 +148,16 @@ def _distances(network: ColorModel | None, photos: torch.Tensor, look: Look) -> 
     return look_distance(look_of(shown.flatten(2).transpose(1, 2)), look)
 
 
-def _learn(network: ColorModel, references: torch.Tensor, look: Look, config: StyleConfig) -> None:
+def _learn(
+    network: ColorModel, references: torch.Tensor, look: Look, config: StyleConfig, on_step: Callable[[int, int], None]
+) -> None:
     device = references.device
     optimizer = torch.optim.Adam(network.parameters(), lr=config.lr)
     steps = config.epochs * _STEPS
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=config.lr / 100)
     generator = torch.Generator().manual_seed(config.seed)
-    for _ in tqdm(range(steps), desc="learning the style", file=progress_stream(), disable=None):
+    for step in tqdm(range(steps), desc="learning the style", file=progress_stream(), disable=None):
+        on_step(step, steps)
         chosen = torch.randint(len(references), (_BATCH,), generator=generator)
         photos = recolored(references[chosen].cpu(), generator).to(device)
         loss = _distances(network, photos, look).mean() / 20 + _penalty(network, photos)
@@ -163,6 +166,7 @@ def _learn(network: ColorModel, references: torch.Tensor, look: Look, config: St
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         schedule.step()
+    on_step(steps, steps)
 
 
 def run_style_learning(
@@ -170,6 +174,7 @@ def run_style_learning(
     output_path: Path | str,  # file of the model to write
     model_type: Literal["adaptive_3dlut", "nilut"] = "adaptive_3dlut",
     config: Mapping[str, Any] | None = None,  # fields of `StyleConfig`
+    on_step: Callable[[int, int], None] = lambda done, total: None,  # may raise, which ends it
 ) -> dict[str, Any]:  # model_type, output_path, references, distance_before, distance_after (CIELAB units)
     """Learn the look of reference photos; raises `ReferenceError` or `ImageError` for those that can't be used.
 
@@ -182,7 +187,7 @@ def run_style_learning(
     look = look_of(references.permute(0, 2, 3, 1).reshape(-1, 3))
     torch.manual_seed(chosen.seed)
     network = _network(model_type, chosen).to(device)
-    _learn(network, references, look, chosen)
+    _learn(network, references, look, chosen, on_step)
     numbers = torch.arange(64) % len(references)
     unseen = recolored(references[numbers].cpu(), torch.Generator().manual_seed(chosen.seed + 1)).to(device)
     with torch.inference_mode():

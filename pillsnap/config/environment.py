@@ -36,6 +36,7 @@ VARIABLES = (  # read from .env and the process environment
     "LOG_FORMAT",
     "CORS_ALLOW_ORIGINS",
     "MODEL_PATH",
+    "JOBS_URL",
 )
 
 
@@ -51,6 +52,7 @@ class Environment:
     model_path: Path | None = None  # folder with the ONNX files
     log_file: Path | None = None  # receives every log line of the service too
     log_format: str | None = None  # one of LOG_FORMATS; None = text on a terminal, else json
+    jobs_url: str | None = field(default=None, repr=False)  # as jobs.url, which may hold a password
 
 # %% ../../nbs/config/02_environment.ipynb #bda4d034
 def _read_file(file: Path) -> dict[str, str | None]:
@@ -147,7 +149,17 @@ def load_environment(
     weak = values.get("ALLOW_WEAK_KEYS", "0")
     if weak not in ("0", "1"):
         raise SettingsError(f"ALLOW_WEAK_KEYS is {weak!r} in {file} or the environment, but must be 1 or 0")
-    return Environment(keys, admin_keys, weak == "1", level, origins, model_path, paths.get("LOG_FILE"), style)
+    return Environment(
+        keys,
+        admin_keys,
+        weak == "1",
+        level,
+        origins,
+        model_path,
+        paths.get("LOG_FILE"),
+        style,
+        values.get("JOBS_URL"),
+    )
 
 # %% ../../nbs/config/02_environment.ipynb #077a760d
 NOTEBOOK_NAMES = {"In", "Out", "exit", "quit"}  # defined by IPython itself

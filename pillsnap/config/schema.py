@@ -31,7 +31,8 @@ from ..errors import PillsnapError
 
 # %% auto #0
 __all__ = ['LEAF_KEYS', 'PATH_KEYS', 'RENAMED', 'SettingsError', 'closest_name', 'check_path', 'Identify', 'Goals', 'Latency',
-           'Gate', 'Export', 'Color', 'Store', 'Tracking', 'Serve', 'Settings', 'leaf_fields', 'refuse_old_names']
+           'Gate', 'Export', 'Color', 'Store', 'Tracking', 'Serve', 'Jobs', 'Settings', 'leaf_fields',
+           'refuse_old_names']
 
 # %% ../../nbs/config/01_schema.ipynb #6c5bc25c
 class SettingsError(PillsnapError):
@@ -199,6 +200,19 @@ class Serve(Section):
     threads: CountOrZero = 0
 
 
+class Jobs(Section):
+    """Work that waits in a queue; for a null url the environment is read."""
+
+    url: Annotated[str, Field(min_length=1)] | None = None
+    folder: PosixPath = Path("data/jobs")
+    queued: Count = 8
+    zip_mb: Positive = 20_000.0
+    photos: Count = 10_000
+    hours: Positive = 24.0
+    lease_seconds: Annotated[float, Field(ge=1, le=3600)] = 15.0
+    attempts: Count = 5
+
+
 class Settings(Section):
     """All settings of a run; `profile_reason` holds why this profile was chosen and is never written to a file."""
 
@@ -220,6 +234,7 @@ class Settings(Section):
     store: Store = Store()
     tracking: Tracking = Tracking()
     serve: Serve = Serve()
+    jobs: Jobs = Jobs()
     profile_reason: str = Field(default="settings made in code", exclude=True)
 
 # %% ../../nbs/config/01_schema.ipynb #219c674a

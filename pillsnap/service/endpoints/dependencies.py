@@ -11,6 +11,7 @@ from typing import Any
 
 from fastapi import Depends, Request, Security
 from fastapi.security import APIKeyHeader
+from ..inference.shared_models import SharedModels
 
 from ...answer.search.lookup import Lookup
 from ...runtime.session import ModelError
@@ -19,6 +20,7 @@ from ..guard.auth import ApiKeys
 from ..guard.rate_limit import RateLimiter
 from ..inference.model_manager import LoadedModels, ModelManager
 from ..inference.work_queue import WorkQueue
+from ..jobs.queue import JobQueue
 
 # %% auto #0
 __all__ = ['Service', 'require_key', 'require_admin_key', 'count_photo']
@@ -46,6 +48,16 @@ class Service:
     metrics: Any = None  # ServiceMetrics; None = `/metrics` is not active
     frame_limiter: RateLimiter | None = None  # frames of a camera per minute and key; None = no limit
     lookup: Lookup = field(default_factory=Lookup)  # what `/search` searches
+    jobs: JobQueue | None = None  # work that waits; None = there is none
+    shared: SharedModels | None = None  # with the other processes of the service; None = they know nothing of it
+
+    def followed(
+        self,
+        folder: str | None = None,  # below `model_root`; None = the same as before
+    ) -> None:
+        """Tell the other processes that the models or their gallery are new."""
+        if self.shared is not None:
+            self.shared.publish(folder)
 
     def loaded(self) -> LoadedModels:
         """The models; raises `ApiError` 503 while there are none."""

@@ -137,7 +137,7 @@ async def enroll(
 ) -> dict[str, Any]:
     """Enrol a drug from photos, without training; the next request can find it."""
     service: Service = request.app.state.service
-    if service.several_processes:
+    if service.several_processes and service.shared is None:
         raise ApiError(
             409,
             "several_processes",
@@ -151,4 +151,6 @@ async def enroll(
         )
         form = await read_form(request, "images", limits, ("name", "code", "whole", "same"))
         photos = [NamedPhoto(name, data) for name, data in zip(form.names, form.photos, strict=True)]
-        return gallery_response(await service.work_queue.run(enroll_photos, service, photos, form.fields))
+        gallery = await service.work_queue.run(enroll_photos, service, photos, form.fields)
+        await service.work_queue.run(service.followed)
+        return gallery_response(gallery)

@@ -65,7 +65,7 @@ async def reload(
 ) -> dict[str, Any]:
     """Open and test models, then serve them; if they can't be used, the previous ones stay."""
     service: Service = request.app.state.service
-    if service.several_processes:
+    if service.several_processes and service.shared is None:
         raise ApiError(
             409,
             "several_processes",
@@ -81,4 +81,5 @@ async def reload(
         raise ApiError(
             422, "model_unusable", f"The models were not exchanged, the old ones still answer: {error}"
         ) from error
+    await run_in_threadpool(service.followed, wanted.folder if wanted else None)
     return {"model": loaded.model, "before": previous.model if previous else None}

@@ -54,6 +54,12 @@ def _gallery(app: FastAPI) -> APIRouter:
     return gallery_router
 
 
+def _jobs(app: FastAPI) -> APIRouter:
+    from pillsnap.service.endpoints.jobs import jobs_router
+
+    return jobs_router
+
+
 def _reload(app: FastAPI) -> APIRouter:
     from pillsnap.service.endpoints.reload import reload_router
 
@@ -71,6 +77,7 @@ ROUTERS = {
     "batch": Endpoint("production", _batch),
     "reload": Endpoint("production", _reload),
     "gallery": Endpoint("production", _gallery),
+    "jobs": Endpoint("production", _jobs),
 }
 
 

@@ -5,28 +5,63 @@
 # %% ../../../nbs/service/guard/02_rate_limit.ipynb #7a0721dd
 from __future__ import annotations
 
+import logging
 import math
 import time
+from typing import Any
 
 from limits import RateLimitItemPerMinute
 from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
 
 from ..errors import ApiError
+from ..jobs.redis_store import PREFIX, shown
+
+LOGGER = logging.getLogger("pillsnap")
 
 # %% auto #0
-__all__ = ['RateLimiter']
+__all__ = ['LOGGER', 'RateLimiter']
 
 # %% ../../../nbs/service/guard/02_rate_limit.ipynb #12bbb777
+_DOWN = 10.0  # seconds until a server that was down is tried again
+
+
+def _shared_limiter(url: str) -> MovingWindowRateLimiter:
+    from limits.storage import RedisStorage
+
+    options: dict[str, Any] = {"socket_timeout": 1, "socket_connect_timeout": 1}
+    return MovingWindowRateLimiter(RedisStorage(url, key_prefix=f"{PREFIX}limit", **options))
+
+
 class RateLimiter:
     """Limits the photos per minute of each key."""
 
     def __init__(
         self,
         per_minute: int,  # photos; 0 = no limit
+        url: str = "",  # redis://… in which all processes of the service count together
     ) -> None:
         self._limit = RateLimitItemPerMinute(per_minute) if per_minute else None
         self._limiter = MovingWindowRateLimiter(MemoryStorage())
+        self._url, self._shared = url, _shared_limiter(url) if url and per_minute else None
+        self._shared_again = 0.0  # when a server that was down is tried again, monotonic seconds
+
+    def _hit(self, name: str, photos: int) -> float | None:
+        """Count photos; None, or the time at which there is room, seconds since 1970."""
+        limiter = self._limiter
+        if self._shared is not None and time.monotonic() >= self._shared_again:
+            try:
+                return self._ask(self._shared, name, photos)
+            except Exception as error:  # of redis and the system
+                self._shared_again = time.monotonic() + _DOWN
+                LOGGER.warning("each process counts its photos alone, %s: %s", shown(self._url), error)
+        return self._ask(limiter, name, photos)
+
+    def _ask(self, limiter: Any, name: str, photos: int) -> float | None:
+        assert self._limit is not None, "asked only where there is a limit"
+        if limiter.hit(self._limit, name, cost=photos):
+            return None
+        return float(limiter.get_window_stats(self._limit, name).reset_time)
 
     def check(
         self,
@@ -34,9 +69,10 @@ class RateLimiter:
         photos: int = 1,  # of the request
     ) -> None:
         """Count the photos of a request; raises `ApiError` 429 over the limit."""
-        if self._limit is None or self._limiter.hit(self._limit, name, cost=photos):
+        free = None if self._limit is None else self._hit(name, photos)
+        if self._limit is None or free is None:
             return
-        seconds = max(1, math.ceil(self._limiter.get_window_stats(self._limit, name).reset_time - time.time()))
+        seconds = max(1, math.ceil(free - time.time()))
         raise ApiError(
             429,
             "too_many_requests",

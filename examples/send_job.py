@@ -1,0 +1,31 @@
+"""Answers for all photos of a ZIP, by a server: API_KEY=... python examples/send_job.py photos.zip http://localhost:8000"""
+
+import json
+import os
+import sys
+import time
+
+import httpx
+
+path, url = sys.argv[1], sys.argv[2]
+headers = {"X-API-Key": os.environ.get("API_KEY", "")}
+with httpx.Client(base_url=url, headers=headers, timeout=httpx.Timeout(60, write=None)) as client:
+
+    def ask(method: str, address: str, **more: object) -> httpx.Response:
+        response = client.request(method, address, **more)
+        if response.is_error:
+            sys.exit(response.json()["detail"])
+        return response
+
+    with open(path, "rb") as file:
+        job = ask("POST", "/jobs", content=file, headers={"Content-Type": "application/zip"}).json()
+    while job["state"] in ("queued", "running"):
+        print(f"{job['state']} {job['done']}/{job['total']}", *job["notes"], file=sys.stderr)
+        time.sleep(1)
+        job = ask("GET", f"/jobs/{job['id']}").json()
+    if job["state"] != "done":
+        sys.exit(job["problem"] or job["state"])
+    for line in ask("GET", job["result_url"]).text.splitlines():
+        answer = json.loads(line)
+        pills = answer["prediction"] and " ".join(pill["code"] for pill in answer["prediction"]["pills"])
+        print(f"{answer['photo']}: {pills or answer['problem']['detail']}")
