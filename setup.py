@@ -17,6 +17,7 @@ requirements = {
         ("imprint", "imprint_requirements"),
         ("mlflow", "mlflow_requirements"),
         ("lakefs", "lakefs_requirements"),
+        ("ray", "ray_requirements"),
         ("bench", "bench_requirements"),
         ("dev", "dev_requirements"),
     ]
@@ -38,6 +39,7 @@ setup(
         "imprint": requirements["imprint"],
         "mlflow": requirements["mlflow"],
         "lakefs": requirements["lakefs"],
+        "ray": requirements["ray"],
         "bench": requirements["train"] + requirements["bench"],
         "dev": requirements["train"] + requirements["dev"],
         "all": sum((requirements[name] for name in requirements if name != "runtime"), []),

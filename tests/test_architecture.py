@@ -35,6 +35,7 @@ LAYERS = [
     ["registry", "packaging"],
     ["service"],
     ["serve"],
+    ["scale"],
     ["bench"],
     ["demo"],
     ["commands"],
@@ -52,6 +53,7 @@ SUBPACKAGES = {
     "training": ["device", "report", ""],
     "quality": ["ranking", "pairs", "degradations", ""],
     "service": ["", "guard", "inference", "page", "endpoints", "client"],
+    "scale": ["ray", "jobs"],
     "bench": [
         "",
         "data",
@@ -65,6 +67,7 @@ SUBPACKAGES = {
         "masks",
         "gallery",
         "search",
+        "scale",
     ],
 }
 LAYER = {package: number for number, layer in enumerate(LAYERS) for package in layer}
