@@ -38,9 +38,7 @@ def read_shard(
 _SHARDS_PER_PROCESS = 4  # fewer shards do not justify another process
 
 
-def _stored_or_read(
-    shards: Sequence[Shard], cache: ScanCache, mapper: Mapper
-) -> Iterator[tuple[dict[str, Any], bool]]:
+def _stored_or_read(shards: Sequence[Shard], cache: ScanCache, mapper: Mapper) -> Iterator[tuple[dict[str, Any], bool]]:
     """The metadata of all shards in the order of completion, and whether each had to be read."""
     known: dict[int, dict[str, Any]] = {}
 

@@ -45,9 +45,7 @@ def check_port(
     try:
         socket.create_connection(split_address(address), _PATIENCE).close()
     except OSError as error:
-        raise ScaleError(
-            f"There is no Ray at {address} ({error.strerror or error}): {_ADVICE}."
-        ) from error
+        raise ScaleError(f"There is no Ray at {address} ({error.strerror or error}): {_ADVICE}.") from error
 
 # %% ../../../nbs/scale/ray/01_cluster.ipynb #7ed245cb
 def check_head(

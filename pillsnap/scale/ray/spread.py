@@ -61,7 +61,6 @@ def _answer_of() -> Callable[..., tuple[str, Any]]:
         if found != expected:
             return "refused", f"Node {name} has pillsnap {found}, and this machine has {expected}"
         from pillsnap.config.plugins import load_plugins
-        from pillsnap.errors import PillsnapError
 
         try:
             load_plugins(plugins)
@@ -108,7 +107,9 @@ class _Cluster:
         if time.monotonic() - self._looked > _LOOK:
             usable = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
             if usable and all(node["NodeID"] in self.full for node in usable):
-                raise ScaleError(f"No node has room on its disk: {'; '.join(self.full.values())}. Free some space there.")
+                raise ScaleError(
+                    f"No node has room on its disk: {'; '.join(self.full.values())}. Free some space there."
+                )
             if not usable:
                 raise ScaleError("No node of the cluster has a core to work on: `ray status` lists them.")
             self._cores = sum(int(node["Resources"]["CPU"]) for node in usable if node["NodeID"] not in self.full)
@@ -117,13 +118,13 @@ class _Cluster:
 
     def submit(self, task: Task) -> None:
         """Send a task to a node with room on its disk."""
-        from ray.util.scheduling_strategies import In, NodeLabelSchedulingStrategy, NotIn
+        from ray.util.scheduling_strategies import NodeLabelSchedulingStrategy, NotIn
 
-        assert In is not None
-        away = {"ray.io/node-id": NotIn(*self.full)}
-        where = {"scheduling_strategy": NodeLabelSchedulingStrategy(hard=away)} if self.full else {}
+        options = {}
+        if self.full:
+            options["scheduling_strategy"] = NodeLabelSchedulingStrategy(hard={"ray.io/node-id": NotIn(*self.full)})
         given = (package_version(), list(LOADED), _FREE, self._function, task.item)
-        self.running[self._remote.options(**where).remote(*given)] = task
+        self.running[self._remote.options(**options).remote(*given)] = task
 
     def answers(self) -> Iterator[tuple[Task, str, Any]]:
         """Wait for tasks; yields each with the kind of its answer and the value, "lost" with the reason."""
