@@ -5,7 +5,6 @@
 # %% ../nbs/28_gallery_commands.ipynb #e1fe7053
 from __future__ import annotations
 
-import hashlib
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator
@@ -126,47 +125,54 @@ def chosen_rows(
     )
 
 
-def _references(identifier: Identifier, rows: pl.DataFrame, max_pixels: int) -> Iterator[Reference]:
+def _references(
+    identifier: Identifier,
+    rows: pl.DataFrame,
+    models: GalleryModels,
+    mapper: Mapper | None,  # None: this process
+) -> list[Reference]:
     """A reference for each row whose photo can be read."""
-    import numpy as np
     from tqdm import tqdm
 
-    from pillsnap.answer.gallery.enroll import make_reference
-    from pillsnap.answer.gallery.references import GalleryError
-    from pillsnap.data.reading.photo_files import read_photo
     from pillsnap.progress import progress_stream
     from pillsnap.runlog import decide
-    from pillsnap.runtime.boxes import Box
-    from pillsnap.runtime.images import ImageError, open_photo
+    from pillsnap.scale.ray.references import ReferenceRow, reference_of, references_elsewhere
 
-    damaged = 0
-    chosen = rows.select("image", "code", "side", "x1", "y1", "x2", "y2").rows()
-    for image, code, side, *corners in tqdm(chosen, desc="gallery", file=progress_stream(), disable=None):
-        try:
-            data = read_photo(image)
-            photo = open_photo(data, max_pixels, name=image)
-            crop = identifier.crops_of(photo.pixels, np.array([photo.reduced(Box(*corners))]))[0]
-            digest = hashlib.sha256(data + repr(corners).encode()).hexdigest()
-            yield make_reference(identifier, crop, [code], side if side in ("front", "back") else "", digest)
-        except (ImageError, GalleryError):
-            damaged += 1
-    if damaged:
+    chosen = [ReferenceRow(*row) for row in rows.select("image", "code", "side", "x1", "y1", "x2", "y2").rows()]
+    with tqdm(total=len(chosen), desc="gallery", file=progress_stream(), disable=None) as bar:
+        if mapper is not None:
+            found = references_elsewhere(chosen, models, mapper, bar.update)
+        else:
+            found = []
+            for row in chosen:
+                found.append(reference_of(row, identifier, models.max_pixels))
+                bar.update()
+    references = [reference for reference in found if reference is not None]
+    if len(references) < len(chosen):
         why = "they can't be decoded, or their box shows nothing"
-        decide("gallery", f"{damaged} of {len(chosen)} photos left out", why, fallback=True)
+        what = f"{len(chosen) - len(references)} of {len(chosen)} photos left out"
+        decide("gallery", what, why, fallback=True)
+    return references
 
 
 def _build(words: list[Path], arguments: Namespace, settings: Settings) -> int:
     from pillsnap.data.manifest import prepare_data
+    from pillsnap.runtime.engines import choose_engine
+    from pillsnap.scale.ray.engine import open_engine
+    from pillsnap.scale.ray.references import GalleryModels
+    from pillsnap.service.inference.model_manager import version_of
     from pillsnap.training.run import data_root
 
     if words:
         raise SettingsError("gallery build takes no photos: name the dataset with --data-root")
     folder = model_folder(arguments, settings)
-    dataset = prepare_data(settings, data_root(settings))
-    rows = chosen_rows(dataset.manifest, arguments.per_side)
-    with _opened(folder, settings) as (identifier, gallery):
+    with _opened(folder, settings) as (identifier, gallery), open_engine(arguments.engine) as mapper:
+        dataset = prepare_data(settings, data_root(settings), mapper)
+        rows = chosen_rows(dataset.manifest, arguments.per_side)
+        engine = choose_engine(folder, settings.serve.engine).choice
+        models = GalleryModels(folder.absolute(), version_of(folder), engine, settings.data.max_pixels)
         drugs = {drug.code: gallery.drugs.get(drug.code, drug) for drug in dataset.class_map}
-        references = list(_references(identifier, rows, settings.data.max_pixels))
+        references = _references(identifier, rows, models, mapper)
         shown = sorted({code for reference in references for code in reference.codes})
         _write(gallery.added([drugs[code] for code in shown], references, same=True), folder)
     return 0

@@ -9,6 +9,7 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from ...runlog import decide
 from .errors import ScaleError
 
 # %% auto #0
-__all__ = ['split_address', 'check_port', 'check_head', 'connected']
+__all__ = ['split_address', 'check_port', 'ray_package', 'check_head', 'connected']
 
 # %% ../../../nbs/scale/ray/01_cluster.ipynb #e1769e10
 _PATIENCE = 3.0  # seconds for a connection
@@ -38,48 +39,84 @@ def split_address(
     return host, int(port)
 
 
+_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # RFC 9113, 3.4: preface and SETTINGS
+
+
 def check_port(
     address: str,  # host:port
 ) -> None:
-    """Raise `ScaleError` where nothing accepts connections."""
+    """Raise `ScaleError` where nothing listens, or nothing that speaks HTTP/2, as Ray does."""
     try:
-        socket.create_connection(split_address(address), _PATIENCE).close()
+        with socket.create_connection(split_address(address), _PATIENCE) as connection:
+            connection.settimeout(_PATIENCE)
+            connection.sendall(_HELLO)
+            reply = connection.recv(9)
     except OSError as error:
         raise ScaleError(f"There is no Ray at {address} ({error.strerror or error}): {_ADVICE}.") from error
+    if reply[3:4] != b"\x04":
+        raise ScaleError(f"What listens at {address} is no Ray: {_ADVICE}.")
 
 # %% ../../../nbs/scale/ray/01_cluster.ipynb #7ed245cb
+def ray_package() -> Any:
+    """Import Ray, which has no types to speak of, with usage reports off and a token where there is one."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # what will be the default; else a warning
+    given = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ)
+    if given or (Path.home() / ".ray" / "auth_token").is_file():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    return import_module("ray")
+
+
 def check_head(
     address: str,  # host:port
 ) -> None:
     """Raise `ScaleError` where no Ray answers."""
     check_port(address)
-    from ray._raylet import GcsClient
-
+    ray = ray_package()
     try:
-        GcsClient(address=address).internal_kv_keys(b"", namespace=None, timeout=_PATIENCE)
-    except Exception as error:  # of Ray's own kinds, which have no common base
+        client = import_module("ray._raylet").GcsClient(address=address)
+        client.internal_kv_keys(b"", namespace=None, timeout=_PATIENCE)
+    except ray.exceptions.AuthenticationError as error:
+        raise ScaleError(
+            f"Ray at {address} asks for another token: copy ~/.ray/auth_token of its head, or set RAY_AUTH_TOKEN."
+        ) from error
+    except ray.exceptions.RayError as error:
         why = str(error).strip().splitlines()[0]
-        raise ScaleError(f"What listens at {address} does not answer as Ray does ({why}): {_ADVICE}.") from error
+        raise ScaleError(f"Ray at {address} does not answer ({why}): {_ADVICE}.") from error
 
 # %% ../../../nbs/scale/ray/01_cluster.ipynb #ebaac94f
 _OBJECT_STORE = 256 * 2**20  # bytes
-
-
-def _quiet() -> dict[str, Any]:
-    """Options of `ray.init`; usage reports are switched off in the environment before Ray is imported."""
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the coming default, said without a warning
-    return {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
+_QUIET = {"log_to_driver": False, "logging_level": "error"}
 
 
 def _head_of_this_machine() -> str:
     """Address that `ray start` has left on this machine; raises `ScaleError`."""
-    from ray._common.utils import get_ray_temp_dir
-
-    file = Path(get_ray_temp_dir()) / "ray_current_cluster"
+    file = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
     if not file.is_file():
         raise ScaleError(f"RAY_ADDRESS is auto, but no Ray was started on this machine: {_ADVICE}.")
     return file.read_text(encoding="utf-8").strip()
+
+
+def _start(ray: Any, workers: int) -> None:
+    """Start Ray on this machine; on a busy one its helpers may miss their time, so once more."""
+    cores = workers or len(os.sched_getaffinity(0))
+    options = {"num_cpus": cores, "object_store_memory": _OBJECT_STORE, "include_dashboard": False, **_QUIET}
+    try:
+        ray.init("local", **options)
+    except Exception as error:  # Ray raises a bare one
+        decide("Ray", "started again", str(error).strip().splitlines()[0], fallback=True)
+        ray.shutdown()
+        ray.init("local", **options)
+    decide("Ray", f"{cores} cores of this machine", "RAY_ADDRESS is not set")
+
+
+def _join(ray: Any, address: str) -> None:
+    """Connect to a cluster."""
+    head = _head_of_this_machine() if address == "auto" else address
+    check_head(head)
+    ray.init(head, **_QUIET)
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    decide("Ray", f"{len(nodes)} nodes, {ray.cluster_resources().get('CPU', 0):g} cores", f"at {head}")
 
 
 @contextmanager
@@ -87,25 +124,18 @@ def connected(
     workers: int = 0,  # cores that a Ray of this machine uses; 0 = all; a cluster has its own number
 ) -> Iterator[None]:
     """Connect to Ray for a block; raises `ScaleError` within seconds where that is not possible."""
-    address, options = os.environ.get("RAY_ADDRESS", "").strip(), _quiet()
-    import ray
-
+    address, ray = os.environ.get("RAY_ADDRESS", "").strip(), ray_package()
     if ray.is_initialized():
         yield
         return
     try:
         if address in ("", "local"):
-            cores = workers or len(os.sched_getaffinity(0))
-            ray.init("local", num_cpus=cores, object_store_memory=_OBJECT_STORE, **options)
-            decide("Ray", f"{cores} cores of this machine", "RAY_ADDRESS is not set")
+            _start(ray, workers)
         else:
-            head = _head_of_this_machine() if address == "auto" else address
-            check_head(head)
-            del options["include_dashboard"]
-            ray.init(head, **options)
-            nodes = [node for node in ray.nodes() if node["Alive"]]
-            decide("Ray", f"{len(nodes)} nodes, {ray.cluster_resources().get('CPU', 0):g} cores", f"at {head}")
-    except (ConnectionError, OSError, RuntimeError, ValueError) as error:
+            _join(ray, address)
+    except ScaleError:
+        raise
+    except Exception as error:  # Ray raises bare ones
         raise ScaleError(f"Ray can't be used ({str(error).strip().splitlines()[0]}): {_ADVICE}.") from error
     try:
         yield

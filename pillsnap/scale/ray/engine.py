@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ...data.reading.mapping import Mapper
-from .cluster import connected
+from .cluster import connected, ray_package
 from .errors import ScaleError
 from .spread import map_with_ray
 
@@ -29,9 +29,8 @@ def open_engine(
         yield None
         return
     try:
-        import ray
+        ray_package()
     except ModuleNotFoundError as error:
         raise ScaleError("--engine ray needs the package ray: pip install 'pillsnap[ray]'.") from error
-    assert ray is not None
     with connected(workers):
         yield map_with_ray

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -17,6 +18,7 @@ import pillsnap
 from ...config.plugins import LOADED
 from ...errors import PillsnapError
 from ...runlog import decide
+from .cluster import ray_package
 from .errors import ScaleError
 
 Item = TypeVar("Item")
@@ -44,9 +46,9 @@ def _answer_of() -> Callable[..., tuple[str, Any]]:
     def answer(expected: str, plugins: list[str], free: int, function: bytes, item: bytes) -> tuple[str, Any]:
         import pickle
         import shutil
+        from importlib import import_module
 
-        import ray
-
+        ray: Any = import_module("ray")
         node = ray.get_runtime_context().get_node_id()
         name = ray.util.get_node_ip_address()
         session = ray._private.worker._global_node.get_session_dir_path()
@@ -92,20 +94,16 @@ class _Cluster:
     """Submits tasks to the nodes that can be used."""
 
     def __init__(self, function: Callable[[Any], Any]) -> None:
-        import ray
-        from ray import cloudpickle
-
+        self._ray = ray = ray_package()
         self.full: dict[str, str] = {}  # node -> sentence
         self.running: dict[Any, Task] = {}  # reference -> task
         self._remote = ray.remote(num_cpus=1, max_retries=3)(_answer_of())
-        self._function, self._looked, self._cores = ray.put(cloudpickle.dumps(function)), 0.0, 1
+        self._function, self._looked, self._cores = ray.put(ray.cloudpickle.dumps(function)), 0.0, 1
 
     def room(self) -> bool:
         """Whether another task may be submitted; raises `ScaleError` where no node can be used."""
-        import ray
-
         if time.monotonic() - self._looked > _LOOK:
-            usable = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
+            usable = [node for node in self._ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
             if usable and all(node["NodeID"] in self.full for node in usable):
                 raise ScaleError(
                     f"No node has room on its disk: {'; '.join(self.full.values())}. Free some space there."
@@ -118,26 +116,23 @@ class _Cluster:
 
     def submit(self, task: Task) -> None:
         """Send a task to a node with room on its disk."""
-        from ray.util.scheduling_strategies import NodeLabelSchedulingStrategy, NotIn
-
-        options = {}
+        options: dict[str, Any] = {}
         if self.full:
-            options["scheduling_strategy"] = NodeLabelSchedulingStrategy(hard={"ray.io/node-id": NotIn(*self.full)})
+            strategies: Any = import_module("ray.util.scheduling_strategies")
+            away = {"ray.io/node-id": strategies.NotIn(*self.full)}
+            options["scheduling_strategy"] = strategies.NodeLabelSchedulingStrategy(hard=away)
         given = (package_version(), list(LOADED), _FREE, self._function, task.item)
         self.running[self._remote.options(**options).remote(*given)] = task
 
     def answers(self) -> Iterator[tuple[Task, str, Any]]:
         """Wait for tasks; yields each with the kind of its answer and the value, "lost" with the reason."""
-        import ray
-        from ray.exceptions import RayError, RayTaskError
-
-        for reference in ray.wait(list(self.running), timeout=_LOOK)[0]:
+        for reference in self._ray.wait(list(self.running), timeout=_LOOK)[0]:
             task = self.running.pop(reference)
             try:
-                kind, value = ray.get(reference)
-            except RayTaskError as error:
+                kind, value = self._ray.get(reference)
+            except self._ray.exceptions.RayTaskError as error:
                 raise error.cause from None
-            except RayError as error:
+            except self._ray.exceptions.RayError as error:
                 kind, value = "lost", str(error).strip().splitlines()[0]
             yield task, kind, value
 
@@ -157,10 +152,9 @@ def map_with_ray(
     items: Iterable[Item],  # taken when their turn comes
 ) -> Iterator[tuple[int, Result]]:  # position and result, in the order of completion
     """Call a function on the nodes of the cluster that `connected` has opened; raises `ScaleError`."""
-    from ray import cloudpickle
-
     cluster, again = _Cluster(function), deque[Task]()
-    new = (Task(position, cloudpickle.dumps(item)) for position, item in enumerate(items))
+    dumps = ray_package().cloudpickle.dumps
+    new = (Task(position, dumps(item)) for position, item in enumerate(items))
     while True:
         while cluster.room() and (task := again.popleft() if again else next(new, None)) is not None:
             cluster.submit(task)
