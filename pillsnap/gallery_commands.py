@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from pillsnap.answer.gallery.references import Gallery, Reference
     from pillsnap.answer.identify import Identifier
+    from pillsnap.data.reading.mapping import Mapper
+    from pillsnap.scale.ray.references import GalleryModels
 
 # %% auto #0
 __all__ = ['ACTIONS', 'model_folder', 'summary_of', 'photos_of_drugs', 'chosen_rows', 'confused', 'gallery']

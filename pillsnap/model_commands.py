@@ -295,7 +295,7 @@ def _predict_batch(arguments: Namespace, photos: list[Path]) -> int:
 
     settings = settings_or_defaults(arguments)
     folder = arguments.model or load_environment(root_or_here(), settings.serve).model_path
-    _open_models(folder, settings)  # errors of the models come before anything is started
+    folder = _open_models(folder, settings).folder  # what is wrong with the models is said before anything is started
     names = ("pipeline", "top_k", "masks")
     request = {name: getattr(arguments, name) for name in names} | {"expected": _expected(arguments.expected)}
     question = question_of(folder, settings, **request)
