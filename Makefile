@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || echo python3)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint lab serve bench-data bench-train bench-infer bench-serve bench-color bench-quality bench-masks bench-rules bench-search bench-gallery gpu-check results clean
+.PHONY: help demo test lint lab serve bench-data bench-train bench-infer bench-serve bench-color bench-quality bench-masks bench-rules bench-search bench-gallery bench-scale gpu-check results clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /|/' | awk -F'|' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -95,6 +95,10 @@ bench-gallery: .venv/ready  ## enrol and ask drugs not trained on, write runs/be
 # The register is not part of the project: make bench-search REGISTER=FILE.
 bench-search: .venv/ready runs/bench/sample/export/classifier.onnx  ## search, write runs/bench/search.json (REGISTER=)
 	@$(BIN)/python -m pillsnap.bench.search.main --register $(REGISTER) --run runs/bench/sample --out runs/bench $(OPTIONS)
+
+# Two nodes are network namespaces of this machine, which need root.
+bench-scale: .venv/ready runs/bench/sample/export/classifier.onnx  ## spread work by Ray, write runs/bench/scale.json
+	@$(BIN)/python -m pillsnap.bench.scale.main --run runs/bench/sample --out runs/bench $(OPTIONS)
 
 # On a machine that is lent for minutes nothing is installed: docs/gpu.md.
 gpu-check: .venv/ready  ## show what an NVIDIA card gives, write results/gpu-CARD.json (OPTIONS=--dry without a card)

@@ -60,6 +60,7 @@ def check_port(
 def ray_package() -> Any:
     """Import Ray, which has no types to speak of, with usage reports off and a token where there is one."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")  # what Ray would print among the results; our log says it
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # what will be the default; else a warning
     given = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ)
     if given or (Path.home() / ".ray" / "auth_token").is_file():

@@ -78,7 +78,7 @@ def _answer_of() -> Callable[..., tuple[str, Any]]:
 
 # %% ../../../nbs/scale/ray/02_spread.ipynb #dcbe92d1
 _AHEAD = 2  # tasks on their way for each core
-_TRIES = 4  # of a task whose process ends, each with Ray's own three retries
+_TRIES = 6  # of a task whose process ends
 _LOOK = 2.0  # seconds between two looks at the cluster
 
 
@@ -97,7 +97,7 @@ class _Cluster:
         self._ray = ray = ray_package()
         self.full: dict[str, str] = {}  # node -> sentence
         self.running: dict[Any, Task] = {}  # reference -> task
-        self._remote = ray.remote(num_cpus=1, max_retries=3)(_answer_of())
+        self._remote = ray.remote(num_cpus=1, max_retries=0)(_answer_of())
         self._function, self._looked, self._cores = ray.put(ray.cloudpickle.dumps(function)), 0.0, 1
 
     def room(self) -> bool:
@@ -144,6 +144,7 @@ def _again(task: Task, why: str) -> Task:
             f"A worker ended by itself {_TRIES} times at the same block ({why}), perhaps because memory ran out: use "
             "fewer cores for each node; what was done so far is kept."
         )
+    decide("Ray", "a block is asked for again", f"its worker has ended: {why}", fallback=True)
     return task._replace(tries=task.tries + 1)
 
 
