@@ -13,6 +13,7 @@ import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -134,11 +135,11 @@ def job_goals(
 ) -> list[dict[str, Any]]:  # from `goal`
     """Measure the queue."""
     try:
-        from pillsnap.bench.scale.jobs import measure_jobs
+        jobs = import_module("pillsnap.bench.scale.jobs")
     except ModuleNotFoundError:
         decide("jobs", "not measured", "this version has no queue", fallback=True)
         return []
-    goals: list[dict[str, Any]] = measure_jobs(options, folder)
+    goals: list[dict[str, Any]] = jobs.measure_jobs(options, folder)
     return goals
 
 # %% ../../../nbs/bench/scale/20_main.ipynb #54d433ff
