@@ -24,6 +24,16 @@ __all__ = ['Nodes']
 _PORT, _TRIES = 6379, 3
 _RAY = [sys.executable, "-m", "ray.scripts.scripts", "start"]
 _LEAN = ["--disable-usage-stats", "--include-log-monitor", "false", "--num-cpus", "1"]
+_HEAD = [
+    "--head",
+    "--port",
+    str(_PORT),
+    "--include-dashboard",
+    "false",
+    "--no-monitor",
+    "--ray-client-server-port",
+    "0",
+]
 _STORE = ["--object-store-memory", str(150 * 10**6)]  # bytes
 
 
@@ -46,7 +56,7 @@ class Nodes:
             "PYTHONPATH": str(Path(pillsnap.__file__).parents[1]),
         }
         try:
-            self._start(0, "--head", "--port", str(_PORT), "--include-dashboard", "false")
+            self._start(0, *_HEAD)
         except BaseException:
             self.close()
             raise
