@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || echo python3)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint lab serve bench-data bench-train bench-infer bench-serve bench-color bench-quality bench-masks bench-rules bench-search bench-gallery bench-registry gpu-check results clean
+.PHONY: help demo test lint lab serve bench-data bench-train bench-infer bench-serve bench-color bench-quality bench-masks bench-rules bench-search bench-gallery bench-registry bench-scale gpu-check results clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /|/' | awk -F'|' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -99,6 +99,10 @@ bench-search: .venv/ready runs/bench/sample/export/classifier.onnx  ## search, w
 # On two cores about half an hour, most of it for trainings with and without tracking.
 bench-registry: .venv/ready  ## kill pushes, train with tracking, write runs/bench/registry.json (OPTIONS=)
 	@$(BIN)/python -m pillsnap.bench.registry.main --out runs/bench $(OPTIONS)
+
+# Two nodes are network namespaces of this machine, which need root.
+bench-scale: .venv/ready runs/bench/sample/export/classifier.onnx  ## spread work by Ray, write runs/bench/scale.json
+	@$(BIN)/python -m pillsnap.bench.scale.main --run runs/bench/sample --out runs/bench $(OPTIONS)
 
 # On a machine that is lent for minutes nothing is installed: docs/gpu.md.
 gpu-check: .venv/ready  ## show what an NVIDIA card gives, write results/gpu-CARD.json (OPTIONS=--dry without a card)

@@ -18,6 +18,7 @@ requirements = {
         ("mlflow", "mlflow_requirements"),
         ("lakefs", "lakefs_requirements"),
         ("jobs", "jobs_requirements"),
+        ("ray", "ray_requirements"),
         ("bench", "bench_requirements"),
         ("dev", "dev_requirements"),
     ]
@@ -40,6 +41,7 @@ setup(
         "mlflow": requirements["mlflow"],
         "lakefs": requirements["lakefs"],
         "jobs": requirements["jobs"],
+        "ray": requirements["ray"],
         "bench": requirements["train"] + requirements["bench"],
         "dev": requirements["train"] + requirements["dev"],
         "all": sum((requirements[name] for name in requirements if name != "runtime"), []),

@@ -51,6 +51,12 @@ def _option(*names: str, **keywords: Any) -> tuple[tuple[str, ...], dict[str, An
     return names, keywords
 
 
+_ENGINE = _option(
+    "--engine",
+    choices=("local", "ray"),
+    default="local",
+    help="local: processes of this machine (default); ray: the Ray of RAY_ADDRESS, or one for this command",
+)
 _PHOTOS: dict[str, Any] = {"action": "append", "type": Path, "default": [], "metavar": "PHOTO"}
 OPTIONS = {  # of each command, in addition to the settings
     "scan": [
@@ -64,6 +70,7 @@ OPTIONS = {  # of each command, in addition to the settings
         _option("--workers", type=int, metavar="N", default=0, help="reading processes (default: one per core)"),
         _option("--dry-run", action="store_true", help="only list what would be read"),
         _option("--grade", type=Path, metavar="FILE", help="judge the photos with this quality.onnx, into grades.csv"),
+        _ENGINE,
     ],
     "compose": [
         _option("--cutouts", type=Path, metavar="ZIP", required=True, help="pills on black, a folder for each drug"),
@@ -79,6 +86,7 @@ OPTIONS = {  # of each command, in addition to the settings
             metavar="{build,show,check,clear}",
             help="build fills it for a run with these settings",
         ),
+        _ENGINE,
     ],
     "train": [
         _option("--run-dir", type=Path, metavar="DIR", help="run folder to make or to continue (default: a new one)"),
@@ -281,7 +289,14 @@ OPTIONS = {  # of each command, in addition to the settings
             "--camera-distance", type=float, metavar="MM", help="of the camera, with --mm-per-pixel (default: far away)"
         ),
         _option("--json", action="store_true", help="a line of JSON per photo instead of a table"),
-        _option("--out", type=Path, metavar="FILE", help="write to this file instead of standard output"),
+        _option(
+            "--out",
+            type=Path,
+            metavar="FILE",
+            help="write to this file instead of standard output; one that ends in .parquet takes any number of photos, "
+            "also from ZIP archives and manifests, and goes on where an interrupted command was",
+        ),
+        _ENGINE,
     ],
     "gallery": [
         _option(
@@ -301,6 +316,7 @@ OPTIONS = {  # of each command, in addition to the settings
         _option(
             "--per-side", type=int, default=5, metavar="N", help="references that build takes of each side (default: 5)"
         ),
+        _ENGINE,
     ],
     "catalog": [
         _option(

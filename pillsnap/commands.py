@@ -121,12 +121,15 @@ def scan(arguments: Namespace) -> int:
     from pillsnap.data.scan.scan import check_usable, plan_scan
     from pillsnap.data.scan.scan import scan as scan_dataset
     from pillsnap.data.scan.summary import summary_lines
+    from pillsnap.scale.ray.engine import open_engine
 
     if arguments.dry_run:
         print(plan_scan(settings.paths.data_root, settings.data.format))
         return 0
     judge = None if arguments.grade is None else load_judge(arguments.grade)
-    report = scan_dataset(settings.paths.data_root, arguments.out.resolve(), settings.data.format, arguments.workers)
+    given = (settings.paths.data_root, arguments.out.resolve(), settings.data.format, arguments.workers)
+    with open_engine(arguments.engine, arguments.workers) as mapper:
+        report = scan_dataset(*given, mapper=mapper)
     print_json(asdict(report))
     check_usable(report)
     where = [f"{report.quarantine} names every file that was put aside, and why"] if report.quarantined else []
@@ -178,11 +181,14 @@ def cache(arguments: Namespace) -> int:
     folder = settings.paths.cache_root
     if arguments.what == "build":
         from pillsnap.data.manifest import prepare_data
+        from pillsnap.scale.ray.engine import open_engine
         from pillsnap.training.run import data_root
         from pillsnap.training.setup import open_samples
 
-        dataset = prepare_data(settings, data_root(settings))
-        print(caches.build_cache([sample.store for sample in open_samples(dataset, settings).values()]))
+        with open_engine(arguments.engine) as mapper:
+            dataset = prepare_data(settings, data_root(settings), mapper)
+            stores = [sample.store for sample in open_samples(dataset, settings).values()]
+            print(caches.build_cache(stores, mapper=mapper))
         print_last(dataset.report["summary"])
     elif arguments.what == "clear":
         print(f"{caches.clear_cache(folder) / 1e9:.2f} GB freed in {folder}")

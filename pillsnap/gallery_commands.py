@@ -109,16 +109,25 @@ def _enroll(words: list[Path], arguments: Namespace, settings: Settings) -> int:
 def _build(words: list[Path], arguments: Namespace, settings: Settings) -> int:
     from pillsnap.data.manifest import prepare_data
     from pillsnap.evaluation.references import chosen_rows, references_of
+    from pillsnap.runtime.engines import choose_engine
+    from pillsnap.scale.ray.engine import open_engine
+    from pillsnap.scale.ray.references import GalleryModels, references_elsewhere
+    from pillsnap.service.inference.model_manager import version_of
     from pillsnap.training.run import data_root
 
     if words:
         raise SettingsError("gallery build takes no photos: name the dataset with --data-root")
-    folder = model_folder(arguments, settings)
-    dataset = prepare_data(settings, data_root(settings))
-    rows = chosen_rows(dataset.manifest, arguments.per_side)
-    with _opened(folder, settings) as (identifier, gallery):
+    folder, largest = model_folder(arguments, settings), settings.data.max_pixels
+    with _opened(folder, settings) as (identifier, gallery), open_engine(arguments.engine) as mapper:
+        dataset = prepare_data(settings, data_root(settings), mapper)
+        rows = chosen_rows(dataset.manifest, arguments.per_side)
+        if mapper is None:
+            references = references_of(identifier, rows, largest)
+        else:
+            engine = choose_engine(folder, settings.serve.engine).choice
+            models = GalleryModels(folder.absolute(), version_of(folder), engine, largest)
+            references = references_elsewhere(rows, models, mapper)
         drugs = {drug.code: gallery.drugs.get(drug.code, drug) for drug in dataset.class_map}
-        references = list(references_of(identifier, rows, settings.data.max_pixels))
         shown = sorted({code for reference in references for code in reference.codes})
         _write(gallery.added([drugs[code] for code in shown], references, same=True), folder)
     return 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from argparse import Namespace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -255,6 +256,10 @@ def predict(arguments: Namespace) -> int:
         raise SettingsError(
             "--model names a folder of this machine, --url a server that has its own models: leave one out"
         )
+    if arguments.out is not None and arguments.out.suffix == ".parquet":
+        return _predict_batch(arguments, photos)
+    if arguments.engine != "local":
+        raise SettingsError("--engine ray answers into a table: name it with --out, such as answers.parquet")
     import httpx
 
     from pillsnap.service.client.client import TIMEOUT, predict_local, predict_photos, predict_remote
@@ -276,6 +281,30 @@ def predict(arguments: Namespace) -> int:
         return predict_photos(
             photos, partial(predict_remote, arguments.url, key, client=client, **request), arguments.json, arguments.out
         )
+
+
+def _predict_batch(arguments: Namespace, photos: list[Path]) -> int:
+    """Answer any number of photos into a Parquet file."""
+    if arguments.url or arguments.more or arguments.back or arguments.scale or arguments.mm_per_pixel:
+        raise SettingsError(
+            "a table of answers is made here, of photos of their own: leave out --url, --more, --back and sizes"
+        )
+    from pillsnap.scale.ray.answers import question_of
+    from pillsnap.scale.ray.batch import answer_photos
+    from pillsnap.scale.ray.engine import open_engine
+    from pillsnap.scale.ray.photos import list_photos
+
+    settings = settings_or_defaults(arguments)
+    folder = arguments.model or load_environment(root_or_here(), settings.serve).model_path
+    folder = _open_models(folder, settings).folder  # what is wrong with the models is said before anything is started
+    names = ("pipeline", "top_k", "masks")
+    request = {name: getattr(arguments, name) for name in names} | {"expected": _expected(arguments.expected)}
+    question = question_of(folder, settings, **request)
+    found = list_photos(photos, settings.serve.max_image_mb * 1e6)
+    with open_engine(arguments.engine) as mapper:
+        report = answer_photos(found, question, arguments.out, mapper)
+    print_json(asdict(report))
+    return 1 if report.errors else 0
 
 
 def _sides(arguments: Namespace, photos: list[Path]) -> dict[str, list[Path]]:

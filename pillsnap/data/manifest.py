@@ -19,6 +19,7 @@ from ..answer.classes import ClassMap
 from ..atomic import replacing, write_json
 from ..config.schema import Settings
 from .readers.layouts import check_root
+from .reading.mapping import Mapper
 from .reading.records import DataError
 from .scan.scan import ScanReport, check_usable, scan
 from .scan.summary import counted, decide_summary, summary_lines
@@ -57,9 +58,10 @@ def scan_folder(
 def read_dataset(
     settings: Settings,  # data.format and paths.cache_root
     root: Path,  # folder of a dataset, absolute
+    mapper: Mapper | None = None,  # reads the labels; None: processes of this machine
 ) -> tuple[ScanReport, pl.LazyFrame]:  # counts of the scan, and one row per pill as in `record_schema`
     """Scan a dataset folder; raises `DataError` where nothing can be used."""
-    scanned = scan(root, scan_folder(settings, root) / "manifest.parquet", settings.data.format)
+    scanned = scan(root, scan_folder(settings, root) / "manifest.parquet", settings.data.format, mapper=mapper)
     check_usable(scanned)
     return scanned, pl.scan_parquet(scanned.manifest)
 
@@ -219,11 +221,12 @@ def photos_of_run(
 def prepare_data(
     settings: Settings,  # data.*, train.only, paths.cache_root and seed
     root: Path | str,  # folder of the dataset
+    mapper: Mapper | None = None,  # reads the labels; None: processes of this machine
 ) -> Dataset:  # table, class map, report and decisions
     """Read, sample and split a dataset; raises `DataError` for a folder that cannot be used."""
     folder = check_root(root)
     earlier = read_class_map(settings.data.class_map)
-    scanned, records = read_dataset(settings, folder)
+    scanned, records = read_dataset(settings, folder, mapper)
     summary = decide_summary(scanned)
     summary += [decide("dataset folder", scanned.layout, note, fallback=True) for note in scanned.notes]
     splits = assign_splits(photo_table(records, str(folder)), scanned.layout)

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import polars as pl
@@ -23,7 +24,8 @@ from ..runtime.boxes import Box
 from ..runtime.images import ImageError, open_photo
 
 # %% auto #0
-__all__ = ['references_per_side', 'chosen_rows', 'references_of', 'gallery_of']
+__all__ = ['references_per_side', 'chosen_rows', 'ReferenceRow', 'reference_rows', 'reference_of', 'found_references',
+           'references_of', 'gallery_of']
 
 # %% ../../nbs/evaluation/07_references.ipynb #ea496f82
 _PER_SIDE = 6  # references of a side of a drug
@@ -51,26 +53,60 @@ def chosen_rows(
     return ranked.filter(pl.int_range(pl.len()).over(key) < count)
 
 # %% ../../nbs/evaluation/07_references.ipynb #5d75c7d5
+class ReferenceRow(NamedTuple):
+    """A pill of a manifest."""
+
+    image: str  # reference of the photo
+    code: str
+    side: str
+    x1: float  # pixels
+    y1: float
+    x2: float
+    y2: float
+
+
+def reference_rows(
+    rows: pl.DataFrame,  # from `chosen_rows`
+) -> list[ReferenceRow]:
+    """The rows as tuples, which go to other processes."""
+    return [ReferenceRow(*row) for row in rows.select(ReferenceRow._fields).rows()]
+
+
+def reference_of(
+    row: ReferenceRow,
+    identifier: Identifier,  # its classifier gives embeddings
+    max_pixels: int,  # width x height allowed
+) -> Reference | None:  # None: there is nothing to see
+    """The reference of a pill."""
+    try:
+        data, corners = read_photo(row.image), list(row[3:])
+        photo = open_photo(data, max_pixels, name=row.image)
+        crop = identifier.crops_of(photo.pixels, np.array([photo.reduced(Box(*corners))]))[0]
+        digest = hashlib.sha256(data + repr(corners).encode()).hexdigest()
+        return make_reference(identifier, crop, [row.code], row.side if row.side in ("front", "back") else "", digest)
+    except (ImageError, GalleryError):
+        return None
+
+
+def found_references(
+    found: Sequence[Reference | None],  # of all rows
+) -> list[Reference]:
+    """Those that could be made; what is left out is said."""
+    references = [reference for reference in found if reference is not None]
+    if len(references) < len(found):
+        what = f"{len(found) - len(references)} of {len(found)} photos left out"
+        decide("gallery", what, "they can't be decoded, or their box shows nothing", fallback=True)
+    return references
+
+
 def references_of(
     identifier: Identifier,  # its classifier gives embeddings
     rows: pl.DataFrame,  # from `chosen_rows`
     max_pixels: int,  # width x height allowed
-) -> Iterator[Reference]:
+) -> list[Reference]:
     """A reference for each row whose photo can be read."""
-    damaged = 0
-    chosen = rows.select("image", "code", "side", "x1", "y1", "x2", "y2").rows()
-    for image, code, side, *corners in tqdm(chosen, desc="gallery", file=progress_stream(), disable=None):
-        try:
-            data = read_photo(image)
-            photo = open_photo(data, max_pixels, name=image)
-            crop = identifier.crops_of(photo.pixels, np.array([photo.reduced(Box(*corners))]))[0]
-            digest = hashlib.sha256(data + repr(corners).encode()).hexdigest()
-            yield make_reference(identifier, crop, [code], side if side in ("front", "back") else "", digest)
-        except (ImageError, GalleryError):
-            damaged += 1
-    if damaged:
-        why = "they can't be decoded, or their box shows nothing"
-        decide("gallery", f"{damaged} of {len(chosen)} photos left out", why, fallback=True)
+    chosen = tqdm(reference_rows(rows), desc="gallery", file=progress_stream(), disable=None)
+    return found_references([reference_of(row, identifier, max_pixels) for row in chosen])
 
 
 def gallery_of(
@@ -81,7 +117,6 @@ def gallery_of(
 ) -> Gallery:
     """The gallery of the trained drugs."""
     drugs: ClassMap = identifier.rules.class_map
-    rows = chosen_rows(manifest, references_per_side(len(drugs)))
-    references = list(references_of(identifier, rows, max_pixels))
+    references = references_of(identifier, chosen_rows(manifest, references_per_side(len(drugs))), max_pixels)
     shown = {code for reference in references for code in reference.codes}
     return Gallery(network, {}, ()).added([drug for drug in drugs if drug.code in shown], references, same=True)

@@ -6,71 +6,56 @@
 from __future__ import annotations
 
 import os
-import signal
-import threading
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import connection, get_context, parent_process
+from functools import partial
 from typing import Any
 
 from tqdm import tqdm
 
-from ...config.plugins import LOADED, load_plugins
 from ..readers.layouts import READERS
+from ..reading.mapping import Mapper, map_here, map_in_processes
 from ..reading.records import ScanError, Shard, listing_once
-from .scan_cache import ScanCache, shard_fingerprint
+from .scan_cache import PackedShard, ScanCache, pack_shard, shard_fingerprint
 from ...progress import progress_stream
 
 # %% auto #0
-__all__ = ['scan_shard', 'scan_shards']
+__all__ = ['read_shard', 'scan_shards']
 
 # %% ../../../nbs/data/scan/01_parallel_scan.ipynb #be00da88
-def scan_shard(
-    shard: Shard,  # of any reader
-    cache: ScanCache,  # where it is stored
-) -> tuple[dict[str, Any], bool]:  # its metadata, and whether it had to be read
-    """Bring one shard in the cache up to date; raises `ScanError`."""
+def read_shard(
+    asked: tuple[Shard, str],  # of any reader; its fingerprint in the cache, "" = it is not there
+) -> PackedShard | None:  # None: nothing changed
+    """Read a shard, unless the cache has it; raises `ScanError`."""
+    shard, known = asked
     with listing_once():
         fingerprint = shard_fingerprint(shard)
-        metadata = cache.known(shard, fingerprint)
-        if metadata is not None:
-            return metadata, False
-        return cache.keep(shard, fingerprint, READERS[shard.source].read(shard)), True
+        if fingerprint == known:
+            return None
+        return pack_shard(shard, fingerprint, READERS[shard.source].read(shard))
 
 # %% ../../../nbs/data/scan/01_parallel_scan.ipynb #1e3c7a6b
 _SHARDS_PER_PROCESS = 4  # fewer shards do not justify another process
 
 
-def _exit_after(sentinel: int) -> None:
-    """Exit this process when the process of `sentinel` has ended."""
-    connection.wait([sentinel])
-    os._exit(1)
+def _stored_or_read(shards: Sequence[Shard], cache: ScanCache, mapper: Mapper) -> Iterator[tuple[dict[str, Any], bool]]:
+    """The metadata of all shards in the order of completion, and whether each had to be read."""
+    known: dict[int, dict[str, Any]] = {}
+
+    def asked() -> Iterator[tuple[Shard, str]]:
+        for position, shard in enumerate(shards):
+            known[position] = cache.stored(shard) or {"fingerprint": ""}
+            yield shard, known[position]["fingerprint"]
+
+    for position, packed in mapper(read_shard, asked()):
+        metadata = known.pop(position)
+        yield (metadata, False) if packed is None else (cache.store(packed), True)
 
 
-def _prepare_worker(plugins: Sequence[str]) -> None:
-    """Prepare a worker process: it ignores Ctrl-C, exits when its parent has ended, and has the parent's plugins."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = parent_process()
-    assert parent is not None  # only worker processes call this
-    threading.Thread(target=_exit_after, args=(parent.sentinel,), daemon=True).start()
-    load_plugins(plugins)
-
-
-def _in_processes(shards: Sequence[Shard], cache: ScanCache, workers: int) -> Iterator[tuple[dict[str, Any], bool]]:
-    """The metadata of all shards in the order of completion; raises `ScanError`."""
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_prepare_worker, initargs=(tuple(LOADED),))
-    try:
-        for done in as_completed([pool.submit(scan_shard, shard, cache) for shard in shards]):
-            yield done.result()
-    except BrokenProcessPool as error:
-        raise ScanError(
-            "A reading process ended by itself, perhaps because memory ran out: scan again with fewer workers; "
-            "what was read so far is kept. "
-            'In a script, scan below `if __name__ == "__main__":`.'
-        ) from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+def _local_mapper(shards: int, workers: int) -> Mapper:
+    """Processes of this machine, as many as are of use."""
+    useful = min(workers or len(os.sched_getaffinity(0)), shards // _SHARDS_PER_PROCESS)
+    return partial(map_in_processes, workers=useful) if useful > 1 else map_here
 
 
 def scan_shards(
@@ -78,21 +63,25 @@ def scan_shards(
     cache: ScanCache,  # where they are stored
     workers: int = 0,  # worker processes; 0 = one per core
     progress: bool = True,  # show a progress bar on a terminal
+    mapper: Mapper | None = None,  # reads the shards; None: processes of this machine
 ) -> list[tuple[dict[str, Any], bool]]:  # metadata of each shard, and whether it had to be read
     """The metadata of all shards in the order of their keys; raises `ScanError`."""
-    useful = min(workers or len(os.sched_getaffinity(0)), len(shards) // _SHARDS_PER_PROCESS)
-    results: Iterable[tuple[dict[str, Any], bool]] = (
-        _in_processes(shards, cache, useful) if useful > 1 else (scan_shard(shard, cache) for shard in shards)
-    )
     found: dict[str, tuple[dict[str, Any], bool]] = {}
     photos = quarantined = 0
     with tqdm(
         total=len(shards), desc="scanning", unit="shard", file=progress_stream(), disable=None if progress else True
     ) as bar:
-        for metadata, was_read in results:
-            found[metadata["key"]] = metadata, was_read
-            photos += metadata["photos"]
-            quarantined += metadata["files"]["quarantined"]
-            bar.set_postfix_str(f"{photos:,} photos, {quarantined:,} files put aside", refresh=False)
-            bar.update()
+        try:
+            for metadata, was_read in _stored_or_read(shards, cache, mapper or _local_mapper(len(shards), workers)):
+                found[metadata["key"]] = metadata, was_read
+                photos += metadata["photos"]
+                quarantined += metadata["files"]["quarantined"]
+                bar.set_postfix_str(f"{photos:,} photos, {quarantined:,} files put aside", refresh=False)
+                bar.update()
+        except BrokenProcessPool as error:
+            raise ScanError(
+                "A reading process ended by itself, perhaps because memory ran out: scan again with fewer workers; "
+                "what was read so far is kept. "
+                'In a script, scan below `if __name__ == "__main__":`.'
+            ) from error
     return [found[key] for key in sorted(found)]

@@ -20,6 +20,7 @@ from ...atomic import write_json
 from ..readers.aihub_layout import is_archive
 from ..readers.layouts import READERS, check_root, choose_layout
 from ..reading.archives import ZipError, list_archive
+from ..reading.mapping import Mapper
 from ..reading.records import DataError, ScanError, Shard, record_schema, walk
 from .parallel_scan import scan_shards
 from .scan_cache import QUARANTINE_SCHEMA, ScanCache, merge_tables, sweep, writing_below
@@ -145,6 +146,7 @@ def scan(
     layout: str = "auto",  # "auto" or a key of READERS
     workers: int = 0,  # worker processes; 0 = one per core
     progress: bool = True,  # show a progress bar on a terminal
+    mapper: Mapper | None = None,  # reads the shards; None: processes of this machine
 ) -> ScanReport:  # also written beside the manifest
     """Read a dataset into one table, only what changed since the last scan.
 
@@ -162,7 +164,7 @@ def scan(
     cache = ScanCache(_beside(out, "parts"))
     sweep(cache.folder)
     sweep(out.parent, f"{out.stem}.")
-    results = scan_shards(READERS[name].list_shards(folder), cache, workers, progress)
+    results = scan_shards(READERS[name].list_shards(folder), cache, workers, progress, mapper)
     shards = [metadata for metadata, _ in results]
     manifest, quarantine = out, _beside(out, "quarantine.parquet")
     merge_tables([cache.path(shard["key"], "parquet") for shard in shards], record_schema(), manifest)

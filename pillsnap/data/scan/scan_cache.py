@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import polars as pl
 
@@ -35,8 +35,8 @@ from pillsnap.data.reading.records import (
 )
 
 # %% auto #0
-__all__ = ['CACHE_VERSION', 'QUARANTINE_SCHEMA', 'shard_fingerprint', 'writing_below', 'quarantine_table', 'sweep', 'ScanCache',
-           'merge_tables']
+__all__ = ['CACHE_VERSION', 'QUARANTINE_SCHEMA', 'shard_fingerprint', 'writing_below', 'quarantine_table', 'sweep', 'PackedShard',
+           'pack_shard', 'ScanCache', 'merge_tables']
 
 # %% ../../../nbs/data/scan/00_scan_cache.ipynb #fbeb8e63
 CACHE_VERSION = 4  # increment when a reader returns something else for the same files
@@ -144,6 +144,27 @@ def sweep(
                 path.unlink(missing_ok=True)
 
 
+class PackedShard(NamedTuple):
+    """What was read in a shard, as bytes that may come from another process."""
+
+    metadata: dict[str, Any]  # plain values for JSON
+    contents: dict[str, bytes]  # Parquet files by kind
+
+
+def pack_shard(
+    shard: Shard,
+    fingerprint: str,  # of the shard before it was read
+    result: ScanResult,  # of its reader
+) -> PackedShard:
+    """Make the tables and the metadata of a shard; raises `ScanError` when its files do not add up."""
+    contents = {"parquet": _parquet_bytes(records_table(result.records))}
+    if result.quarantined:
+        contents["quarantine.parquet"] = _parquet_bytes(quarantine_table(result.quarantined))
+    checksums = {kind: _checksum(data) for kind, data in contents.items()}
+    head = {"key": shard.key, "fingerprint": fingerprint, "checksums": checksums}
+    return PackedShard({**head, **_counts(result)}, contents)
+
+
 class ScanCache:
     """A folder with the result of each shard."""
 
@@ -161,19 +182,16 @@ class ScanCache:
         """Path of a file of a shard."""
         return self.folder / f"{key.replace('/', '_')}.{kind}"
 
-    def known(
+    def stored(
         self,
         shard: Shard,
-        fingerprint: str,  # of the shard as it is now
-    ) -> dict[str, Any] | None:  # its metadata; None where it has to be read
-        """Metadata of an earlier scan, if nothing changed, its tables are intact, and every file could be read."""
+    ) -> dict[str, Any] | None:  # its metadata; None where it has to be read in any case
+        """Metadata of an earlier scan, if its tables are intact and every file could be read."""
         try:
-            metadata = json.loads(self.path(shard.key, "json").read_bytes())
-            if metadata["fingerprint"] != fingerprint or metadata["key"] != shard.key:
+            metadata: dict[str, Any] = json.loads(self.path(shard.key, "json").read_bytes())
+            if metadata["key"] != shard.key or metadata["quarantined"].get(Reason.FILE_UNREADABLE):
                 return None
-            if metadata["quarantined"].get(Reason.FILE_UNREADABLE):
-                return None
-            intact = all(
+            intact = bool(metadata["fingerprint"]) and all(
                 _checksum(self.path(shard.key, kind).read_bytes()) == checksum
                 for kind, checksum in metadata["checksums"].items()
             )
@@ -181,23 +199,17 @@ class ScanCache:
             return None
         return metadata if intact else None
 
-    def keep(
+    def store(
         self,
-        shard: Shard,
-        fingerprint: str,  # of the shard before it was read
-        result: ScanResult,  # of its reader
+        packed: PackedShard,
     ) -> dict[str, Any]:  # its metadata
         """Write the tables of a shard, then its metadata; raises `ScanError` when they cannot be written."""
-        contents = {"parquet": _parquet_bytes(records_table(result.records))}
-        if result.quarantined:
-            contents["quarantine.parquet"] = _parquet_bytes(quarantine_table(result.quarantined))
-        checksums = {kind: _checksum(data) for kind, data in contents.items()}
-        metadata = {"key": shard.key, "fingerprint": fingerprint, "checksums": checksums, **_counts(result)}
+        key = packed.metadata["key"]
         with writing_below(self.folder):
-            for kind, data in contents.items():
-                write_bytes(self.path(shard.key, kind), data)
-            write_json(self.path(shard.key, "json"), metadata)
-        return metadata
+            for kind, data in packed.contents.items():
+                write_bytes(self.path(key, kind), data)
+            write_json(self.path(key, "json"), packed.metadata)
+        return packed.metadata
 
 
 def _counts(result: ScanResult) -> dict[str, Any]:

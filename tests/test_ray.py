@@ -1,0 +1,187 @@
+"""Ray on two nodes: the same files as on one machine, and nothing lost or there twice, whatever is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from tiny_models import photo_jpeg, save_classifier, save_detector
+
+from pillsnap.bench.scale.network import NotPermitted
+from pillsnap.bench.scale.nodes import Nodes
+from pillsnap.config.load import settings_as_yaml
+from pillsnap.config.schema import Settings
+
+ROOT = Path(__file__).parents[1]
+CONFIG = str(ROOT / "config.yaml")
+PHOTOS = 320
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
+    """A head; tests add the second node."""
+    try:
+        opened = Nodes(tmp_path_factory.mktemp("nodes"))
+    except NotPermitted as error:
+        pytest.skip(str(error))
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with models and photos, one of which is damaged."""
+    folder = tmp_path_factory.mktemp("asked")
+    for name in ("models", "photos"):
+        (folder / name).mkdir()
+    save_classifier(folder / "models")
+    save_detector(folder / "models")
+    different = [photo_jpeg(0.6 + number / 20) for number in range(8)]
+    for number in range(PHOTOS):
+        (folder / "photos" / f"{number:04d}.jpg").write_bytes(different[number % 8])
+    (folder / "photos" / "0005.jpg").write_bytes(different[0][:300])
+    return folder
+
+
+def predict(asked: Path, out: Path, engine: str = "ray") -> list[str]:
+    """Words of the command."""
+    models = ["--model", str(asked / "models"), "--cfg", CONFIG]
+    return ["pillsnap", "predict", str(asked / "photos"), *models, "--out", str(out), "--engine", engine]
+
+
+@pytest.fixture(scope="module")
+def answers(nodes: Nodes, asked: Path, tmp_path_factory: pytest.TempPathFactory) -> pl.DataFrame:
+    """What processes of this machine answer."""
+    out = tmp_path_factory.mktemp("local") / "answers.parquet"
+    report = json.loads(nodes.run(*predict(asked, out, "local"), status=1)[0])
+    assert (report["photos"], report["errors"]) == (PHOTOS, 1)
+    return pl.read_parquet(out)
+
+
+def check_answers(out: Path, expected: pl.DataFrame) -> None:
+    """The same photos in the same order, with the same answers."""
+    found = pl.read_parquet(out)
+    close = ["photo", "error", "pills", "code", "name", "verdict"]
+    assert found[close].equals(expected[close])
+    assert np.allclose(found["confidence"].fill_null(0), expected["confidence"].fill_null(0), atol=1e-5)
+    assert not out.with_name(f"{out.stem}.parts").exists()
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Contents by name; a report has its seconds and its place."""
+    paths = (path for path in folder.rglob("*") if path.is_file() and "report" not in path.name)
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+@pytest.fixture(scope="module")
+def filled(nodes: Nodes, tiny_settings: Callable[..., Settings], tmp_path_factory: pytest.TempPathFactory):
+    """A function that scans and fills a cache with an engine; returns the files."""
+    base = tmp_path_factory.mktemp("filled")
+    settings = tiny_settings("data.cache=hotset")
+    (base / "settings.yaml").write_text(settings_as_yaml(settings))
+
+    def fill(name: str, engine: str) -> dict[str, bytes]:
+        given = ["--cfg", str(base / "settings.yaml"), "--engine", engine]
+        nodes.run("pillsnap", "cache", "build", *given, f"paths.cache_root={base / name}")
+        return files_of(base / name)
+
+    return fill
+
+
+@pytest.fixture(scope="module")
+def local_files(filled) -> dict[str, bytes]:
+    """What processes of this machine write."""
+    return filled("local", "local")
+
+
+def test_one_node_writes_the_same_files(filled, local_files):
+    assert len(local_files) > 6 and any(name.endswith(".pixels") for name in local_files)
+    assert filled("one", "ray") == local_files
+
+
+def test_two_nodes_write_the_same_files(nodes, filled, local_files):
+    nodes.add()
+    assert filled("two", "ray") == local_files
+
+
+def test_two_nodes_give_the_same_answers(nodes, asked, answers, tmp_path):
+    printed, log = nodes.run(*predict(asked, tmp_path / "answers.parquet"), status=1)
+    assert json.loads(printed)["answered_now"] == PHOTOS and "2 nodes" in log
+    check_answers(tmp_path / "answers.parquet", answers)
+
+
+def test_a_killed_command_goes_on(nodes, asked, answers, tmp_path):
+    out = tmp_path / "answers.parquet"
+    process = nodes.start(*predict(asked, out))
+    end = time.monotonic() + 60
+    while not list((tmp_path / "answers.parts").glob("0*.parquet")) and time.monotonic() < end:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not out.exists()
+    report = json.loads(nodes.run(*predict(asked, out), status=1)[0])
+    assert report["photos"] == PHOTOS and 0 < report["answered_now"] < PHOTOS
+    check_answers(out, answers)
+
+
+def test_another_version_is_refused(nodes, asked, tmp_path):
+    shutil.copytree(ROOT / "pillsnap", tmp_path / "other" / "pillsnap", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "other" / "pillsnap" / "__init__.py").write_text('__version__ = "0.9.0"\n')
+    words = predict(asked, tmp_path / "answers.parquet")
+    _, log = nodes.run(*words, status=2, PYTHONPATH=str(tmp_path / "other"))
+    assert "this machine has 0.9.0" in log and "install the same version on every node" in log
+    assert "Traceback" not in log and not (tmp_path / "answers.parquet").exists()
+
+
+def test_a_node_with_a_full_disk_is_left_out(nodes, asked, answers, tmp_path):
+    disk = nodes.temporary(1)
+    rest = shutil.disk_usage(disk).free - 8 * 2**20
+    (disk / "filled").write_bytes(bytes(rest))
+    try:
+        _, log = nodes.run(*predict(asked, tmp_path / "answers.parquet"), status=1)
+    finally:
+        (disk / "filled").unlink()
+    assert f"{nodes.network.addresses[1]} has less than 32 MB free" in log and "a node is left out" in log
+    check_answers(tmp_path / "answers.parquet", answers)
+
+
+def test_a_killed_worker_and_a_killed_node_lose_nothing(nodes, asked, answers, tmp_path):
+    """The last test with two nodes."""
+    process = nodes.start(*predict(asked, tmp_path / "answers.parquet"))
+    os.kill(nodes.wait_for_worker(0), signal.SIGKILL)
+    nodes.wait_for_worker(1)
+    nodes.network.kill(1)
+    printed, log = process.communicate(timeout=240)
+    assert process.returncode == 1, log[-3000:]
+    assert json.loads(printed)["answered_now"] == PHOTOS
+    check_answers(tmp_path / "answers.parquet", answers)
+
+
+@pytest.fixture
+def silent_port() -> Iterator[int]:
+    """A port where something listens that says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+@pytest.mark.parametrize("kind", ["nothing", "silent", "client", "nonsense"])
+def test_an_address_without_a_ray_is_one_sentence(kind, silent_port, asked, tmp_path):
+    address = {"nothing": "127.0.0.1:9", "silent": f"127.0.0.1:{silent_port}", "client": "ray://127.0.0.1:10001"}
+    environment = {**os.environ, "RAY_ADDRESS": address.get(kind, "somewhere"), "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-m", *predict(asked, tmp_path / "answers.parquet")]
+    started = time.monotonic()
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=60)
+    said = [line for line in done.stderr.splitlines() if line.startswith("pillsnap: ")]
+    assert done.returncode == 2 and len(said) == 1 and "Ray" in said[0] + "RAY" and "Traceback" not in done.stderr
+    assert time.monotonic() - started < 20
