@@ -252,9 +252,18 @@ def evaluate(arguments: Namespace) -> int:
     return 0
 
 
+_RISKS = ("identify.risk", "identify.missed", "paths.", "dataloader.")  # settings that a calibration may change
+
+
 def calibrate(arguments: Namespace) -> int:
     """Choose when a run identifies a pill, with networks that are trained without some of its drugs."""
     settings = settings_of_run(arguments)
+    others = [word for word in arguments.overrides if not word.startswith(_RISKS)]
+    if others:
+        raise SettingsError(
+            f"{' '.join(others)}: a calibration trains as its run was trained; leave it out, or train another run "
+            "(identify.risk and identify.missed may be changed)"
+        )
     from pillsnap.evaluation.calibrate import calibrate_run
 
     report = calibrate_run(arguments.run.resolve(), settings, arguments.folds)

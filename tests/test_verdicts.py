@@ -14,9 +14,20 @@ from tiny_models import save_classifier
 
 from pillsnap import cli
 from pillsnap.answer.factory import load_identifier
+from pillsnap.answer.gallery.gallery_file import GALLERY_FILE, read_gallery
+from pillsnap.answer.gallery.recognise import open_identifier
 from pillsnap.answer.rules import ModelMismatch, Rules
 from pillsnap.answer.verdicts.verdicts import VERDICTS, Verdicts
+from pillsnap.data.moved import dataset_of_run
+from pillsnap.data.reading.photo_files import decode_photo
 from pillsnap.training.checkpoint import CALIBRATION_FILE, CheckpointError, load_trained
+
+
+def photo_of(run: Path) -> np.ndarray:
+    """A training photo of a run, decoded."""
+    manifest = dataset_of_run(run).manifest
+    image = manifest.filter(split="train", photo_kind="single")["image"][0]
+    return decode_photo(image).pixels
 
 
 def test_a_calibrated_run_exports_its_thresholds(
@@ -36,6 +47,12 @@ def test_a_calibrated_run_exports_its_thresholds(
     assert load_trained(run).rules.verdicts == Verdicts.from_json(report["verdicts"])
     assert cli.main(["export", "--run", str(run)]) == 0
     assert load_identifier(run / "export").rules.verdicts == Verdicts.from_json(report["verdicts"])
+    gallery = read_gallery(run / "export" / GALLERY_FILE)
+    assert set(gallery.drugs) == set(load_trained(run).rules.class_map.codes), "the trained drugs are the references"
+    shown = open_identifier(run / "export").identify(photo_of(run), "single").pills[0]
+    assert shown.matches and shown.candidates[0].picture and shown.verdict in VERDICTS
+    assert cli.main(["calibrate", "--run", str(run), "train.classifier.lr=0.1"]) == 2
+    assert "trains as its run was trained" in capsys.readouterr().err
     (run / CALIBRATION_FILE).write_text(json.dumps(report | {"weights_sha256": "0" * 64}), encoding="utf-8")
     assert load_trained(run).rules.verdicts == Verdicts(), "thresholds of other weights don't count"
     (run / CALIBRATION_FILE).write_text("{", encoding="utf-8")
