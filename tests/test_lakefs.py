@@ -41,6 +41,17 @@ def test_an_address_names_the_same_bytes_after_the_branch_has_moved(
         pull(store, "classifier", 1, tmp_path / "other cache")
 
 
+def test_each_push_of_an_open_store_has_its_own_address(lakefs_repository: str, weights: Path, tmp_path: Path):
+    store, found = open_store(f"{lakefs_repository}/main"), []
+    for number in range(3):
+        weights.write_bytes(f"weights {number}".encode())
+        found.append(version_address(store, push(store, "classifier", {"model.onnx": weights})))
+    for number, address in enumerate(found):
+        kept = pull(*open_address(address), tmp_path / "cache") / "model.onnx"
+        assert kept.read_text() == f"weights {number}"
+    assert len(set(found)) == 3
+
+
 def test_a_push_is_a_commit_with_metadata(lakefs_repository: str, weights: Path):
     import lakefs
 

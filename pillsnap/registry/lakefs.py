@@ -195,7 +195,8 @@ class LakeFS:
     def address(self) -> str:
         """The commit that is read now."""
         with _as_os_errors():
-            return self._address(str(self._read.get_commit().id))
+            # a reference keeps the commit that it has asked for once
+            return self._address(str(self._repository.ref(self._read.id).get_commit().id))
 
 
 class _LakeFSChange:

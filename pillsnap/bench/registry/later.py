@@ -24,15 +24,16 @@ from ...registry.registered import Registration, record_weights, register, run_o
 from ...registry.release import push_run
 from ...registry.store import open_store
 from ...registry.tracking import open_tracking
+from ...sample.plan import plan_sample
 from ...training.run import train
 
 # %% auto #0
-__all__ = ['SHORT', 'TASKS', 'short_settings', 'train_and_register', 'answers', 'equal_answers', 'answers_later']
+__all__ = ['SHORT', 'TASKS', 'short_settings', 'sample_part', 'train_and_register', 'answers', 'equal_answers', 'answers_later']
 
 # %% ../../../nbs/bench/registry/04_later.ipynb #455a12a2
 SHORT = (
     "data.images=300",
-    "data.classes=8",
+    "data.classes=6",
     "model.classifier.name=test_efficientnet",
     "model.classifier.pretrained=false",
     "model.classifier.image_size=64",
@@ -63,6 +64,26 @@ def short_settings(
     places = (f"paths.cache_root={folder / 'cache'}", f"tracking.url=sqlite:///{folder / 'mlflow.db'}")
     chosen = {text.partition("=")[0]: text for text in (*SHORT, *places, *more)}
     return load_settings(profile="cpu", data_root=data, overrides=list(chosen.values()))
+
+# %% ../../../nbs/bench/registry/04_later.ipynb #221133d7
+def sample_part(
+    sample: Path,  # the embedded sample
+    folder: Path,  # gets links to a part of it
+    seed: int = 42,  # of the sample
+    drugs: int = 6,
+    handfuls: int = 40,  # photos of several pills
+) -> Path:  # the folder
+    """Link some of the sample's photos and labels."""
+    plan = [photo for photo in plan_sample(seed) if photo.split == "train"]
+    singles, several = ([photo for photo in plan if photo.single == kind] for kind in (True, False))
+    codes = sorted({photo.codes for photo in singles})[:drugs]
+    chosen = [photo for photo in singles if photo.codes in codes] + several[:handfuls]
+    for photo in chosen:
+        for path in (photo.image(sample), *photo.labels(sample)):
+            link = folder / path.relative_to(sample)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(path.resolve())
+    return folder
 
 # %% ../../../nbs/bench/registry/04_later.ipynb #5254ec15
 def train_and_register(

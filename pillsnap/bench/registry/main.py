@@ -19,7 +19,7 @@ import numpy as np
 from ...atomic import write_json
 from ..errors import BenchError
 from ..options import benchmark_parser
-from .later import answers_later
+from .later import answers_later, sample_part
 from .overhead import overheads, paired_trainings
 from .places import new_repository, places
 from .pushes import check_pushes, push_and_kill
@@ -94,15 +94,16 @@ def measure(
     began, out = time.monotonic(), Path(options.out).resolve()
     out.mkdir(parents=True, exist_ok=True)
     settings = load_settings(profile="cpu")
-    data = options.data or write_sample(settings.paths.sample_root.resolve(), settings.seed)
+    data = (options.data or write_sample(settings.paths.sample_root, settings.seed)).resolve()
     with TemporaryDirectory(dir=out, prefix="registry-") as name:
         work = Path(name)
-        words = [*options.overrides, f"paths.data_root={Path(data).resolve()}"]
+        few = data if options.data else sample_part(data, work / "sample", settings.seed)
+        words = [*options.overrides, f"paths.data_root={data}"]
         trainings = paired_trainings(work / "overhead", options.pairs, words)
         with places(work / "places") as urls:
             rates = push_rates(urls, _weights(work, options.megabytes), options.rounds)
             found = {place: _pushed(options, url, work / place) for place, url in urls.items()}
-            later = answers_later(Path(data).resolve(), new_repository(), work / "later", options.later, words)
+            later = answers_later(few, new_repository(), work / "later", options.later, options.overrides)
     report = report_head("registry", PACKAGES) | {
         "goals": [*push_goals(found), *other_goals(later, overheads(trainings), rates)],
         "values": {"pushes": found, "answers": later, "training_seconds": trainings, "mb_per_s": rates},
