@@ -18,7 +18,6 @@ from anyio import to_thread
 from asgi_correlation_id import CorrelationIdMiddleware
 from fastapi import Depends, FastAPI
 from fastapi.middleware.cors import CORSMiddleware
-from .service.inference.shared_models import SharedModels
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from . import __version__
@@ -40,6 +39,7 @@ from .service.guard.parameters import check_query
 from .service.guard.rate_limit import RateLimiter
 from .service.guard.security_headers import add_security_headers
 from .service.inference.model_manager import ModelManager
+from .service.inference.shared_models import SharedModels
 from .service.inference.work_queue import WorkQueue
 from .service.jobs.job import JobsError
 from .service.jobs.queue import open_queue

@@ -11,7 +11,6 @@ from typing import Any
 
 from fastapi import Depends, Request, Security
 from fastapi.security import APIKeyHeader
-from ..inference.shared_models import SharedModels
 
 from ...answer.search.lookup import Lookup
 from ...runtime.session import ModelError
@@ -19,6 +18,7 @@ from ..errors import ApiError
 from ..guard.auth import ApiKeys
 from ..guard.rate_limit import RateLimiter
 from ..inference.model_manager import LoadedModels, ModelManager
+from ..inference.shared_models import SharedModels
 from ..inference.work_queue import WorkQueue
 from ..jobs.queue import JobQueue
 
