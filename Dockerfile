@@ -1,14 +1,15 @@
 # The service, without torch: docker build -t pillsnap-serve .
-# For an NVIDIA GPU: docker build --build-arg "PACKAGES=openvino onnxruntime-gpu[cuda,cudnn]" -t pillsnap-serve .
+# For an NVIDIA GPU:
+# docker build --build-arg "PACKAGES=openvino celery redis onnxruntime-gpu[cuda,cudnn]" -t pillsnap-serve .
 FROM python:3.11-slim AS build
-ARG PACKAGES=openvino
+ARG PACKAGES="openvino celery redis"
 WORKDIR /build
 RUN python -m venv /opt/pillsnap
 # What the package needs comes first, without the package: a change of the code installs none of it again.
 COPY setup.py settings.ini constraints.txt ./
 # The quotes are left out, PACKAGES may be several words.
 # hadolint ignore=SC2086
-RUN /opt/pillsnap/bin/pip install --no-cache-dir --constraint constraints.txt '.[jobs]' $PACKAGES
+RUN /opt/pillsnap/bin/pip install --no-cache-dir --constraint constraints.txt . $PACKAGES
 COPY pillsnap pillsnap
 RUN /opt/pillsnap/bin/pip install --no-cache-dir --no-deps --force-reinstall .
 

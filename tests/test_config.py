@@ -43,7 +43,7 @@ def sentence(*overrides: str, **arguments) -> str:
 
 
 def plain(settings: Settings) -> dict:
-    return settings.model_dump(exclude={"paths"})
+    return settings.model_dump(exclude={"paths": True, "jobs": {"folder"}})
 
 
 BLOCKS = """

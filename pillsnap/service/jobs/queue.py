@@ -132,14 +132,14 @@ class JobQueue:
 
 # %% ../../../nbs/service/jobs/03_queue.ipynb #22acb7ef
 def open_queue(
-    limits: Jobs,  # section of the settings
+    jobs: Jobs,  # section of the settings
     url: str | None = None,  # from the environment, where the section has none
     root: Path = Path(),  # that a relative folder begins at
 ) -> JobQueue:
     """Open the queue of a service; raises `SettingsError` for another address, `JobsError` for a missing package."""
-    folder, address = root / limits.folder, limits.url or url or ""
+    folder, address = root / jobs.folder, jobs.url or url or ""
     if address.startswith(("redis://", "rediss://")):
-        return JobQueue(RedisStore(address), folder, address, limits)
+        return JobQueue(RedisStore(address), folder, address, jobs)
     if address and not address.removeprefix("sqlite:///"):
         raise SettingsError("jobs.url names no file: write sqlite:///FILE")
     if address and not address.startswith("sqlite:///"):
@@ -147,4 +147,4 @@ def open_queue(
             f"jobs.url is {shown(address)!r}, which has no jobs: write sqlite:///FILE or redis://HOST:PORT/0"
         )
     path = root / address.removeprefix("sqlite:///") if address else folder / "jobs.db"
-    return JobQueue(SqliteStore(path), folder, "", limits)
+    return JobQueue(SqliteStore(path), folder, "", jobs)
