@@ -17,6 +17,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ...atomic import write_json
 from ..data.labels import memory_folder, synthetic_labels
 from ..errors import BenchError
@@ -24,6 +26,7 @@ from ..options import benchmark_parser
 from ..report import goal, goal_lines, median_of, report_head, run_benchmark, spread
 from .network import NotPermitted
 from .nodes import Nodes
+from .sums import sum_lines, sums
 from ...runlog import decide, setup_logging
 from ...sample.write import write_sample
 
@@ -236,6 +239,11 @@ def table(
     lines += [
         f"scan by {name}: {item['seconds']:.1f} s, {item['memory_mb']:.0f} MB" for name, item in values["scans"].items()
     ]
+    two = values["two_nodes"]
+    if two:
+        one, both = (float(np.median(two[f"answers_{count}"])) for count in (1, 2))
+        memory = float(np.median([item["memory_mb"] for item in values["one_node"]["ray"]]))
+        lines += ["", sum_lines(sums(one, both / one, memory))]
     return "\n".join([*goal_lines(report["goals"]), *lines])
 
 

@@ -24,16 +24,7 @@ __all__ = ['Nodes']
 _PORT, _TRIES = 6379, 3
 _RAY = [sys.executable, "-m", "ray.scripts.scripts", "start"]
 _LEAN = ["--disable-usage-stats", "--include-log-monitor", "false", "--num-cpus", "1"]
-_HEAD = [
-    "--head",
-    "--port",
-    str(_PORT),
-    "--include-dashboard",
-    "false",
-    "--no-monitor",
-    "--ray-client-server-port",
-    "0",
-]
+_HEAD = ["--head", "--port", str(_PORT), "--include-dashboard", "false", "--no-monitor"]
 _STORE = ["--object-store-memory", str(150 * 10**6)]  # bytes
 
 

@@ -5,8 +5,13 @@
 # %% ../../../nbs/training/device/01_distributed.ipynb #f42bf9e0
 from __future__ import annotations
 
+import itertools
 import os
+import sys
+import threading
+import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -123,6 +128,44 @@ class ProcessGroup:
 
 ALONE = ProcessGroup()  # training without torchrun
 
+# %% ../../../nbs/training/device/01_distributed.ipynb #074c9082
+_BEAT, _SILENCE = 3.0, 40.0  # seconds between two signs of life, and without one
+_left = threading.Event()  # this process has left its group
+
+
+def _beat(rank: int, heard: dict[int, tuple[str, float]], store: Any) -> None:
+    """Give a sign of life, and listen for those of the others."""
+    for number in itertools.count():
+        store.set(f"pillsnap/alive/{rank}", str(number))
+        for other, (last, _) in list(heard.items()):
+            key = f"pillsnap/alive/{other}"
+            if other == rank or (store.check([key]) and store.get(key).decode() != last):
+                heard[other] = str(number) if other == rank else store.get(key).decode(), time.monotonic()
+        time.sleep(_BEAT)
+
+
+def _watch(rank: int, size: int) -> None:
+    """End this process when a process of another machine is silent; its collective calls would wait for days."""
+    heard = {other: ("", time.monotonic()) for other in range(size)}
+
+    def beat() -> None:
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store_of: Any = distributed.TCPStore  # type: ignore[attr-defined]  # which torch.distributed does not declare
+        with suppress(RuntimeError):  # a lost connection: this process hears nothing any more, its own signs included
+            _beat(rank, heard, store_of(*address, is_master=False, wait_for_workers=False))
+
+    threading.Thread(target=beat, daemon=True).start()
+    while not _left.wait(_BEAT):
+        silent = [other for other, (_, when) in heard.items() if time.monotonic() - when > _SILENCE]
+        if silent and not _left.is_set():
+            print(
+                f"pillsnap: no sign of life of process {silent[0]} for {_SILENCE:g} seconds, its machine or "
+                "the network is down: go on with train.resume=last, also on fewer machines",
+                file=sys.stderr,
+                flush=True,
+            )
+            os._exit(1)
+
 # %% ../../../nbs/training/device/01_distributed.ipynb #cc916c45
 _TIMEOUT = timedelta(days=2)  # the first scan of a large dataset takes hours; torchrun notices a dead process at once
 
@@ -137,12 +180,15 @@ def join_group() -> ProcessGroup:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not distributed.is_initialized():
         distributed.init_process_group("nccl" if cuda else "gloo", timeout=_TIMEOUT)
+        if int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1:
+            threading.Thread(target=_watch, args=(distributed.get_rank(), size), daemon=True).start()
     return ProcessGroup(distributed.get_rank(), size)
 
 
 def leave_group() -> None:
     """Close the connection to the other processes, if there is one."""
     if distributed.is_available() and distributed.is_initialized():
+        _left.set()
         distributed.destroy_process_group()
 
 
