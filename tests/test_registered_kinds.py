@@ -136,5 +136,28 @@ def test_a_person_registers_what_missed_its_goal_and_it_is_noted(
     assert tags["registered"].startswith("by hand, by ") and "quality/validation/pairwise is 0.6" in tags["missed"]
 
 
+def test_weights_that_are_others_or_gone_register_nothing(
+    place: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, tracking = (
+        quality_run(place, tmp_path / "run", 0.95),
+        open_tracking(load_settings(overrides=place, profile="cpu")),
+    )
+    register = ["models", "register", "quality", "--run", str(run), *place]
+    assert "No weights of a quality are recorded" in said(capsys, *register, status=2)
+    said(capsys, "models", "push", "--run", str(run), *place)
+    model = tmp_path / "store" / "models" / "quality" / "v1" / "model.onnx"
+    right = model.read_bytes()
+    model.write_bytes(right[:-1] + b"!")
+    assert "is damaged, its hash is not the one that it was pushed with" in said(capsys, *register, status=2)
+    model.unlink()
+    assert "Pulling v1 of quality failed" in said(capsys, *register, status=2)
+    model.write_bytes(right)
+    run_id = json.loads((run / "tracking.json").read_text())["run_id"]
+    tracking.client.set_tag(run_id, "sha256.store.quality.model.onnx", "0" * 64)
+    assert "holds other files than those that were recorded" in said(capsys, *register, status=2)
+    assert not registered(tracking, "quality")
+
+
 def test_every_kind_of_model_has_a_figure() -> None:
     assert set(THRESHOLDS) == {"classifier", "detector", "segmenter", "quality", "nilut", "lut3d"}

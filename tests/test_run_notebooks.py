@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from papermill import inspect_notebook
 from pillsnap.answer.factory import load_identifier
 
 ROOT = Path(__file__).parents[1]
+LATER = ["14_color.ipynb", "15_register.ipynb", "16_infer.ipynb", "17_registry_story.ipynb"]
 
 
 def papermill(folder: Path, notebook: str, *arguments: str) -> subprocess.CompletedProcess:
@@ -24,7 +26,9 @@ def papermill(folder: Path, notebook: str, *arguments: str) -> subprocess.Comple
 
 
 def test_train_evaluate_and_export_run_one_after_the_other(tiny_data: Path, tmp_path: Path):
-    overrides = shlex.join([*TINY, f"paths.cache_root={tmp_path / 'cache'}"])
+    place = [f"tracking.url=sqlite:///{tmp_path / 'mlflow.db'}", f"paths.cache_root={tmp_path / 'cache'}"]
+    place += [f"store.url={tmp_path / 'store'}", "goals.top1=0", "goals.map50=0"]
+    overrides = shlex.join([*TINY, *place])
     trained = papermill(
         tmp_path,
         "10_train.ipynb",
@@ -63,6 +67,20 @@ def test_train_evaluate_and_export_run_one_after_the_other(tiny_data: Path, tmp_
     exported = papermill(tmp_path, "12_export.ipynb", "-p", "run_dir", str(tmp_path / "run"))
     assert exported.returncode == 0, exported.stderr[-2000:]
     assert len(load_identifier(tmp_path / "run" / "export").rules.class_map) == 3
+    refused = papermill(
+        tmp_path, "15_register.ipynb", "-p", "run_dir", str(tmp_path / "run"), "-p", "overrides", "goals.top1=1"
+    )
+    assert refused.returncode != 0 and "Not registered: test/single/top1 is" in refused.stderr, refused.stderr[-2000:]
+    for task in ("classifier", "detector"):
+        given = {"run_dir": str(tmp_path / "run"), "task": task}
+        registered = papermill(
+            tmp_path, "15_register.ipynb", *(word for item in given.items() for word in ("-p", *item))
+        )
+        assert registered.returncode == 0, registered.stderr[-2000:]
+    photo = next((tiny_data / "train" / "images" / "combination").rglob("K-*_200.png"))
+    given = {"photos": shlex.quote(str(photo)), "pipeline": "combo", "overrides": shlex.join(place)}
+    answered = papermill(tmp_path, "16_infer.ipynb", *(word for item in given.items() for word in ("-p", *item)))
+    assert answered.returncode == 0, answered.stderr[-2000:]
 
 
 @pytest.mark.parametrize(
@@ -91,7 +109,16 @@ def test_evaluating_a_folder_without_a_model_raises_the_reason(tmp_path: Path):
     assert "SettingsError" in result.stderr and "config.yaml" in result.stderr
 
 
-@pytest.mark.parametrize("notebook", ["10_train.ipynb", "11_evaluate.ipynb", "12_export.ipynb", "14_color.ipynb"])
+def test_the_story_of_the_registry_is_stored_with_what_it_shows():
+    book = json.loads((ROOT / "nbs" / "17_registry_story.ipynb").read_text(encoding="utf-8"))
+    outputs = [output for cell in book["cells"] for output in cell.get("outputs", [])]
+    text = json.dumps([output.get("text") or output["data"].get("text/plain", "") for output in outputs])
+    assert "not registered: test/single/top1 is" in text and "champion" in text and "lakefs://pills-" in text
+    assert re.search(r"the same answers for (\d+) of \1 photos", text)
+    assert not re.search(r"/(tmp|work|root|home)/", text) and not [one for one in outputs if "ename" in one]
+
+
+@pytest.mark.parametrize("notebook", ["10_train.ipynb", "11_evaluate.ipynb", "12_export.ipynb", *LATER])
 def test_papermill_understands_every_parameter(notebook: str):
     """papermill skips a parameter line with a second `=` in it, and then warns about an unknown parameter."""
     found = {
