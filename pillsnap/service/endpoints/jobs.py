@@ -210,7 +210,10 @@ jobs_router = APIRouter()
 _BODY = {
     "requestBody": {
         "required": True,
-        "content": {"application/zip": {"schema": {"type": "string", "format": "binary"}}},
+        "content": {
+            kind: {"schema": {"type": "string", "format": "binary"}}
+            for kind in ("application/zip", "application/octet-stream")
+        },
     }
 }
 
