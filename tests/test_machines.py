@@ -19,7 +19,8 @@ from pillsnap.config.schema import Settings
 from pillsnap.training.run import train
 
 ROOT = Path(__file__).parents[1]
-SHORT = ("train.only=classifier", "train.amp=off", "train.classifier.epochs=2", "train.classifier.batch_size=4")
+BATCH = ("train.classifier.batch_size=4", "train.classifier.grad_accum=2")  # a piece for each machine
+SHORT = ("train.only=classifier", "train.amp=off", "train.classifier.epochs=2", *BATCH)
 
 
 @pytest.fixture(scope="module")

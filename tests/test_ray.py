@@ -18,10 +18,12 @@ import polars as pl
 import pytest
 from tiny_models import photo_jpeg, save_classifier, save_detector
 
+from pillsnap.answer.gallery.gallery_file import GALLERY_FILE, read_gallery
 from pillsnap.bench.scale.network import NotPermitted
 from pillsnap.bench.scale.nodes import Nodes
-from pillsnap.config.load import settings_as_yaml
+from pillsnap.config.load import load_settings, settings_as_yaml
 from pillsnap.config.schema import Settings
+from pillsnap.export.report import export_run
 
 ROOT = Path(__file__).parents[1]
 CONFIG = str(ROOT / "config.yaml")
@@ -121,6 +123,23 @@ def test_two_nodes_give_the_same_answers(nodes, asked, answers, tmp_path):
     check_answers(tmp_path / "answers.parquet", answers)
 
 
+def test_two_nodes_build_the_same_gallery(nodes, trained_run, tiny_data, tmp_path):
+    export_run(trained_run, load_settings(trained_run / "config.yaml"))
+    built = []
+    for engine in ("local", "ray"):
+        models = tmp_path / engine
+        shutil.copytree(trained_run / "export", models)
+        words = ["--model", str(models), "--cfg", str(trained_run / "config.yaml"), "--data-root", str(tiny_data)]
+        nodes.run("pillsnap", "gallery", "build", *words, "--per-side", "2", "--engine", engine)
+        built.append(read_gallery(models / GALLERY_FILE))
+    local, spread = (
+        [(item.codes, item.side, item.picture, item.photo) for item in gallery.references] for gallery in built
+    )
+    assert len(local) == 12 and local == spread
+    vectors = [np.stack([item.embedding for item in gallery.references]) for gallery in built]
+    assert np.allclose(*vectors, atol=1e-5)
+
+
 def test_a_killed_command_goes_on(nodes, asked, answers, tmp_path):
     out = tmp_path / "answers.parquet"
     process = nodes.start(*predict(asked, out))
@@ -164,7 +183,7 @@ def test_a_killed_worker_and_a_killed_node_lose_nothing(nodes, asked, answers, t
     nodes.network.kill(1)
     printed, log = process.communicate(timeout=240)
     assert process.returncode == 1, log[-3000:]
-    assert json.loads(printed)["answered_now"] == PHOTOS
+    assert json.loads(printed)["answered_now"] == PHOTOS and "a block is asked for again" in log
     check_answers(tmp_path / "answers.parquet", answers)
 
 
@@ -183,5 +202,5 @@ def test_an_address_without_a_ray_is_one_sentence(kind, silent_port, asked, tmp_
     started = time.monotonic()
     done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=60)
     said = [line for line in done.stderr.splitlines() if line.startswith("pillsnap: ")]
-    assert done.returncode == 2 and len(said) == 1 and "Ray" in said[0] + "RAY" and "Traceback" not in done.stderr
+    assert done.returncode == 2 and len(said) == 1 and "RAY" in said[0].upper() and "Traceback" not in done.stderr
     assert time.monotonic() - started < 20
