@@ -78,6 +78,7 @@ bench-color: .venv/ready  ## measure corrections of colour, write runs/bench/col
 # A model of the embedded sample, whose handfuls are compared with prescriptions.
 runs/bench/sample/export/classifier.onnx: | .venv/ready
 	@$(BIN)/python -m pillsnap train --profile cpu --run-dir runs/bench/sample train.resume=last
+	@$(BIN)/python -m pillsnap calibrate --run runs/bench/sample --folds 1 > /dev/null
 	@$(BIN)/python -m pillsnap export --run runs/bench/sample > /dev/null
 
 # Training and measuring read datasets with a training and a held-out part, and pills that are cut out on black.
