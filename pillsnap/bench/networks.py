@@ -26,7 +26,7 @@ def trained_network(
     more: Sequence[str] = (),  # settings that win
     folds: int = 0,  # networks of its calibration; 0 = it is not calibrated, so that it identifies nothing
 ) -> Path:  # folder with the exported network
-    """Train, calibrate and export a network, where it is not there yet; raises `BenchError` where the export is refused."""
+    """Train, calibrate and export a network, where it is not there yet; raises `BenchError` for a refused export."""
     if not any(folder.glob("export/*.onnx")):
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted
         cache = f"paths.cache_root={folder.parent / 'cache'}"
