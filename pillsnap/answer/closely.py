@@ -105,7 +105,7 @@ def crop_closely(
     begun = perf_counter()
     side = round(_CLOSER * identifier.rules.detector_size / 32) * 32
     closer = identifier.find(image, confidence, side)
-    pills = divide(identifier, image, confirmed(identifier.find(image, confidence), closer), closer[0])
+    pills = confirmed(divide(identifier, image, identifier.find(image, confidence), closer[0]), closer)
     seconds = perf_counter() - begun
     crops = identifier.crop_pills(image, "combo", confidence, size, pills)
     return replace(crops, seconds=crops.seconds | {"detect": seconds})
