@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from fastapi.testclient import TestClient
-from tiny_models import CONFIG, KEY, RIGHT, photo_jpeg
+from tiny_models import CONFIG, FOUND, KEY, RIGHT, photo_jpeg
 
 from pillsnap import cli
 from pillsnap.config.environment import Environment
@@ -86,6 +87,22 @@ def test_an_odd_list_is_one_sentence_and_the_rest_goes_on(client: TestClient, ex
     found = answer(client, expected)
     assert len([text for text in found["notes"] if note in text]) == 1 and len(found["pills"]) == 2
     assert found.get("prescription") is None or not found["prescription"]["complete"]
+
+
+def test_two_pills_in_one_box_are_told_apart(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    identifier = client.app.state.service.loaded().identifier
+    (x1, y1), (x2, y2) = (np.min(FOUND[:2, :2] - FOUND[:2, 2:4] / 2, 0), np.max(FOUND[:2, :2] + FOUND[:2, 2:4] / 2, 0))
+    together = np.array([[(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1, 0.9]], np.float32)
+
+    def detect(batch: np.ndarray) -> np.ndarray:
+        scale = batch.shape[-1] / 320
+        return ((together if scale == 1 else FOUND) * [scale, scale, scale, scale, 1]).T[None].astype(np.float32)
+
+    monkeypatch.setattr(identifier, "detect", detect)
+    assert summary(answer(client, f"{WHITE},{RED}")["prescription"]) == ([WHITE, RED], [], [], [])
+    assert summary(answer(client, WHITE)["prescription"]) == ([WHITE], [], [1], [])
+    response = client.post("/predict?pipeline=combo", headers=KEY, files={"image": photo_jpeg()}).json()
+    assert len(response["pills"]) == 1, "without a list nobody looks twice"
 
 
 def test_without_a_list_nothing_is_said(client: TestClient) -> None:

@@ -248,6 +248,7 @@ class Identifier:
         pipeline: str,  # "single" or "combo"
         confidence: float | None = None,  # a detection below it is left out, 0 to 1; None = the rules' box_confidence
         size: tuple[int, int] | None = None,  # width and height of the photo; None = those of `image`
+        pills: tuple[np.ndarray, np.ndarray] | None = None,  # boxes and scores, as `find`; None = it is asked
     ) -> PillCrops:  # boxes in pixels of that size
         """Detect and crop the pills of a photo; raises `IdentifyError` as `identify` does."""
         if pipeline not in PIPELINES:
@@ -259,7 +260,7 @@ class Identifier:
                 "The pipeline combo needs a detector, and this model has none: use single, or add detector.onnx."
             )
         started = perf_counter()
-        boxes, scores = self._detect(image, pipeline, confidence)
+        boxes, scores = pills or self._detect(image, pipeline, confidence)
         detected = perf_counter()
         hint = (
             f"{len(boxes)} pills were found and only the clearest was named: the pipeline combo names them all."

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from .errors import BenchError
 from ..config.load import load_settings
+from ..evaluation.calibrate import calibrate_run
 from ..export.report import export_run
 from ..training.run import train
 
@@ -23,14 +24,18 @@ def trained_network(
     fixed: Sequence[str],  # settings, key=value
     data: Path | None = None,  # dataset; None: the embedded sample
     more: Sequence[str] = (),  # settings that win
+    folds: int = 0,  # networks of its calibration; 0 = it is not calibrated, so that it identifies nothing
 ) -> Path:  # folder with the exported network
-    """Train and export a network, where it is not there yet; raises `BenchError` where the export is refused."""
+    """Train, calibrate and export a network, where it is not there yet; raises `BenchError` for a refused export."""
     if not any(folder.glob("export/*.onnx")):
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted
         cache = f"paths.cache_root={folder.parent / 'cache'}"
         chosen = {text.partition("=")[0]: text for text in (*fixed, cache, *more)}
         settings = load_settings(profile="cpu", data_root=data, overrides=list(chosen.values()))
-        report = export_run(train(settings, folder), settings, ["onnx"])
+        trained = train(settings, folder)
+        if folds:
+            calibrate_run(folder, settings, folds)
+        report = export_run(trained, settings, ["onnx"])
         if not report["passed"]:
             raise BenchError(
                 f"The export of {folder} was refused ({'; '.join(report['failures'])}): train it for longer."

@@ -9,12 +9,27 @@ from dataclasses import replace
 from typing import Any
 
 from ..answer.classes import ClassMap
+from ..answer.closely import crop_closely
 from ..answer.identify import Identification, Identifier, Pill, PillCrops
 from ..answer.search.expected import Expected, read_expected
 from ..answer.search.prescription import check_prescription, unclear, weigh
+from ..runtime.images import Photo
 
 # %% auto #0
-__all__ = ['classify_expected']
+__all__ = ['crop_expected', 'classify_expected']
+
+# %% ../../nbs/service/03_prescriptions.ipynb #19f9e68a
+def crop_expected(
+    identifier: Identifier,  # the models
+    photo: Photo,  # as decoded
+    pipeline: str,  # "single" or "combo"
+    confidence: float | None,  # a detection below it is left out, 0 to 1; None = the rules' box_confidence
+    text: str | None,  # list of expected drugs; None = nothing is expected
+) -> PillCrops:
+    """Detect and crop the pills of a photo; raises `IdentifyError` as `Identifier.identify`."""
+    if text is None or pipeline != "combo":
+        return identifier.crop_pills(photo.pixels, pipeline, confidence, photo.size)
+    return crop_closely(identifier, photo.pixels, confidence, photo.size)
 
 # %% ../../nbs/service/03_prescriptions.ipynb #40f33297
 def classify_expected(

@@ -21,6 +21,7 @@ __all__ = ['LETTERS', 'FindLines', 'ReadStrips', 'decode_letters', 'ImprintReade
 
 # %% ../../../nbs/answer/imprint/02_reader.ipynb #0e7aa4b7
 LETTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+_APART = 5  # steps of the network between two equal letters that are not of one word; it sees 8 pixels in each
 
 
 def decode_letters(
@@ -31,6 +32,9 @@ def decode_letters(
     new = signs > 0
     new[1:] &= signs[1:] != signs[:-1]
     text = "".join(LETTERS[sign - 1] for sign in signs[new]).upper()
+    places = np.flatnonzero(new)
+    if len(text) == 2 and text[0] == text[1] and places[1] - places[0] >= _APART:
+        text = text[0]
     return text, float(certain[new].mean()) if text else 0.0
 
 # %% ../../../nbs/answer/imprint/02_reader.ipynb #09628bc9

@@ -32,5 +32,5 @@ def read_imprints(
         identifier.refine = ImprintRanking(open_reader(threads), list(identifier.rules.class_map))
         decide("imprints", "on", "rapidocr is installed; pills that are not identified are read")
     except ImprintUnavailable as error:
-        decide("imprints", "off", str(error).rstrip("."))
+        decide("imprints", "off", str(error).rstrip("."), fallback=True)
     return identifier

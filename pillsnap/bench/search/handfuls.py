@@ -16,6 +16,7 @@ import numpy as np
 import polars as pl
 
 from ...answer.classes import ClassMap
+from ...answer.closely import crop_closely
 from ...answer.factory import load_identifier
 from ...answer.identify import Identifier
 from ...answer.imprint.setting import read_imprints
@@ -133,7 +134,7 @@ def compare_handfuls(
     chance, class_map = random.Random(seed), identifier.rules.class_map
     right: dict[str, list[bool]] = {}
     for photo in photos:
-        crops = identifier.crop_pills(decode_image(Path(photo.image)), "combo")
+        crops = crop_closely(identifier, decode_image(Path(photo.image)))
         for case in cases_of([class_map.codes[index] for index in photo.classes], class_map, chance):
             text = ",".join(f"{code}*{count}" for code, count in case.expected.items())
             answer, compared = classify_expected(identifier, crops, 5, text)

@@ -121,8 +121,10 @@ def summary(
         for name, printed in (("printed", True), ("debossed", False))
     }
     values: dict[str, Any] = {name: _shares(part) for name, part in kinds.items()}
-    times = [one.milliseconds for one in found]
-    values["milliseconds"] = {f"p{share}": round(float(np.percentile(times, share)), 1) for share in (50, 95)}
+    times = [one.milliseconds for one in found if not one.identified] or [one.milliseconds for one in found]
+    values["milliseconds"] = {"pills": len(times)} | {
+        f"p{share}": round(float(np.percentile(times, share)), 1) for share in (50, 95)
+    }
     before, after = (round(float(np.mean([getattr(one, name) for one in found])), 4) for name in _RIGHT)
     values["sample"] = {"photos": len(found), "not_identified": sum(not one.identified for one in found)}
     values["sample"] |= {"top1_without": before, "top1_with": after}

@@ -33,7 +33,7 @@ from ...atomic import write_text
 from ...errors import PillsnapError
 from ...runtime.images import KINDS, SUFFIXES, ImageError, is_photo, open_photo
 from ..inference.model_manager import LoadedModels
-from ..prescriptions import classify_expected
+from ..prescriptions import classify_expected, crop_expected
 from ..schemas import prediction_response
 
 # %% auto #0
@@ -211,7 +211,7 @@ def predict_local(
     data, begun = read_photo(photo), perf_counter()
     opened = open_photo(data, max_pixels)
     decode_ms = (perf_counter() - begun) * 1000
-    crops = loaded.identifier.crop_pills(opened.pixels, pipeline, None, opened.size)
+    crops = crop_expected(loaded.identifier, opened, pipeline, None, expected)
     verdict = None if loaded.judge is None else judge_crops(loaded.judge, opened, crops)
     more, back = (
         [loaded.identifier.crop_pills(open_photo(read_photo(one), max_pixels).pixels, "single") for one in photos]

@@ -30,7 +30,7 @@ from .dependencies import Service, count_photo
 from ..errors import ApiError
 from ..guard.uploads import UploadLimits, read_form
 from ..inference.model_manager import LoadedModels
-from ..prescriptions import classify_expected
+from ..prescriptions import classify_expected, crop_expected
 from ..schemas import Prediction, prediction_response
 
 # %% auto #0
@@ -203,7 +203,9 @@ def _open_and_crop(
         begun = perf_counter()
         photo = open_photo(data, service.max_pixels)
         decode_ms = (perf_counter() - begun) * 1000
-        crops = loaded.identifier.crop_pills(photo.pixels, parameters.pipeline, parameters.conf_threshold, photo.size)
+        crops = crop_expected(
+            loaded.identifier, photo, parameters.pipeline, parameters.conf_threshold, parameters.expected
+        )
         verdict = None if loaded.judge is None else judge_crops(loaded.judge, photo, crops)
         outlined = _outlines(loaded, photo, crops, parameters)
         drawn = photo if parameters.drawn() else None
