@@ -76,20 +76,27 @@ def ask(
 def fit_temperature(
     asked: Sequence[Asked],  # of the folds
 ) -> float:
-    """The temperature with the smallest cross-entropy on pills of known drugs; 1 where there is none."""
+    """The temperature with the smallest cross-entropy on pills of known drugs; 1 where there is none.
+
+    As many answers as there are could all be right by chance: the targets are softened as Platt (1999) does.
+    """
     from scipy.optimize import minimize_scalar
 
     known = [(fold.logits[fold.labels >= 0].astype(float), fold.labels[fold.labels >= 0]) for fold in asked]
-    if not sum(len(labels) for _, labels in known):
+    count = sum(len(labels) for _, labels in known)
+    if not count:
         return 1.0
+    soft = 1 / (count + 2)  # of the target, for the other drugs together
 
     def loss(logarithm: float) -> float:
         total = 0.0
         for logits, labels in known:
             scaled = logits / np.exp(logarithm)
             scaled -= scaled.max(axis=1, keepdims=True)
-            picked = scaled[np.arange(len(labels)), labels]
-            total -= float((picked - np.log(np.exp(scaled).sum(axis=1))).sum())
+            logarithms = scaled - np.log(np.exp(scaled).sum(axis=1, keepdims=True))
+            picked = logarithms[np.arange(len(labels)), labels]
+            others = (logarithms.sum(axis=1) - picked) / max(1, scaled.shape[1] - 1)
+            total -= float(((1 - soft) * picked + soft * others).sum())
         return total
 
     return float(np.exp(minimize_scalar(loss, bounds=(-3, 3), method="bounded").x))
