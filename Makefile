@@ -75,10 +75,9 @@ bench-quality: .venv/ready  ## judge photos not trained on, write runs/bench/qua
 bench-color: .venv/ready  ## measure corrections of colour, write runs/bench/color.json (OPTIONS=--data NAME=DIR ...)
 	@$(BIN)/python -m pillsnap.bench.color.main --out runs/bench $(OPTIONS)
 
-# A model of the embedded sample, as long trained as that of the demo; its handfuls are compared with prescriptions.
+# A model of the embedded sample, whose handfuls are compared with prescriptions.
 runs/bench/sample/export/classifier.onnx: | .venv/ready
-	@$(BIN)/python -m pillsnap train --profile cpu --run-dir runs/bench/sample train.resume=last \
-		train.detector.min_steps=750 train.classifier.min_steps=300
+	@$(BIN)/python -m pillsnap train --profile cpu --run-dir runs/bench/sample train.resume=last
 	@$(BIN)/python -m pillsnap calibrate --run runs/bench/sample --folds 1 > /dev/null
 	@$(BIN)/python -m pillsnap export --run runs/bench/sample > /dev/null
 
