@@ -171,13 +171,14 @@ def options(run: Path, out: Path, *more: str) -> Namespace:
 
 
 def test_the_service_and_the_limit_correct_colours(run: Path, tmp_path: Path) -> None:
-    words = ("--color", "learned", "--peers", "--soak-minutes", "0")
+    words = ("--color", "gray_world", "--peers", "--soak-minutes", "0")
     report = serve.bench_serve(options(run, tmp_path / "out", *words))
-    assert goal_values(report)["single_p95_over_limit"] > 0 and report["setup"]["color"] == "learned"
+    assert goal_values(report)["single_p95_over_limit"] > 0 and report["setup"]["color"] == "gray_world"
     assert 2 <= report["setup"]["photos"]["engine_calls"] <= 3, "the correction is no call of the engine"
     assert report["servers"]["ours"]["1"]["errors"] == report["servers"]["ours"]["1"]["other_drug"] == 0
-    folder = session.with_color(run / "export", "learned", tmp_path / "models")
-    assert load_identifier(folder).rules.color == "learned" and load_identifier(run / "export").rules.color == "none"
+    folder = session.with_color(run / "export", "gray_world", tmp_path / "models")
+    assert load_identifier(folder).rules.color == "gray_world"
+    assert load_identifier(run / "export").rules.color == "learned"
 
 
 def test_errors_and_the_end_of_a_server_are_in_the_report(

@@ -75,6 +75,7 @@ def test_the_env_example_must_be_edited_before_use(tmp_path: Path, monkeypatch: 
         "LOG_FORMAT",
         "CORS_ALLOW_ORIGINS",
         "MODEL_PATH",
+        "JOBS_URL",
         "ALLOW_WEAK_KEYS",
     } == set(names)
 

@@ -788,6 +788,8 @@ def test_every_error_of_a_request_has_a_korean_sentence() -> None:
     codes |= set(re.findall(r"\(\w+, \d{3}, \"(\w+)\"\)", source))
     others = {"no_model_root", "folder_outside", "folder_missing", "several_processes", "model_unusable"}  # of /reload
     others |= {"model_cannot_enroll", "not_enrolled"}  # of POST /gallery
+    others |= {"archive_unusable", "no_zip", "disk_full", "too_many_jobs", "jobs_unavailable"}  # of POST /jobs
+    others |= {"job_missing", "not_done", "result_gone"}  # of GET /jobs
     korean = (folder / "page" / "files" / "texts.js").read_text(encoding="utf-8").split("problems: { //")[1]
     assert len(codes) > 15 and not {code for code in codes - others if f" {code}: " not in korean}
 
