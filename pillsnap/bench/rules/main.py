@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from ...answer.color.balance import NO_CORRECTION
 from ...answer.color.learned import LEARNED_RULE
 from ...answer.factory import load_identifier
 from ...answer.shapes.background import REMOVE
@@ -52,10 +51,9 @@ def compared_rules(
     segmenter: Path | None,
 ) -> dict[str, tuple[str, ...]]:  # settings of each rule
     """The rules that are compared."""
-    uncorrected = f"identify.color={NO_CORRECTION}"
-    rules: dict[str, tuple[str, ...]] = {KEPT: (uncorrected,), LEARNED_RULE: (f"identify.color={LEARNED_RULE}",)}
+    rules: dict[str, tuple[str, ...]] = {KEPT: (), LEARNED_RULE: (f"identify.color={LEARNED_RULE}",)}
     if segmenter is not None:
-        rules[REMOVE] = (uncorrected, f"identify.background={REMOVE}", f"identify.segmenter={segmenter.resolve()}")
+        rules[REMOVE] = (f"identify.background={REMOVE}", f"identify.segmenter={segmenter.resolve()}")
     return rules
 
 # %% ../../../nbs/bench/rules/02_main.ipynb #4e680cfc
@@ -106,11 +104,7 @@ def measure(
     found = {name: rule_answers(folder, rules, options, out / "rules" / name) for name, folder in folders.items()}
     pills = {name: len(read_photos(folder, "train")) for name, folder in folders.items()}
     gains = {rule: mean_gain(found, rule) for rule in rules if rule != KEPT}
-    count = sum(pills.values())
-    goals = [  # what is a default gains, what is none loses
-        goal(f"{rule}_gain", gain, n=count, **({"at_least": 0.0} if rule == LEARNED_RULE else {"at_most": 0.0}))
-        for rule, gain in gains.items()
-    ]
+    goals = [goal(f"{rule}_gain", gain, at_most=0.0, n=sum(pills.values())) for rule, gain in gains.items()]
     report = report_head("rules", PACKAGES) | {
         "goals": goals,
         "values": {"top1": found, "photos": pills},
