@@ -87,7 +87,7 @@ class Identify(Section):
     risk: Fraction = 0.01
     missed: Fraction = 0.05
     single_scale: Annotated[float, Field(ge=0.1, le=1)] = 0.5
-    color: str = "learned"  # a key of COLOR_RULES, or none
+    color: str = "none"  # or a key of COLOR_RULES
     imprint: Literal["auto", "off"] = "off"
     background: Literal["keep", "remove"] = "keep"
     segmenter: PosixPath | None = None

@@ -157,12 +157,16 @@ def choose_verdicts(
             "group": groups,
         }
     )
-    every = np.ones(len(answers), bool)
+    scores = answers["score"].to_numpy()
+    of_logits = choose_thresholds(scores, np.ones(len(answers), bool), answers, risk, missed)
+    of_similarity = choose_thresholds(similarities, agrees, answers, risk, missed)
+    if _passing(similarities, agrees & right, of_similarity[0]) < _passing(scores, right, of_logits[0]):
+        of_similarity = None, None
     verdicts = Verdicts(
         round(temperature, 6),
         weights,
-        *choose_thresholds(answers["score"].to_numpy(), every, answers, risk, missed),
-        *choose_thresholds(similarities, agrees, answers, risk, missed),
+        *of_logits,
+        *of_similarity,
         float(np.clip(highest_threshold(of_label[known], groups[known], missed), 0, 1)),
         {
             "known_photos": int(known.sum()),
@@ -174,6 +178,11 @@ def choose_verdicts(
         },
     )
     return verdicts, answers
+
+
+def _passing(scores: np.ndarray, right: np.ndarray, threshold: float | None) -> int:
+    """How many right answers a threshold identifies."""
+    return 0 if threshold is None else int((right & (scores >= threshold)).sum())
 
 # %% ../../nbs/evaluation/08_calibrate.ipynb #9cba9d28
 def calibration_error(
@@ -246,13 +255,13 @@ def calibrate_run(
         search = Search(gallery_of(identifier, f"fold {number}", fold.dataset.manifest, largest))
         asked += [ask(identifier, search, rows, largest) for rows in (fold.known, fold.unknown)]
     verdicts, answers = choose_verdicts(asked, settings.identify.risk, settings.identify.missed)
-    if verdicts.similar is None:
+    if verdicts.identified is None and verdicts.similar is None:
         reason = f"too few photos for a risk of {settings.identify.risk:g}: more folds or a higher risk may help"
         decide("verdicts", "nothing will be identified", reason, fallback=True)
     report = {
         "weights_sha256": sha256(weights),
         "verdicts": verdicts.to_json(),
-        "figures": figures_of(answers, verdicts),
+        "figures": figures_of(answers, verdicts, gallery=verdicts.similar is not None),
         "figures_without_gallery": figures_of(answers, verdicts, gallery=False),
         "answers": answers.to_dict(as_series=False),
     }
