@@ -54,7 +54,8 @@ class GalleryIdentifier(Identifier):
     def _compared(self, pill: Pill, grey: bool) -> Pill:
         matched, verdicts = self._matched(pill), self.rules.verdicts
         if verdicts.similar is not None and pill.verdict != NO_PILL:
-            matched = judged(named(matched, self.rules.class_map), verdicts, self.rules.class_map, grey)
+            trained = self.rules.class_map
+            matched = judged(named(matched, verdicts, trained), verdicts, trained, grey)
         return contradicted(matched, self.search.gallery)
 
     def _matched(self, pill: Pill) -> Pill:
@@ -74,11 +75,12 @@ class GalleryIdentifier(Identifier):
 
 def named(
     pill: Pill,  # with its matches
+    verdicts: Verdicts,  # with the thresholds of similarities
     trained: ClassMap,  # drugs of the classifier
 ) -> Pill:
-    """Put the drugs of the most similar reference first, where none of them was trained."""
+    """Put the drugs of the most similar reference first, where it is similar enough and none of them was trained."""
     best = pill.matches[0]
-    if any(drug.code in trained for drug in best.drugs):
+    if verdicts.verdict_of_similarity(best.similarity) == UNKNOWN or any(drug.code in trained for drug in best.drugs):
         return pill
     confidence = float(np.clip(best.similarity, 0, 1))
     enrolled = [Candidate(drug, confidence, picture=best.picture) for drug in best.drugs]
