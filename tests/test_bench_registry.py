@@ -30,11 +30,14 @@ def test_everything_in_small(
     report = json.loads((tmp_path / "out" / "registry.json").read_text(encoding="utf-8"))
     assert HEAD <= set(report) and "answers equal" in printed and "MB/s by the bare client" in printed
     values = goal_values(report)
+    assert values["pushes_lost"] == values["versions_half"] == 0 and values["push_mb_per_s"] > 0
     for place in PLACES:
-        assert values[f"{place}_pushes_lost"] == values[f"{place}_versions_half"] == 0
-        assert values[f"{place}_push_mb_per_s_over_client"] > 0
         found = report["values"]["pushes"][place]
-        assert found["pushes"] == 12 and found["numbers"] >= found["versions"] >= 12
+        assert (
+            found["lost"] == found["half"] == 0
+            and found["pushes"] == 12
+            and found["numbers"] >= found["versions"] >= 12
+        )
     assert values["answers_equal"] == 1 and values["tracking_overhead"] == 0.01
     answers = report["values"]["answers"]
     assert answers["trainings"] == 1 and answers["registered"] == "2" and answers["moved"] and answers["photos"] > 8

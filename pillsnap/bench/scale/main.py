@@ -12,8 +12,7 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Sequence
-from importlib import import_module
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from ..data.labels import memory_folder, synthetic_labels
 from ..errors import BenchError
 from ..options import benchmark_parser
 from ..report import goal, goal_lines, median_of, report_head, run_benchmark, spread
+from .jobs import measure_jobs
 from .network import NotPermitted
 from .nodes import Nodes
 from .sums import sum_lines, sums
@@ -133,17 +133,16 @@ def label_scans(
 
 # %% ../../../nbs/bench/scale/20_main.ipynb #e3e1a019
 def job_goals(
-    options: Namespace,
-    folder: Path,  # for files of the measurement
+    found: Mapping[str, Any],  # from `measure_jobs`
 ) -> list[dict[str, Any]]:  # from `goal`
-    """Measure the queue."""
-    try:
-        jobs = import_module("pillsnap.bench.scale.jobs")
-    except ModuleNotFoundError:
-        decide("jobs", "not measured", "this version has no queue", fallback=True)
-        return []
-    goals: list[dict[str, Any]] = jobs.measure_jobs(options, folder)
-    return goals
+    """All goals of the queue."""
+    ratio, soak = found["ratio"], found["soak"]
+    return [
+        goal("job_ratio", found["job_ratio"], at_most=1.05, n=ratio["rounds"]),
+        goal("job_seconds", found["job_seconds"], at_most=1.0, n=3 * ratio["rounds"]),
+        goal("jobs_lost", found["jobs_lost"], at_most=0, n=soak["jobs"]),
+        goal("jobs_twice", found["jobs_twice"], at_most=0, n=soak["jobs"]),
+    ]
 
 # %% ../../../nbs/bench/scale/20_main.ipynb #54d433ff
 def _ratio(above: Sequence[float], below: Sequence[float]) -> list[float]:
@@ -217,12 +216,12 @@ def measure(
             shutil.rmtree(labels / "all")
             two = _with_nodes(options, flat, labels / "half", folder)
             one = one_node(options, flat)
-            jobs = job_goals(options, folder)
+            jobs = measure_jobs(options.run / "export", folder / "jobs", rounds=options.rounds)
     finally:
         shutil.rmtree(labels)
     report = report_head("scale", PACKAGES) | {
-        "goals": [*ray_goals(one, two, scans), *jobs],
-        "values": {"one_node": one, "two_nodes": two, "labels": options.labels, "scans": scans},
+        "goals": [*ray_goals(one, two, scans), *job_goals(jobs)],
+        "values": {"one_node": one, "two_nodes": two, "labels": options.labels, "scans": scans, "jobs": jobs},
         "seconds": round(time.monotonic() - began, 1),
     }
     write_json(out / "scale.json", report)
