@@ -19,9 +19,9 @@ __all__ = ['TRAINING', 'training_seconds', 'paired_trainings', 'overheads']
 # %% ../../../nbs/bench/registry/05_overhead.ipynb #3897bc2a
 TRAINING = (
     "train.classifier.epochs=1",
-    "train.classifier.min_steps=400",
+    "train.classifier.min_steps=200",
     "train.detector.epochs=1",
-    "train.detector.min_steps=800",
+    "train.detector.min_steps=400",
 )
 _WARM = ("train.classifier.min_steps=2", "train.detector.min_steps=2", "train.evaluations=1")
 
