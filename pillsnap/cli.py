@@ -150,27 +150,35 @@ OPTIONS = {  # of each command, in addition to the settings
         _option(
             "--classifier", type=Path, metavar="DIR", help="train: exported models whose failures it learns to foresee"
         ),
+        _ENGINE,
     ],
     "color": [
         _option(
             "what",
             choices=tuple(COLOR_ACTIONS),
-            help="learn takes --references, bake a NILUT's --model, export that of an adaptive LUT, push --run-dir",
+            help="learn takes --references, apply --photos and --model, bake a NILUT's --model, export that of an "
+            "adaptive LUT, push --run-dir",
         ),
         _option("--run-dir", type=Path, metavar="DIR", help="run folder to make, to continue or to push"),
         _option("--data-type", choices=("paired", "cube", "phone"), help="what train learns from"),
         _option("--cube-dir", type=Path, metavar="DIR", help="folder with .cube files that train learns from"),
         _option("--references", nargs="+", type=Path, metavar="PHOTO", help="photos whose look is learned"),
         _option("--model", type=Path, metavar="FILE", help="trained model, such as best.pt of a run folder"),
-        _option("--style", default="", metavar="NAME", help="style to bake (default: all)"),
+        _option("--style", default="", metavar="NAME", help="style to bake or to apply (default: all)"),
         _option("--size", type=int, default=33, metavar="N", help="points of a baked grid (default: 33)"),
         _option(
             "--resolutions", nargs="+", default=["1920x1080"], metavar="WxH", help="photos to time (default: 1920x1080)"
         ),
         _option("--iterations", type=int, default=10, metavar="N", help="timed runs (default: 10)"),
-        _option("--photos", type=Path, metavar="DIR", help="canonical photos, whose colours have to stay"),
+        _option(
+            "--photos",
+            type=Path,
+            metavar="DIR",
+            help="bench: canonical photos, whose colours have to stay; apply: a photo, folder, ZIP archive or manifest",
+        ),
         _option("--note", default="", help="kept with what is pushed"),
         _option("--out", type=Path, metavar="PATH", help="file or folder that gets the result"),
+        _ENGINE,
     ],
     "models": [
         _option(

@@ -78,6 +78,22 @@ def _export(arguments: Namespace) -> int:
     return 0
 
 
+def _apply(arguments: Namespace) -> int:
+    settings, photos = _settings(arguments), _needed(arguments, "photos")
+    model, out = _needed(arguments, "model"), _needed(arguments, "out")
+    from dataclasses import asdict
+
+    from pillsnap.scale.ray.engine import open_engine
+    from pillsnap.scale.ray.photos import list_photos
+    from pillsnap.scale.ray.pictures import write_pictures
+
+    found = list_photos([photos], settings.serve.max_image_mb * 1e6)
+    with open_engine(arguments.engine) as mapper:
+        report = write_pictures(found, model, out, arguments.style, mapper)
+    print_json(asdict(report))
+    return 1 if report.errors else 0
+
+
 def _info(arguments: Namespace) -> int:
     from pillsnap.color.networks.files import get_model_info
 
@@ -134,6 +150,7 @@ def _push(arguments: Namespace) -> int:
 COLOR_ACTIONS: dict[str, Callable[[Namespace], int]] = {
     "train": _train,
     "learn": _learn,
+    "apply": _apply,
     "bake": _bake,
     "export": _export,
     "bench": _bench,
@@ -143,8 +160,10 @@ COLOR_ACTIONS: dict[str, Callable[[Namespace], int]] = {
 
 
 def color(arguments: Namespace) -> int:
-    """Train models of colours, learn the look of photos, bake, export, measure, describe and push them.
+    """Train models of colours, learn the look of photos, apply, bake, export, measure, describe and push them.
 
-    Status 1 when a limit of `bench` is missed.
+    Status 1 when a limit of `bench` is missed, or a photo of `apply` can't be read.
     """
+    if arguments.what != "apply" and arguments.engine != "local":
+        raise SettingsError(f"color {arguments.what} works on this machine: --engine is for apply")
     return COLOR_ACTIONS[arguments.what](arguments)

@@ -22,7 +22,7 @@ from .errors import PillsnapError
 if TYPE_CHECKING:
     import polars as pl
 
-    from .answer.quality.judge import Judge
+    from pillsnap.data.reading.mapping import Mapper
 
 # %% auto #0
 __all__ = ['settings_from', 'data_here', 'settings_of_run', 'print_json', 'print_last', 'words_of', 'refuse', 'show_config',
@@ -126,29 +126,32 @@ def scan(arguments: Namespace) -> int:
     if arguments.dry_run:
         print(plan_scan(settings.paths.data_root, settings.data.format))
         return 0
-    judge = None if arguments.grade is None else load_judge(arguments.grade)
+    if arguments.grade is not None:
+        load_judge(arguments.grade)  # what is wrong with it is said before anything is read
     given = (settings.paths.data_root, arguments.out.resolve(), settings.data.format, arguments.workers)
     with open_engine(arguments.engine, arguments.workers) as mapper:
         report = scan_dataset(*given, mapper=mapper)
-    print_json(asdict(report))
-    check_usable(report)
+        print_json(asdict(report))
+        check_usable(report)
+        graded = _graded(arguments.grade, arguments.out.resolve(), mapper) if arguments.grade else []
     where = [f"{report.quarantine} names every file that was put aside, and why"] if report.quarantined else []
-    graded = [] if judge is None else _graded(judge, arguments.out.resolve())
     print_last([*report.notes, *summary_lines(report), *where, *graded])
     return 0
 
 
 def _graded(
-    judge: Judge,
+    model: Path,  # quality.onnx
     table: Path,  # of a scan
+    mapper: Mapper | None,  # of `open_engine`
 ) -> list[str]:  # sentences for the user
     """Write the grades of a scan's photos beside its table."""
     import polars as pl
 
     from pillsnap.quality.examples import sources_of
-    from pillsnap.quality.grade import grade_photos, tier_counts, write_grades
+    from pillsnap.quality.grade import tier_counts, write_grades
+    from pillsnap.scale.ray.grades import grade_photos
 
-    grades = grade_photos(judge, sources_of(pl.read_parquet(table)))
+    grades = grade_photos(sources_of(pl.read_parquet(table)), model, mapper)
     path = table.with_name("grades.csv")
     write_grades(grades, path)
     return [f"{tier_counts(grades)}: {path} lists them, the worst first; data.grades={path} leaves out the poor ones"]
@@ -359,6 +362,8 @@ def gate(arguments: Namespace) -> int:
 def quality(arguments: Namespace) -> int:
     """Train the network that judges photos, test it on held-out ones, or grade a dataset with it, the worst first."""
     settings = settings_from(arguments)
+    if arguments.what != "grade" and arguments.engine != "local":
+        raise SettingsError(f"quality {arguments.what} works on this machine: --engine is for grade")
     from pillsnap.quality.examples import PARTS, sources_of_folder
     from pillsnap.training.run import data_root
 
@@ -379,19 +384,21 @@ def quality(arguments: Namespace) -> int:
                 log.evaluation("quality", epoch, metrics)
         print(folder / "quality.onnx")
         return 0
-    from pillsnap.answer.quality.judge import load_judge
-
     model = arguments.model or folder / "quality.onnx"
     if not model.is_file():
         raise SettingsError(f"there is no quality model {model}: train one, or name its file with --model")
-    judge = load_judge(model)
     if arguments.what == "test":
+        from pillsnap.answer.quality.judge import load_judge
         from pillsnap.quality.evaluate import measure_quality
 
-        print_json(measure_quality(judge, sources_of_folder(settings, data_root(settings), *PARTS[1:])))
+        print_json(measure_quality(load_judge(model), sources_of_folder(settings, data_root(settings), *PARTS[1:])))
         return 0
-    from pillsnap.quality.grade import as_csv, grade_photos
+    from pillsnap.quality.grade import as_csv
+    from pillsnap.scale.ray.engine import open_engine
+    from pillsnap.scale.ray.grades import grade_photos
 
-    grades = grade_photos(judge, sources_of_folder(settings, data_root(settings), *PARTS))
+    sources = sources_of_folder(settings, data_root(settings), *PARTS)
+    with open_engine(arguments.engine) as mapper:
+        grades = grade_photos(sources, model, mapper)
     print(as_csv(grades), end="")
     return 0

@@ -519,6 +519,7 @@ def test_two_services_behind_nginx_are_one(proxy: tuple[str, list[Running], Path
         assert before[0] == before[1] != new and drugs_of(servers) == [[], []]
         served = [httpx.get(f"{server.url}/metrics", headers=KEY).text for server in servers]
         assert sum('route="/predict",status="200"' in text for text in served) == 2, "both have answered"
+        assert sum('pillsnap_jobs{state="queued"} 1.0' in text for text in served) == 2, "both have one queue"
         servers[0].process.terminate()
         servers[0].process.wait(30)
         assert [client.get("/ready").status_code for _ in range(6)] == [200] * 6

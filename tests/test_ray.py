@@ -16,14 +16,17 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from tiny_models import photo_jpeg, save_classifier, save_detector
+from tiny_models import photo_jpeg, save_classifier, save_detector, save_quality
 
 from pillsnap.answer.gallery.gallery_file import GALLERY_FILE, read_gallery
 from pillsnap.bench.scale.network import NotPermitted
 from pillsnap.bench.scale.nodes import Nodes
+from pillsnap.color.networks.files import model_content
+from pillsnap.color.networks.nilut import Nilut
 from pillsnap.config.load import load_settings, settings_as_yaml
 from pillsnap.config.schema import Settings
 from pillsnap.export.report import export_run
+from pillsnap.training.checkpoint import save_checkpoint
 
 ROOT = Path(__file__).parents[1]
 CONFIG = str(ROOT / "config.yaml")
@@ -138,6 +141,32 @@ def test_two_nodes_build_the_same_gallery(nodes, trained_run, tiny_data, tmp_pat
     assert len(local) == 12 and local == spread
     vectors = [np.stack([item.embedding for item in gallery.references]) for gallery in built]
     assert np.allclose(*vectors, atol=1e-5)
+
+
+def test_two_nodes_give_the_same_grades(nodes, tiny_data, tmp_path):
+    save_quality(tmp_path)
+    words = ["--data-root", str(tiny_data), "--model", str(tmp_path / "quality.onnx"), "--cfg", CONFIG]
+    words.append(f"paths.cache_root={tmp_path / 'cache'}")
+    local, spread = (
+        nodes.run("pillsnap", "quality", "grade", *words, "--engine", engine)[0] for engine in ("local", "ray")
+    )
+    assert local == spread and len(local.splitlines()) > 20
+
+
+def test_two_nodes_give_the_same_pictures(nodes, asked, tmp_path):
+    style = Nilut(("warm", "cold"), (16,))
+    save_checkpoint(model_content(style, {"data_type": "cube", "before": "none"}), tmp_path / "best.pt")
+    pictures = []
+    for engine in ("local", "ray"):
+        out = tmp_path / engine
+        words = ["--photos", str(asked / "photos"), "--model", str(tmp_path / "best.pt"), "--out", str(out)]
+        words += ["--style", "warm", "--engine", engine, "--cfg", CONFIG]
+        report = json.loads(nodes.run("pillsnap", "color", "apply", *words, status=1)[0])
+        assert report["written_now"] == PHOTOS - 1
+        assert list(report["errors"]) == [str(asked / "photos" / "0005.jpg")]
+        pictures.append(files_of(out))
+    local, spread = pictures
+    assert local == spread and len(local) == PHOTOS and "0000-warm.png" in local  # one of them is colors.json
 
 
 def test_a_killed_command_goes_on(nodes, asked, answers, tmp_path):

@@ -14,7 +14,7 @@ from .report import is_met
 __all__ = ['Report', 'Rows', 'TABLES', 'markdown', 'machine_text', 'value_of', 'demo_rows', 'demo_rows_korean',
            'demo_seconds_rows', 'loader_rows', 'label_rows', 'training_rows', 'accuracy_rows', 'engine_rows',
            'server_rows', 'goal_rows', 'service_rows', 'search_rows', 'outline_rows', 'quality_rows', 'color_rows',
-           'rules_rows', 'color_phone_rows']
+           'rules_rows', 'color_phone_rows', 'scale_rows']
 
 # %% ../../nbs/bench/03_tables.ipynb #47c96541
 Report = Mapping[str, Any]
@@ -362,6 +362,17 @@ def color_phone_rows(
         rows.append([f"`{rule}`", f"{found['median']:.1f}", f"{found['p95']:.1f}", *tops])
     return rows
 
+# %% ../../nbs/bench/03_tables.ipynb #8c8ee2aa
+def scale_rows(
+    report: Report,  # of the scale benchmark, with two nodes
+) -> Rows:
+    """Rate, memory, time and cost by the number of nodes."""
+    rows = [["nodes of one core", "photos per second", "memory, GB", "hours for a million", "USD for a million"]]
+    for item in report["values"]["sums"]:
+        numbers = (f"{item['memory_gb']:,.1f}", f"{item['hours']:,.1f}", f"{item['cost']:,.2f}")
+        rows.append([str(item["nodes"]), f"{item['rate']:,.0f}", *numbers])
+    return rows
+
 # %% ../../nbs/bench/03_tables.ipynb #c116871d
 TABLES: dict[str, tuple[str, Callable[[Report], Rows]]] = {  # name -> report, function
     "demo": ("demo", demo_rows),
@@ -381,4 +392,7 @@ TABLES: dict[str, tuple[str, Callable[[Report], Rows]]] = {  # name -> report, f
     "rules": ("rules", rules_rows),
     "quality": ("quality", quality_rows),
     "outlines": ("masks", outline_rows),
+    "registry": ("registry", goal_rows),
+    "scale": ("scale", goal_rows),
+    "scale-sums": ("scale", scale_rows),
 }

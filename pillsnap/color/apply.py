@@ -7,35 +7,52 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
-from PIL import Image
 
-from ..atomic import replacing
-from .networks.files import load_model
+from ..answer.color.balance import NO_CORRECTION, estimate_balance
+from ..atomic import write_bytes
+from .networks.files import load_model, trained_as
 from .networks.nilut import Nilut, style_weights, transform
 
 # %% auto #0
-__all__ = ['corrected']
+__all__ = ['pictures_of', 'corrected']
 
 # %% ../../nbs/color/06_apply.ipynb #d1796219
+def pictures_of(
+    network: torch.nn.Module,  # from `load_model`
+    photo: np.ndarray,  # RGB, uint8, (height, width, 3)
+    style: str = "",  # of a NILUT; "" = all of them
+    before: str = NO_CORRECTION,  # rule that takes the light out first, from `trained_as`
+) -> dict[str, bytes]:  # PNG files, by what their names end in: "-" and the style, "" for an adaptive LUT
+    """A photo with other colours; raises `StyleError` for one that it has not."""
+    given = photo if before == NO_CORRECTION else estimate_balance(photo, before)(photo)
+    pixels = torch.from_numpy(given).permute(2, 0, 1).unsqueeze(0).float() / 255
+    with torch.inference_mode():
+        if isinstance(network, Nilut):
+            names = (style,) if style else network.styles
+            made = {f"-{name}": transform(network, pixels, style_weights(network, name)) for name in names}
+        else:
+            made = {"": network(pixels)}
+    return {ending: _as_png(picture[0]) for ending, picture in made.items()}
+
+
+def _as_png(
+    picture: torch.Tensor,  # (3, height, width), 0 to 1
+) -> bytes:
+    array = (picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    return cv2.imencode(".png", array[..., ::-1])[1].tobytes()
+
+
 def corrected(
     model: Path,  # best.pt of a run of colours
     photo: np.ndarray,  # RGB, uint8, (height, width, 3)
     stem: Path,  # beginning of the files' names; the style is added where there are several
 ) -> list[Path]:  # PNG files
     """Write a photo with other colours; raises `CheckpointError` for a file that is no such model."""
-    network = load_model(model).eval()
-    pixels = torch.from_numpy(photo).permute(2, 0, 1).unsqueeze(0).float() / 255
-    with torch.inference_mode():
-        if isinstance(network, Nilut):
-            made = {f"-{name}": transform(network, pixels, style_weights(network, name)) for name in network.styles}
-        else:
-            made = {"": network(pixels)}
-    written = []
-    for ending, picture in made.items():
-        array = (picture[0].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    written, before = [], trained_as(model).get("before", NO_CORRECTION)
+    for ending, picture in pictures_of(load_model(model), photo, "", before).items():
         written.append(stem.with_name(f"{stem.name}{ending}.png"))
-        with replacing(written[-1]) as temporary:
-            Image.fromarray(array).save(temporary)
+        write_bytes(written[-1], picture)
     return written

@@ -22,38 +22,45 @@ from ..runtime.images import ImageError
 from ..runtime.letterbox import letterbox
 
 # %% auto #0
-__all__ = ['grade_photos', 'as_csv', 'write_grades', 'tier_counts', 'worst_photos']
+__all__ = ['Grade', 'grade_of', 'grades_table', 'as_csv', 'write_grades', 'tier_counts', 'worst_photos']
 
 # %% ../../nbs/quality/09_grade.ipynb #763b1375
-def grade_photos(
+Grade = tuple[str, float, str, list[str]]  # image, score (0 to 1), tier, reasons (names, the most certain first)
+
+
+def grade_of(
     judge: Judge,
-    sources: Sequence[Source],  # photos with the boxes of their pills
-) -> pl.DataFrame:  # image, score (0 to 1), tier, reasons (names, the most certain first); the worst first
-    """Judge photos; those that can't be judged are left out, with a warning."""
-    rows, left_out = [], 0
-    for source in sources:
-        try:
-            scene = source.open()
-            verdict = judge.judge(scene.photo, *scene.boxes)
-        except (ImageError, ValueError):  # damaged, or a box outside of the photo
-            left_out += 1
-            continue
-        rows.append((source.image, verdict.score, verdict.tier, list(verdict.reasons)))
-    if left_out:
+    source: Source,  # a photo with the boxes of its pills
+) -> Grade | None:  # None: it is damaged, or its box is outside of the photo
+    """Judge one photo."""
+    try:
+        scene = source.open()
+        verdict = judge.judge(scene.photo, *scene.boxes)
+    except (ImageError, ValueError):
+        return None
+    return source.image, verdict.score, verdict.tier, list(verdict.reasons)
+
+
+def grades_table(
+    grades: Sequence[Grade | None],  # from `grade_of`
+) -> pl.DataFrame:  # image, score, tier, reasons; the worst first
+    """Put grades into a table; photos that can't be judged are left out, with a warning."""
+    rows = [grade for grade in grades if grade is not None]
+    if left_out := len(grades) - len(rows):
         decide("graded photos", f"{left_out} left out", "they are damaged, or their box is", fallback=True)
     schema: dict[str, Any] = {"image": pl.String, "score": pl.Float64, "tier": pl.String, "reasons": pl.List(pl.String)}
     return pl.DataFrame(rows, schema, orient="row").sort("score", "image")
 
 
 def as_csv(
-    grades: pl.DataFrame,  # of `grade_photos`
+    grades: pl.DataFrame,  # of `grades_table`
 ) -> str:  # image, score, tier, reasons (names with spaces between them)
     """Format grades as a table."""
     return grades.with_columns(reasons=grades["reasons"].list.join(" ")).write_csv()
 
 
 def write_grades(
-    grades: pl.DataFrame,  # of `grade_photos`
+    grades: pl.DataFrame,  # of `grades_table`
     path: Path,  # CSV file
 ) -> None:
     """Write grades, whole or not at all."""
@@ -61,7 +68,7 @@ def write_grades(
 
 
 def tier_counts(
-    grades: pl.DataFrame,  # of `grade_photos`
+    grades: pl.DataFrame,  # of `grades_table`
 ) -> str:  # "3 photos graded: S 2, C 1"
     """How many photos have each tier."""
     counts = dict(grades["tier"].value_counts().rows())
@@ -70,7 +77,7 @@ def tier_counts(
 
 
 def worst_photos(
-    grades: pl.DataFrame,  # of `grade_photos`
+    grades: pl.DataFrame,  # of `grades_table`
     sources: Sequence[Source],
     count: int = 8,  # photos
     side: int = 160,  # of a photo, pixels

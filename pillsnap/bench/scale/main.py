@@ -26,7 +26,8 @@ from ..report import goal, goal_lines, median_of, report_head, run_benchmark, sp
 from .jobs import measure_jobs
 from .network import NotPermitted
 from .nodes import Nodes
-from .sums import sum_lines, sums
+from .sums import sums
+from ..tables import markdown, scale_rows
 from ...runlog import decide, setup_logging
 from ...sample.write import write_sample
 
@@ -193,6 +194,15 @@ def _with_nodes(options: Namespace, photos: Path, labels: Path, folder: Path) ->
         return {}
 
 
+def _sums(one: dict[str, list[dict[str, float]]], two: dict[str, list[float]]) -> list[dict[str, float]]:
+    """More nodes, computed from two; none where two could not be measured."""
+    if not two:
+        return []
+    single, both = (float(np.median(two[f"answers_{count}"])) for count in (1, 2))
+    memory = float(np.median([item["memory_mb"] for item in one["ray"]]))
+    return [item._asdict() for item in sums(single, both / single, memory)]
+
+
 def measure(
     options: Namespace,  # from `parse`
 ) -> dict[str, Any]:  # the report, also written to scale.json
@@ -219,9 +229,10 @@ def measure(
             jobs = measure_jobs(options.run / "export", folder / "jobs", rounds=options.rounds)
     finally:
         shutil.rmtree(labels)
+    values = {"one_node": one, "two_nodes": two, "labels": options.labels, "scans": scans, "jobs": jobs}
     report = report_head("scale", PACKAGES) | {
         "goals": [*ray_goals(one, two, scans), *job_goals(jobs)],
-        "values": {"one_node": one, "two_nodes": two, "labels": options.labels, "scans": scans, "jobs": jobs},
+        "values": {**values, "sums": _sums(one, two)},
         "seconds": round(time.monotonic() - began, 1),
     }
     write_json(out / "scale.json", report)
@@ -238,11 +249,8 @@ def table(
     lines += [
         f"scan by {name}: {item['seconds']:.1f} s, {item['memory_mb']:.0f} MB" for name, item in values["scans"].items()
     ]
-    two = values["two_nodes"]
-    if two:
-        one, both = (float(np.median(two[f"answers_{count}"])) for count in (1, 2))
-        memory = float(np.median([item["memory_mb"] for item in values["one_node"]["ray"]]))
-        lines += ["", sum_lines(sums(one, both / one, memory))]
+    if values["sums"]:
+        lines += ["", markdown(scale_rows(report))]
     return "\n".join([*goal_lines(report["goals"]), *lines])
 
 

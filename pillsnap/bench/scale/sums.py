@@ -8,10 +8,8 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from tabulate import tabulate
-
 # %% auto #0
-__all__ = ['NODES', 'Sum', 'sums', 'sum_lines']
+__all__ = ['NODES', 'Sum', 'sums']
 
 # %% ../../../nbs/bench/scale/03_sums.ipynb #033501e1
 NODES = (1, 2, 10, 100)
@@ -41,15 +39,3 @@ def sums(
         hours = 1e6 / together / 3600
         found.append(Sum(nodes, together, nodes * memory_mb / 1000, hours, hours * nodes * cores * price))
     return found
-
-
-def sum_lines(
-    found: list[Sum],  # from `sums`
-) -> str:  # lines of text
-    """The sums as a table."""
-    rows = [
-        (item.nodes, f"{item.rate:,.0f}", f"{item.memory_gb:,.1f}", f"{item.hours:,.2f}", f"{item.cost:,.2f}")
-        for item in found
-    ]
-    head = ("nodes", "photos per second", "memory, GB", "hours for a million", "cost of a million")
-    return tabulate(rows, head, disable_numparse=True, colalign=("right",) * len(head))

@@ -24,6 +24,8 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .dependencies import Service, require_key
+from ..jobs.job import StoreDown
+from ..jobs.queue import JobQueue
 
 # %% auto #0
 __all__ = ['metrics_router', 'ServiceMetrics', 'RequestCounter', 'metrics']
@@ -80,6 +82,20 @@ class ServiceMetrics:
             )
             model.add_metric([loaded.model["version"]], loaded.since)
             yield model
+        if self._service.jobs is not None:
+            yield from self._jobs(self._service.jobs)
+
+    def _jobs(self, queue: JobQueue) -> Iterator[Metric]:
+        """Open jobs of all services that share the queue; none while it can't be asked."""
+        try:
+            counts, workers = queue.counts(), queue.store.workers(queue.store.now() - 30)
+        except StoreDown:
+            return
+        jobs = GaugeMetricFamily("pillsnap_jobs", "jobs that have not ended", labels=["state"])
+        for state, count in counts.items():
+            jobs.add_metric([state], count)
+        yield jobs
+        yield GaugeMetricFamily("pillsnap_workers", "workers that were seen in the last 30 seconds", workers)
 
     def text(self) -> bytes:
         """All metrics; the counters of all processes where PROMETHEUS_MULTIPROC_DIR is set."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -74,6 +75,11 @@ class JobQueue:
                 if mine is not None and mine.state == "running":
                     return mine
         return None
+
+    def counts(self) -> dict[str, int]:  # state -> jobs
+        """How many jobs wait and run; raises `StoreDown`."""
+        states = Counter(job.state for job in self.store.open_jobs())
+        return {state: states[state] for state in OPEN}
 
     def waiting(self) -> int:
         """How many jobs are free."""
