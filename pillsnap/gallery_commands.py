@@ -44,8 +44,10 @@ def _opened(folder: Path, settings: Settings) -> Iterator[tuple[Identifier, Gall
     from pillsnap.answer.factory import load_identifier
     from pillsnap.answer.gallery.gallery_file import locked_gallery
     from pillsnap.answer.gallery.recognise import gallery_for
+    from pillsnap.answer.imprint.setting import read_imprints
 
     identifier = load_identifier(folder, settings.serve.threads, settings.serve.engine)
+    read_imprints(identifier, settings.identify.imprint, settings.serve.threads)
     with locked_gallery(folder):
         yield identifier, gallery_for(folder, identifier)
 
@@ -125,7 +127,7 @@ def _build(words: list[Path], arguments: Namespace, settings: Settings) -> int:
             references = references_of(identifier, rows, largest)
         else:
             engine = choose_engine(folder, settings.serve.engine).choice
-            models = GalleryModels(folder.absolute(), version_of(folder), engine, largest)
+            models = GalleryModels(folder.absolute(), version_of(folder), engine, settings.identify.imprint, largest)
             references = references_elsewhere(rows, models, mapper)
         drugs = {drug.code: gallery.drugs.get(drug.code, drug) for drug in dataset.class_map}
         shown = sorted({code for reference in references for code in reference.codes})

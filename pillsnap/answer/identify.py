@@ -28,8 +28,8 @@ from ..runtime.letterbox import letterbox, normalise
 from ..runtime.session import ModelError, all_outputs
 
 # %% auto #0
-__all__ = ['PIPELINES', 'IdentifyError', 'Candidate', 'Match', 'Pill', 'Identification', 'percent', 'is_grey', 'softmax',
-           'PillCrops', 'Identifier']
+__all__ = ['PIPELINES', 'DETAIL', 'MATCHES', 'MATCHES_REFINED', 'IdentifyError', 'Candidate', 'Match', 'Pill', 'Identification',
+           'percent', 'is_grey', 'softmax', 'PillCrops', 'Identifier']
 
 # %% ../../nbs/answer/03_identify.ipynb #06c0ff0c
 class IdentifyError(PillsnapError):
@@ -60,6 +60,7 @@ class Match:
     similarity: float  # cosine of the embeddings, -1 to 1
     side: str  # of the reference: "front", "back", "" = not known
     picture: bytes  # of the reference, a small JPEG
+    imprint: str | None = None  # what is on the reference; "" = nothing legible, None = it was not read
 
 
 @dataclass(frozen=True)
@@ -178,9 +179,11 @@ def softmax(
 
 # %% ../../nbs/answer/03_identify.ipynb #457f2dae
 PIPELINES = ("single", "combo")
-_DETAIL = 256  # side of a crop in which letters can be read, pixels
+DETAIL = 256  # side of a crop in which letters can be read, pixels
 _DETAILS = 8  # of a photo at most, which bounds the time that an answer takes
 _REFINED = 100  # candidates that a second look puts in another order
+MATCHES = 5  # appearances of a gallery that a pill is shown with
+MATCHES_REFINED = 50  # of which a second look chooses them
 _BATCH = 4  # crops per batch: on a CPU larger batches of a large network take much memory and save no time
 _FAR_LIGHT = "The light was too coloured or too dark to trust the colours: take the photo again in daylight."
 
@@ -229,6 +232,8 @@ class Identifier:
         self.compare: Callable[[Pill, bool], Pill] | None = None
         # Looks at a pill that is not identified once more, in a larger crop; None = nobody does.
         self.refine: Callable[[Pill, np.ndarray], Pill] | None = None
+        # Reads what is on a pill in a larger crop, for a gallery; None = nobody does.
+        self.read_imprint: Callable[[np.ndarray], str] | None = None
         self.outline = outline
 
     def identify(
@@ -311,7 +316,12 @@ class Identifier:
         if self.refine is not None:
             started = perf_counter()
             pills = [
-                replace(pill, candidates=pill.candidates[:top_k], alike=min(pill.alike, top_k))
+                replace(
+                    pill,
+                    candidates=pill.candidates[:top_k],
+                    alike=min(pill.alike, top_k),
+                    matches=pill.matches[:MATCHES],
+                )
                 for pill in self._refined(pills, crops, places)
             ]
             seconds["imprint"] = perf_counter() - started
@@ -400,13 +410,13 @@ class Identifier:
         image: np.ndarray,  # RGB, uint8, (height, width, 3)
         boxes: np.ndarray,  # x1 y1 x2 y2, pixels, (n, 4)
         whole: bool,  # take the whole photo when there is no box
-    ) -> list[np.ndarray]:  # RGB, uint8, (_DETAIL, _DETAIL, 3)
+    ) -> list[np.ndarray]:  # RGB, uint8, (DETAIL, DETAIL, 3)
         if self.refine is None:
             return []
         if not len(boxes) and whole:
-            return [letterbox(image, _DETAIL)[0]]
+            return [letterbox(image, DETAIL)[0]]
         found = (Box(*map(float, box)) for box in boxes[:_DETAILS])
-        return [crop_pill(image, box, self.rules.margin, _DETAIL) for box in found]
+        return [crop_pill(image, box, self.rules.margin, DETAIL) for box in found]
 
     def _correct(
         self,

@@ -14,9 +14,11 @@ import polars as pl
 from tqdm import tqdm
 
 from ..answer.classes import ClassMap
+from ..answer.crops import crop_pill
 from ..answer.gallery.enroll import make_reference
 from ..answer.gallery.references import Gallery, GalleryError, Reference
-from ..answer.identify import Identifier
+from ..answer.identify import DETAIL, Identifier
+from ..answer.search.appearance import appearance_of
 from ..data.reading.photo_files import read_photo
 from ..progress import progress_stream
 from ..runlog import decide
@@ -81,11 +83,23 @@ def reference_of(
     try:
         data, corners = read_photo(row.image), list(row[3:])
         photo = open_photo(data, max_pixels, name=row.image)
-        crop = identifier.crops_of(photo.pixels, np.array([photo.reduced(Box(*corners))]))[0]
+        box = photo.reduced(Box(*corners))
+        crop = identifier.crops_of(photo.pixels, np.array([box]))[0]
         digest = hashlib.sha256(data + repr(corners).encode()).hexdigest()
-        return make_reference(identifier, crop, [row.code], row.side if row.side in ("front", "back") else "", digest)
+        side = row.side if row.side in ("front", "back") else ""
+        return make_reference(identifier, crop, [row.code], side, digest, _imprint(row, identifier, photo.pixels, box))
     except (ImageError, GalleryError):
         return None
+
+
+def _imprint(row: ReferenceRow, identifier: Identifier, image: np.ndarray, box: Box) -> str | None:
+    """What is on a pill, where nothing but the photo says it."""
+    trained = identifier.rules.class_map
+    if identifier.read_imprint is None or (
+        row.code in trained and appearance_of(trained[trained.index_of(row.code)]).imprints
+    ):
+        return None
+    return identifier.read_imprint(crop_pill(image, box, identifier.rules.margin, DETAIL))
 
 
 def found_references(

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..classes import Drug
 from .references import Gallery, GalleryError, Reference, check_drug, side_of
-from ..identify import Identifier
+from ..identify import Identifier, PillCrops
 from ...runtime.images import decode_image
 from ...runtime.letterbox import resize
 
@@ -44,12 +44,13 @@ def make_reference(
     codes: Sequence[str],  # of the drugs that it shows
     side: str,  # "front", "back", "" = not known
     photo: str,  # hash of the photo, and of the box if it has several pills
+    imprint: str | None = None,  # what is on it; None = not read
 ) -> Reference:
     """A reference of one cropped pill."""
     embedding = reference_embedding(identifier, crop)
     small = resize(crop, PICTURE_SIZE, PICTURE_SIZE)
     picture = cv2.imencode(".jpg", small[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 85])[1].tobytes()
-    return Reference(tuple(sorted(codes)), side, embedding, picture, photo)
+    return Reference(tuple(sorted(codes)), side, embedding, picture, photo, imprint)
 
 # %% ../../../nbs/answer/gallery/03_enroll.ipynb #e4b7c80d
 class NamedPhoto(NamedTuple):
@@ -64,14 +65,13 @@ def crop_one_pill(
     photo: NamedPhoto,
     whole: bool,  # take the whole photo as the pill
     max_pixels: int,  # width x height allowed
-) -> np.ndarray:  # RGB, uint8, (size, size, 3)
+) -> PillCrops:  # of one pill
     """Crop the pill of a photo; raises `GalleryError` for none or several, and `ImageError` for no photo."""
     image = decode_image(photo.data, max_pixels, photo.name)
-    crop: np.ndarray
     if whole:
         alone = Identifier(identifier.classify, None, identifier.rules, identifier.outline)
-        crop = alone.crop_pills(image, "single").crops[0]
-        return crop
+        alone.refine = identifier.refine
+        return alone.crop_pills(image, "single")
     if identifier.detect is None:
         raise GalleryError(f"There is no detector to find the pill in {photo.name}: cut it out, and enrol it --whole.")
     found = identifier.crop_pills(image, "single")
@@ -82,8 +82,15 @@ def crop_one_pill(
         )
     if found.hint is not None:
         raise GalleryError(f"Several pills were found in {photo.name}: take a photo of one alone.")
-    crop = found.crops[0]
-    return crop
+    return found
+
+
+def _reference(identifier: Identifier, drug: Drug, photo: NamedPhoto, whole: bool, max_pixels: int) -> Reference:
+    crops = crop_one_pill(identifier, photo, whole, max_pixels)
+    read = identifier.read_imprint
+    imprint = read(crops.details[0]) if read and crops.details else None
+    digest = hashlib.sha256(photo.data).hexdigest()
+    return make_reference(identifier, crops.crops[0], [drug.code], side_of(photo.name), digest, imprint)
 
 
 def enrolled(
@@ -98,16 +105,7 @@ def enrolled(
     """Enrol a drug; raises `GalleryError`, and then nothing was changed."""
     if not photos:
         raise GalleryError(f"There is no photo of {drug.name}: give one to five, of front and back.")
-    references = [
-        make_reference(
-            identifier,
-            crop_one_pill(identifier, photo, whole, max_pixels),
-            [drug.code],
-            side_of(photo.name),
-            hashlib.sha256(photo.data).hexdigest(),
-        )
-        for photo in photos
-    ]
+    references = [_reference(identifier, drug, photo, whole, max_pixels) for photo in photos]
     return gallery.added([drug], references, same)
 
 

@@ -26,7 +26,7 @@ __all__ = ['GALLERY_FILE', 'gallery_hash', 'write_gallery', 'read_gallery', 'loc
 
 # %% ../../../nbs/answer/gallery/01_gallery_file.ipynb #6451f427
 GALLERY_FILE = "gallery.npz"  # beside classifier.onnx
-_FORMAT = 2  # 1 had embeddings without colours
+_FORMAT = 3  # 1 had embeddings without colours, 2 no imprints
 
 
 def gallery_hash(
@@ -37,7 +37,8 @@ def gallery_hash(
     for code in sorted(gallery.drugs):
         combined.update(json.dumps(gallery.drugs[code].to_json(), sort_keys=True).encode())
     for item in sorted(gallery.references, key=lambda item: item.photo):
-        combined.update(json.dumps([item.codes, item.side, item.photo, len(item.picture)]).encode())
+        facts = [item.codes, item.side, item.photo, item.imprint, len(item.picture)]
+        combined.update(json.dumps(facts).encode())
         combined.update(item.embedding.astype("<f4").tobytes() + item.picture)
     return combined.hexdigest()
 
@@ -52,7 +53,7 @@ def write_gallery(
         "network": gallery.network,
         "hash": gallery_hash(gallery),
         "drugs": [drug.to_json() for drug in gallery.drugs.values()],
-        "references": [[list(item.codes), item.side, item.photo] for item in gallery.references],
+        "references": [[list(item.codes), item.side, item.photo, item.imprint] for item in gallery.references],
     }
     embeddings = [item.embedding for item in gallery.references]
     arrays: dict[str, Any] = {
@@ -78,8 +79,8 @@ def read_gallery(
             embeddings, lengths = arrays["embeddings"].astype(np.float32), arrays["picture_bytes"]
             pictures, ends = arrays["pictures"].tobytes(), np.cumsum(lengths).tolist()
         references = tuple(
-            Reference(tuple(codes), side, embedding, pictures[end - length : end], photo)
-            for (codes, side, photo), embedding, end, length in zip(
+            Reference(tuple(codes), side, embedding, pictures[end - length : end], photo, imprint)
+            for (codes, side, photo, imprint), embedding, end, length in zip(
                 content["references"], embeddings, ends, lengths.tolist(), strict=True
             )
         )

@@ -17,7 +17,7 @@ from ..factory import load_identifier
 from .gallery_file import GALLERY_FILE, read_gallery
 from .references import Gallery, GalleryError
 from .search import Search
-from ..identify import Candidate, Identifier, Match, Pill
+from ..identify import MATCHES, MATCHES_REFINED, Candidate, Identifier, Match, Pill
 from ..rules import ModelMismatch, Rules
 from ..shapes.masks import PillMask
 from ..verdicts.reasons import GALLERY_DISAGREES, LOOK_ALIKES, NO_COLOUR, NONE_ALIKE, SAME_APPEARANCE
@@ -27,11 +27,9 @@ from ...runtime.boxes import Box
 from ...runtime.session import ModelError
 
 # %% auto #0
-__all__ = ['MATCHES', 'GalleryIdentifier', 'named', 'judged', 'contradicted', 'network_of', 'gallery_for', 'with_gallery',
-           'open_identifier']
+__all__ = ['GalleryIdentifier', 'named', 'judged', 'contradicted', 'network_of', 'gallery_for', 'with_gallery', 'open_identifier']
 
 # %% ../../../nbs/answer/gallery/04_recognise.ipynb #3c3fa68e
-MATCHES = 5  # appearances that a pill is shown with
 _PICTURES = 20  # candidates that get a picture; no request has more
 
 
@@ -61,10 +59,11 @@ class GalleryIdentifier(Identifier):
     def _matched(self, pill: Pill) -> Pill:
         assert pill.embedding is not None, "an identifier with a gallery computes embeddings"
         gallery, matches = self.search.gallery, []
-        for number, similarity in self.search.nearest(pill.embedding, MATCHES):
+        wanted = MATCHES if self.refine is None else MATCHES_REFINED
+        for number, similarity in self.search.nearest(pill.embedding, wanted):
             reference = gallery.references[number]
             drugs = tuple(gallery.drugs[code] for code in reference.codes)
-            matches.append(Match(drugs, similarity, reference.side, reference.picture))
+            matches.append(Match(drugs, similarity, reference.side, reference.picture, reference.imprint))
         shown = [
             replace(candidate, picture=self.search.picture_of(candidate.drug.code, pill.embedding))
             for candidate in pill.candidates[:_PICTURES]
@@ -160,7 +159,7 @@ def with_gallery(
         if gallery.references
         else Identifier(classify, detect, rules, outline)
     )
-    made.refine = identifier.refine
+    made.refine, made.read_imprint = identifier.refine, identifier.read_imprint
     return made
 
 

@@ -35,6 +35,7 @@ class Reference:
     embedding: np.ndarray  # float32 (size,), of length 1
     picture: bytes  # small JPEG of the crop
     photo: str  # SHA-256 of the photo's file and its box, 64 hexadecimal digits
+    imprint: str | None = None  # what is on it, as read once; "" = nothing legible, None = not read
 
 
 def side_of(

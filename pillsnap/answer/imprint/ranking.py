@@ -5,7 +5,8 @@
 # %% ../../../nbs/answer/imprint/03_ranking.ipynb #70e74bab
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -61,14 +62,14 @@ class Imprints:
         self._index = ImprintIndex(text for drug in texts for text in sorted(drug))
         self._owners = np.array([number for number, drug in enumerate(texts) for _ in drug], np.int64)
         self._texts = np.array([self._index.numbers[text] for drug in texts for text in sorted(drug)], np.int64)
-        self._recorded = np.array([bool(drug) for drug in texts], bool)
+        self.recorded = np.array([bool(drug) for drug in texts], bool)  # of each drug
 
     def likelihoods(
         self,
         reading: Reading,
     ) -> np.ndarray:  # of each drug, at most 1
         """How well each drug fits what was read."""
-        found = np.where(self._recorded, _CONTRADICTS, _UNRECORDED)
+        found = np.where(self.recorded, _CONTRADICTS, _UNRECORDED)
         if len(self._texts):
             costs = self._index.costs(plain(reading.text), reading.text.split()) // EXTRA
             np.maximum.at(found, self._owners, _LEVELS[costs][self._texts])
@@ -87,6 +88,9 @@ def drug_imprints(
     return Imprints([appearance_of(drug).imprints for drug in drugs])
 
 # %% ../../../nbs/answer/imprint/03_ranking.ipynb #74bfa0b0
+_WEIGHT = 0.02  # of the logarithm of a likelihood, next to a cosine
+
+
 class ImprintRanking:
     """Read a pill that is not identified, and put its candidates in the order that the imprint suggests."""
 
@@ -109,12 +113,37 @@ class ImprintRanking:
         reading = self.reader(crop)
         if reading is None:
             return replace(pill, imprint="")
-        likelihoods = self._imprints.likelihoods(reading)
-        weighed = [
-            replace(candidate, evidence=float(likelihoods[self._numbers[candidate.drug.code]]))
-            for candidate in pill.candidates
-        ]
-        return replace(pill, candidates=rank(weighed), imprint=reading.text)
+        fits = self._fits(pill, reading)
+        weighed = [replace(candidate, evidence=fits(candidate.drug)) for candidate in pill.candidates]
+        matches = sorted(
+            pill.matches, key=lambda match: -match.similarity - _WEIGHT * math.log(max(map(fits, match.drugs)))
+        )
+        return replace(pill, candidates=rank(weighed), matches=tuple(matches), imprint=reading.text)
+
+    def read(
+        self,
+        crop: np.ndarray,  # of a pill, RGB, uint8, square
+    ) -> str:  # "" = nothing legible
+        """Read one side of a pill, to keep it in a gallery."""
+        reading = self.reader(crop)
+        return "" if reading is None else reading.text
+
+    def _fits(self, pill: Pill, reading: Reading) -> Callable[[Drug], float]:
+        """How well a drug fits what was read, by its labels, else by its references that look most like the pill."""
+        labels = self._imprints.likelihoods(reading)
+        kept: Sequence[Sequence[Sides]] = [[(match.imprint, None)] if match.imprint else [] for match in pill.matches]
+        by_code: dict[str, float] = {}
+        for match, value in zip(pill.matches, Imprints(kept).likelihoods(reading).tolist(), strict=True):
+            for drug in match.drugs:
+                by_code[drug.code] = max(value, by_code.get(drug.code, 0.0))
+
+        def fit(drug: Drug) -> float:
+            number = self._numbers.get(drug.code)
+            if number is not None and (self._imprints.recorded[number] or drug.code not in by_code):
+                return float(labels[number])
+            return by_code.get(drug.code, _UNRECORDED ** _trust(reading))
+
+        return fit
 
 
 def rank(

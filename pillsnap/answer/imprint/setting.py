@@ -16,12 +16,12 @@ __all__ = ['read_imprints']
 
 # %% ../../../nbs/answer/imprint/04_setting.ipynb #c978fa57
 def read_imprints(
-    identifier: Identifier,  # is changed: it reads the pills that are not identified
+    identifier: Identifier,  # is changed: it reads the pills that are not identified, and those that are enrolled
     choice: str,  # auto or off
     threads: int = 0,  # of ONNX Runtime; 0 = one per core
 ) -> Identifier:  # the same
     """Let an identifier read imprints, where it can."""
-    identifier.refine = None
+    identifier.refine, identifier.read_imprint = None, None
     if choice == "off":
         decide("imprints", "off", "identify.imprint is off")
         return identifier
@@ -29,7 +29,8 @@ def read_imprints(
         decide("imprints", "off", "the model was not calibrated: nothing says which pills are unclear")
         return identifier
     try:
-        identifier.refine = ImprintRanking(open_reader(threads), list(identifier.rules.class_map))
+        ranking = ImprintRanking(open_reader(threads), list(identifier.rules.class_map))
+        identifier.refine, identifier.read_imprint = ranking, ranking.read
         decide("imprints", "on", "rapidocr is installed; pills that are not identified are read")
     except ImprintUnavailable as error:
         decide("imprints", "off", str(error).rstrip("."), fallback=True)

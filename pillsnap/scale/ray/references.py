@@ -16,6 +16,7 @@ from tqdm import tqdm
 from ...answer.factory import load_identifier
 from ...answer.gallery.references import Reference
 from ...answer.identify import Identifier
+from ...answer.imprint.setting import read_imprints
 from ...data.reading.mapping import Mapper
 from ...evaluation.references import ReferenceRow, found_references, reference_of, reference_rows
 from ...progress import progress_stream
@@ -35,18 +36,19 @@ class GalleryModels(NamedTuple):
     folder: Path
     version: str  # of `version_of`
     engine: str  # name in ENGINES
+    imprint: str  # identify.imprint
     max_pixels: int  # of a photo
 
 
 @lru_cache(maxsize=1)
-def _opened(folder: Path, version: str, engine: str) -> Identifier:
+def _opened(folder: Path, version: str, engine: str, imprint: str) -> Identifier:
     found = version_of(folder)
     if found != version:
         raise ScaleError(
             f"A node has other models in {folder} ({found}) than the machine of the command ({version}): copy them to "
             "every node, or name a folder that all of them see."
         )
-    return load_identifier(folder, 1, engine)
+    return read_imprints(load_identifier(folder, 1, engine), imprint, 1)
 
 
 def reference_block(
@@ -54,7 +56,7 @@ def reference_block(
     models: GalleryModels,
 ) -> list[Reference | None]:  # one for each row
     """The references of a few rows."""
-    identifier = _opened(models.folder, models.version, models.engine)
+    identifier = _opened(models.folder, models.version, models.engine, models.imprint)
     return [reference_of(row, identifier, models.max_pixels) for row in rows]
 
 
