@@ -11,10 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
-from tiny_models import CONFIG, KEY, RIGHT, photo_jpeg
+from tiny_models import CONFIG, KEY, RIGHT, photo_jpeg, save_classifier
 
+from pillsnap.answer.classes import Drug
 from pillsnap.answer.crops import crop_pill
 from pillsnap.answer.factory import load_identifier
+from pillsnap.answer.gallery.enroll import NamedPhoto, enrolled
+from pillsnap.answer.gallery.gallery_file import GALLERY_FILE, read_gallery, write_gallery
+from pillsnap.answer.gallery.recognise import network_of, with_gallery
+from pillsnap.answer.gallery.references import Gallery
 from pillsnap.answer.imprint.joining import Reading
 from pillsnap.answer.imprint.ranking import ImprintRanking
 from pillsnap.answer.imprint.reader import ImprintReader, ImprintUnavailable, open_reader
@@ -26,6 +31,7 @@ from pillsnap.config.environment import Environment
 from pillsnap.config.load import load_settings
 from pillsnap.config.schema import SettingsError
 from pillsnap.runtime.boxes import Box
+from pillsnap.runtime.images import decode_image
 from pillsnap.sample.plan import plan_sample
 from pillsnap.sample.write import draw_photo
 from pillsnap.serve import create_app
@@ -126,6 +132,21 @@ def test_what_is_read_puts_the_candidates_of_a_doubtful_pill_in_order(client: Te
     # What the model holds for likely is told as it was.
     told = [{one["code"]: one["confidence"] for one in candidates} for candidates in places]
     assert told[0] == pytest.approx(told[1])
+
+
+def test_an_enrolled_pill_is_read_once_and_kept(tmp_path: Path):
+    save_classifier(tmp_path, embeddings=True)
+    reader, identifier = Says(Reading("K20", 0.99)), load_identifier(tmp_path)
+    ranking = ImprintRanking(reader, list(identifier.rules.class_map))
+    identifier.refine, identifier.read_imprint = ranking, ranking.read
+    photos = [NamedPhoto("front.jpg", photo_jpeg())]
+    gallery = enrolled(Gallery(network_of(identifier), {}, ()), identifier, Drug("G-1", "new"), photos, whole=True)
+    write_gallery(gallery, tmp_path / GALLERY_FILE)
+    kept = read_gallery(tmp_path / GALLERY_FILE)
+    assert [item.imprint for item in kept.references] == ["K20"] and reader.calls == 1
+    opened = with_gallery(identifier, kept)
+    assert opened.identify(decode_image(photo_jpeg()), "single").pills[0].matches[0].imprint == "K20"
+    assert reader.calls <= 2, "the pill that is asked, if it is doubtful, and no reference again"
 
 
 def test_nothing_legible_changes_nothing(client: TestClient):
