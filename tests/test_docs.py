@@ -11,7 +11,6 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-import yaml
 from fastapi.testclient import TestClient
 from PIL import Image
 from test_architecture import LAYERS
@@ -243,17 +242,6 @@ def example(title: str, *chapter: ModuleType) -> dict[str, object]:
         names |= {key: value for key, value in vars(module).items() if not key.startswith("__")}
     exec(FENCE.search(text)[2], names)
     return names
-
-
-def test_compose_starts_what_a_profile_names():
-    services = yaml.safe_load((ROOT / "compose.yaml").read_text(encoding="utf-8"))["services"]
-
-    def started(profile: str) -> set[str]:
-        return {name for name, service in services.items() if profile in service.get("profiles", [profile])}
-
-    assert started("local-lakefs") == {"lakefs", "mlflow"} and started("jobs") == {"serve", "worker", "redis"}
-    assert not started("no profile"), "`docker compose up SERVICE` starts the one that it names"
-    assert "mlflow:5000" in services["mlflow"]["command"]
 
 
 def test_example_of_a_plugin(monkeypatch: pytest.MonkeyPatch):

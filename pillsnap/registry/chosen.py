@@ -11,13 +11,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .weights import fetch_checked, run_of_folder
-
 from ..answer.gallery.gallery_file import GALLERY_FILE
 from ..atomic import replacing
 from .datasets import fetch_data
 from .registered import THRESHOLDS, TOGETHER, champion, choose, figure_of, registered, table_of
 from .tracking import Tracking, TrackingError, tracking_errors
+from .weights import fetch_checked, run_of_folder
 from ..runlog import decide
 from ..runtime.images import SUFFIXES
 

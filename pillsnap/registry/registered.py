@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .weights import HASH, fetch_checked
-
 from ..config.schema import Settings
 from .tracking import Tracking, TrackingError, tracking_errors
+from .weights import HASH, fetch_checked
 
 if TYPE_CHECKING:
     from mlflow.entities import Run

@@ -218,9 +218,8 @@ def tracking_of_run(
     """Find the record of a run that is going to be pushed; raises `TrackingError` where it has none."""
     if settings.tracking.url is None:
         return None
-    from pillsnap.registry.weights import run_of_folder
-
     from pillsnap.registry.tracking import open_tracking
+    from pillsnap.registry.weights import run_of_folder
 
     tracking = open_tracking(settings)
     run_of_folder(tracking, run)
@@ -236,8 +235,9 @@ def record_pushed(
     """Write the addresses of pushed weights into the record of their run; raises `TrackingError`."""
     from pillsnap.registry.weights import record_weights
 
-    for version in pushed if tracking else ():
-        record_weights(tracking, run, store, version)
+    if tracking is not None:
+        for version in pushed:
+            record_weights(tracking, run, store, version)
 
 
 def run_models_command(

@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ...registry.weights import record_weights, run_of_folder
-
 from ..errors import BenchError
 from ...config.load import load_settings, save_settings
 from ...config.schema import Settings
@@ -26,6 +24,7 @@ from ...registry.registered import Registration, register, set_alias
 from ...registry.release import push_run
 from ...registry.store import open_store
 from ...registry.tracking import open_tracking
+from ...registry.weights import record_weights, run_of_folder
 from ...sample.plan import plan_sample
 from ...training.run import train
 
