@@ -175,11 +175,20 @@ def _create(tracking: Tracking, task: str, run: Run, tags: dict[str, str]) -> Re
 
 def _name_first(tracking: Tracking, version: Registered) -> str:
     """Give a new version its alias, unless it has one; returns it."""
-    aliases = tracking.client.get_registered_model(version.name).aliases
-    own = next((name for name, number in aliases.items() if str(number) == str(version.version)), None)
-    alias = own or ("challenger" if "champion" in aliases else "champion")
-    if own is None:
-        tracking.client.set_registered_model_alias(version.name, alias, version.version)
+    from mlflow.exceptions import MlflowException
+
+    client, name = tracking.client, version.name
+    before = client.get_registered_model(name).aliases
+    own = next((alias for alias, number in before.items() if str(number) == str(version.version)), None)
+    if own is not None:
+        return str(own)
+    alias = "challenger" if "champion" in before else "champion"
+    try:
+        client.set_registered_model_alias(name, alias, version.version)
+    except MlflowException:
+        if alias in before or alias not in client.get_registered_model(name).aliases:
+            raise
+        return _name_first(tracking, version)  # another process was faster
     return alias
 
 
