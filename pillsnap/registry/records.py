@@ -16,6 +16,7 @@ from typing import Any
 
 import polars as pl
 
+import pillsnap
 from ..atomic import read_json_cache, sha256, write_json
 from ..config.schema import Settings
 from ..provenance import git_revision
@@ -133,7 +134,7 @@ class Record:
 
     def begin(self) -> None:
         """Send settings, revision and folder, which a run has when it begins; raises `TrackingError`."""
-        revision = git_revision(Path(__file__).parent) or version("pillsnap")
+        revision = git_revision(Path(pillsnap.__file__).parent) or version("pillsnap")
         with tracking_errors(self.tracking.url, "Recording a run"):
             self._parameters()
             for name, text in self._origin(revision).items():
