@@ -185,24 +185,34 @@ OPTIONS = {  # of each command, in addition to the settings
             "what",
             choices=("list", "show", "push", "pull", "promote", "rollback", "info", "track", "register", "infer"),
             metavar="{list,show,push,pull,promote,rollback,info,track,register,infer}",
-            help="push and track take --run, pull puts the promoted files into --out, info takes a file, "
-            "register and infer a registered model's task",
+            help="push and track take --run, pull puts the promoted files into --out, info takes a file, register the "
+            "kind of model, infer the kind or nothing, and photos",
         ),
         _option(
             "words",
             nargs="*",
             default=[],
             metavar="TASK VERSION",
-            help="classifier, detector, segmenter or quality (also nilut or lut3d to register), and a number; "
+            help="classifier, detector, segmenter or quality (also nilut or lut3d to register or infer), and a number; "
             "a file for info, photos for infer",
         ),
-        _option("--run", type=Path, metavar="DIR", help="folder of an exported run to push, or of a run to track"),
+        _option("--run", type=Path, metavar="DIR", help="folder of an exported run to push or register, or to track"),
         _option("--note", default="", help="kept with what is pushed"),
         _option("--resumable", action="store_true", help="push last.pt too, which training goes on from"),
-        _option("--out", type=Path, metavar="DIR", help="folder to pull the promoted ONNX files into; infer: its file"),
+        _option(
+            "--out",
+            type=Path,
+            metavar="PATH",
+            help="folder to pull the promoted ONNX files into; infer: file of the answers, or folder for nilut, lut3d",
+        ),
         _option("--manual", action="store_true", help="register: pick a run from a table, whatever its goal"),
         _option("--interactive", action="store_true", help="infer: pick a registered model from a table"),
-        _option("--which", default="champion", metavar="NAME", help="alias or number (default: %(default)s)"),
+        _option(
+            "--which",
+            default="champion",
+            metavar="NAME",
+            help="infer: alias or number of the model; register with a number: alias to give (default: %(default)s)",
+        ),
         _option("--pipeline", choices=("single", "combo"), default="single", help="infer: one pill, or several"),
     ],
     "data": [

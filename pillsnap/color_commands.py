@@ -11,7 +11,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
-from .commands import print_json, refuse, settings_from
+from .commands import print_json, refuse, settings_from, with_records_of
 from .config.load import find_root
 from .config.schema import Settings, SettingsError
 
@@ -124,20 +124,18 @@ def _push(arguments: Namespace) -> int:
 
     from pillsnap.color.export import bake_files
     from pillsnap.color.networks.files import get_model_info
-    from pillsnap.registry.release import configured_store
+    from pillsnap.registry.release import configured_store, record_pushed, tracking_of_run
     from pillsnap.registry.store import store_errors
     from pillsnap.registry.versions import push
 
-    settings, run = _settings(arguments), _needed(arguments, "run_dir")
+    run = _needed(arguments, "run_dir")
+    settings = with_records_of(run, _settings(arguments))
     nilut = get_model_info(run / "best.pt")["model_type"] == "nilut"
-    store = configured_store(settings, find_root(), writing=True)
+    tracking, store = tracking_of_run(settings, run), configured_store(settings, find_root(), writing=True)
     names = ("best.pt", "last.pt", "config.yaml")
     version = push(store, "nilut" if nilut else "lut3d", {name: run / name for name in names}, arguments.note)
     print(f"pushed {version.task} v{version.number} to {store.url}")
-    if settings.tracking.url is not None:
-        from pillsnap.registry.release import record_pushed
-
-        record_pushed(settings, run.resolve(), store, [version])
+    record_pushed(tracking, run, store, [version])
     with tempfile.TemporaryDirectory() as folder, store_errors(store, "Pushing the .cube files"):
         baked = bake_files(run / "best.pt", Path(folder), arguments.size) if nilut else []
         for path in baked:

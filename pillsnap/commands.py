@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from pillsnap.data.reading.mapping import Mapper
 
 # %% auto #0
-__all__ = ['settings_from', 'data_here', 'settings_of_run', 'print_json', 'print_last', 'words_of', 'refuse', 'show_config',
-           'sample', 'scan', 'compose', 'cache', 'train', 'evaluate', 'calibrate', 'runs', 'export', 'bench', 'gate',
-           'quality']
+__all__ = ['settings_from', 'data_here', 'settings_of_run', 'with_records_of', 'print_json', 'print_last', 'words_of', 'refuse',
+           'show_config', 'sample', 'scan', 'compose', 'cache', 'train', 'evaluate', 'calibrate', 'runs', 'export',
+           'bench', 'gate', 'quality']
 
 # %% ../nbs/22_commands.ipynb #0b916f68
 def settings_from(
@@ -58,6 +58,18 @@ def settings_of_run(
     if not (arguments.run / "config.yaml").is_file():
         raise SettingsError(f"there is no run in {arguments.run}: name with --run the folder that training has printed")
     return settings_from(arguments, arguments.run / "config.yaml")
+
+
+def with_records_of(
+    run: Path | None,  # run folder; None: none was named
+    settings: Settings,
+) -> Settings:
+    """The settings, with the place of the records that a run has named where they name none."""
+    if run is None or settings.tracking.url is not None or not (run / "config.yaml").is_file():
+        return settings
+    of_run = load_settings(run / "config.yaml")
+    paths = settings.paths.model_copy(update={"run_root": of_run.paths.run_root})  # it has the file of records
+    return settings.model_copy(update={"tracking": of_run.tracking, "paths": paths})
 
 
 def print_json(

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .commands import print_json, print_last, settings_from, settings_of_run
+from .commands import print_json, print_last, settings_from, settings_of_run, with_records_of
 from .config.environment import load_environment
 from .config.load import find_root
 from .config.schema import Settings, SettingsError
@@ -52,17 +52,24 @@ def models(arguments: Namespace) -> int:
     `track` records a run in MLflow, `register` names its weights where they are good enough (else status 1), `infer`
     answers with registered models.
     """
-    words = [word for word in arguments.words if "=" not in word]
-    arguments.overrides += [word for word in arguments.words if "=" in word]
+    words = _without_settings(arguments, arguments.words)
     if arguments.what in ("track", "register", "infer"):
         arguments.words = words
         return {"track": _track, "register": _register, "infer": _infer}[arguments.what](arguments)
-    settings = settings_or_defaults(arguments)
+    settings = with_records_of(arguments.run, settings_or_defaults(arguments))
     from pillsnap.registry.release import run_models_command
 
     given = (arguments.run, arguments.out, arguments.note, arguments.resumable)
     print(run_models_command(arguments.what, words, settings, root_or_here(), *given))
     return 0
+
+
+def _without_settings(arguments: Namespace, words: list[str]) -> list[str]:
+    """Words that are no settings, also those behind an option; a file may have = in its name."""
+    words = [*words, *arguments.overrides]
+    kept = [word for word in words if "=" not in word or Path(word).exists()]
+    arguments.overrides = [word for word in words if word not in kept]
+    return kept
 
 
 def _track(arguments: Namespace) -> int:
@@ -92,7 +99,8 @@ def _task_and_rest(arguments: Namespace, needed: bool) -> tuple[str | None, list
 
 def _register(arguments: Namespace) -> int:
     """Register the weights of a run, or give an alias to a registered version."""
-    (task, rest), settings = _task_and_rest(arguments, needed=True), settings_from(arguments)
+    task, rest = _task_and_rest(arguments, needed=True)
+    settings = with_records_of(arguments.run, settings_from(arguments))
     from pillsnap.registry.chosen import run_to_register
     from pillsnap.registry.registered import register, set_alias
     from pillsnap.registry.tracking import open_tracking
@@ -245,9 +253,7 @@ def predict(arguments: Namespace) -> int:
 
     Status 1 when a photo has no prediction.
     """
-    words = [*arguments.photos, *arguments.overrides]
-    photos = [Path(word) for word in words if "=" not in word or Path(word).exists()]
-    arguments.overrides = [word for word in words if Path(word) not in photos]
+    photos = [Path(word) for word in _without_settings(arguments, arguments.photos)]
     if not photos:
         raise SettingsError("there is no photo to look at: name one, or a folder with some")
     if not 1 <= arguments.top_k <= 20:

@@ -50,6 +50,10 @@ def test_each_push_of_an_open_store_has_its_own_address(lakefs_repository: str, 
         kept = pull(*open_address(address), tmp_path / "cache") / "model.onnx"
         assert kept.read_text() == f"weights {number}"
     assert len(set(found)) == 3
+    first, second = (push(store, "detector", {"model.onnx": weights}) for _ in range(2))
+    there, _, _ = open_address(version_address(store, first))
+    assert len(list_versions(there, "detector")) == 1, "its own commit, whatever was pushed until it was asked for"
+    assert version_address(store, second) != version_address(store, first)
 
 
 def test_a_push_is_a_commit_with_metadata(lakefs_repository: str, weights: Path):

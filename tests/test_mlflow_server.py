@@ -50,6 +50,7 @@ def server(mlflow_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     words = ["-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     words += ["--backend-store-uri", f"sqlite:///{home / 'mlflow.db'}", "--serve-artifacts"]
     words += ["--artifacts-destination", str(home / "artifacts")]
+    words += ["--allowed-hosts", f"127.0.0.1:{port},mlflow:{port}"]
     path = os.pathsep.join([str(mlflow_python.parent), os.environ["PATH"]])
     clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | QUIET | {"PATH": path}
     with (home / "server.log").open("w") as log:
@@ -83,6 +84,9 @@ def test_a_server_is_used_like_a_file(server: str, tmp_path: Path, capsys: pytes
     assert sorted(losses(tracking, found.info.run_id)) == [1, 2, 3, 4, 5] and found.info.status == "FINISHED"
     files = {file.path for file in tracking.client.list_artifacts(found.info.run_id)}
     assert {"config.yaml", "metrics.jsonl", "decisions.json"} <= files
+    port = server.rpartition(":")[2]
+    asked = [httpx.get(f"{server}/", headers={"host": f"{name}:{port}"}).status_code for name in ("mlflow", "other")]
+    assert asked == [200, 403], "containers reach it by its name"
     place = [url, f"store.url={tmp_path / 'store'}", f"paths.cache_root={tmp_path / 'cache'}"]
     run = register_quality(capsys, place, tmp_path / "judge", 0.95)
     (version,) = registered(tracking, "quality")

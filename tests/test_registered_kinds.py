@@ -16,9 +16,10 @@ from tiny_models import photo_jpeg, save_quality
 from pillsnap.atomic import sha256, write_json
 from pillsnap.config.load import load_settings
 from pillsnap.registry.follow import tracked
-from pillsnap.registry.records import record_run
-from pillsnap.registry.registered import THRESHOLDS, registered
+from pillsnap.registry.records import DATA_FILE, record_run
+from pillsnap.registry.registered import THRESHOLDS, figure_of, registered
 from pillsnap.registry.tracking import open_tracking
+from pillsnap.registry.weights import fetch_checked, run_of_folder
 from pillsnap.runlog import open_run
 from pillsnap.runtime.color.cube_write import write_cube
 from pillsnap.runtime.color.lut import Grid, Lut, identity_table
@@ -99,9 +100,43 @@ def test_the_quality_model(place: list[str], tmp_path: Path, capsys: pytest.Capt
     refused(said(capsys, *register, status=1), "quality/validation/pairwise", "goals.quality", "at least 0.9")
     assert "champion" in said(capsys, *register, "goals.quality=0.8")
     assert only(place, "quality")["sha256.store.quality.model.onnx"] == sha256(run / "quality.onnx")
-    (tmp_path / "photo.jpg").write_bytes(photo_jpeg())
-    answer = json.loads(said(capsys, "models", "infer", "quality", str(tmp_path / "photo.jpg"), *place))
-    assert answer["photo"] == "photo.jpg" and 0 <= answer["score"] <= 1
+    (tmp_path / "a=b.jpg").write_bytes(photo_jpeg())
+    answer = json.loads(said(capsys, "models", "infer", "quality", "--which", "1", str(tmp_path / "a=b.jpg"), *place))
+    assert answer["photo"] == "a=b.jpg" and 0 <= answer["score"] <= 1
+
+
+def test_the_records_of_a_run_are_found_by_its_folder(
+    place: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, elsewhere = quality_run(place, tmp_path / "run", 0.95), place[1:]
+    said(capsys, "models", "push", "--run", str(run), *elsewhere)
+    said(capsys, "models", "register", "quality", "--run", str(run), *elsewhere)
+    assert only(place, "quality")["weights.quality"].endswith("/models/quality/v1")
+    (run / "tracking.json").unlink()
+    assert "has no record" in said(capsys, "models", "push", "--run", str(run), *place, status=2)
+    assert [path.name for path in (tmp_path / "store" / "models" / "quality").iterdir()] == ["v1"], "nothing is pushed"
+
+
+def test_data_of_a_run_without_a_table_of_its_photos(place: list[str], tmp_path: Path) -> None:
+    write_json(tmp_path / "photos" / DATA_FILE, {"address": "lakefs://pills/0123/models/data/v1"})
+    settings = load_settings(profile="cpu", data_root=tmp_path / "photos", overrides=place)
+    with tracked(settings), open_run(tmp_path / "run", settings):
+        pass
+    tracking = open_tracking(settings)
+    tags = tracking.client.get_run(run_of_folder(tracking, tmp_path / "run")).data.tags
+    assert tags["data_version"] == "lakefs://pills/0123/models/data/v1"
+
+
+def test_colours_are_judged_by_the_evaluation_whose_weights_were_kept(place: list[str], tmp_path: Path) -> None:
+    settings = load_settings(profile="cpu", overrides=place)
+    with tracked(settings), open_run(tmp_path / "run", settings) as log:
+        for step, figure in ((1, 3.0), (2, 1.0), (3, 2.0)):
+            log.evaluation("nilut", step, {"de76": figure})
+            log.evaluation("quality", step, {"pairwise": figure})
+    tracking = open_tracking(settings)
+    found = tracking.client.get_run(run_of_folder(tracking, tmp_path / "run"))
+    assert (figure_of(tracking, found, "nilut"), figure_of(tracking, found, "quality")) == (1.0, 2.0)
+    assert figure_of(tracking, found, "lut3d") is None
 
 
 def test_the_segmenter(place: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -145,13 +180,20 @@ def test_weights_that_are_others_or_gone_register_nothing(
     )
     register = ["models", "register", "quality", "--run", str(run), *place]
     assert "No weights of a quality are recorded" in said(capsys, *register, status=2)
+    trained = (run / "quality.onnx").read_bytes()
+    (run / "quality.onnx").write_bytes(b"another network")
     said(capsys, "models", "push", "--run", str(run), *place)
-    model = tmp_path / "store" / "models" / "quality" / "v1" / "model.onnx"
+    assert "is another file than the run has recorded" in said(capsys, *register, status=2)
+    (run / "quality.onnx").write_bytes(trained)
+    said(capsys, "models", "push", "--run", str(run), *place)
+    model = tmp_path / "store" / "models" / "quality" / "v2" / "model.onnx"
+    tags = tracking.client.get_run(run_of_folder(tracking, run)).data.tags
+    assert fetch_checked(tags, "quality", tmp_path / "cache" / "models"), "a cache has them undamaged"
     right = model.read_bytes()
     model.write_bytes(right[:-1] + b"!")
     assert "is damaged, its hash is not the one that it was pushed with" in said(capsys, *register, status=2)
     model.unlink()
-    assert "Pulling v1 of quality failed" in said(capsys, *register, status=2)
+    assert "Pulling v2 of quality failed" in said(capsys, *register, status=2)
     model.write_bytes(right)
     run_id = json.loads((run / "tracking.json").read_text())["run_id"]
     tracking.client.set_tag(run_id, "sha256.store.quality.model.onnx", "0" * 64)

@@ -9,14 +9,18 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from mlflow.exceptions import MlflowException
 
 from pillsnap.cli import main
 from pillsnap.config.load import save_settings
 from pillsnap.config.schema import Settings
-from pillsnap.registry.registered import choose, record_weights, register, registered
-from pillsnap.registry.store import open_store
-from pillsnap.registry.tracking import TrackingError, open_tracking
+from pillsnap.registry import chosen
+from pillsnap.registry import registered as module
+from pillsnap.registry.registered import THRESHOLDS, champion, choose, register, registered, set_alias
+from pillsnap.registry.store import ModelStore, open_store
+from pillsnap.registry.tracking import Tracking, TrackingError, open_tracking
 from pillsnap.registry.versions import push
+from pillsnap.registry.weights import record_weights
 
 
 def said(capsys: pytest.CaptureFixture[str], *words: str, status: int = 0) -> str:
@@ -31,6 +35,18 @@ def answers(text: str) -> list[tuple[str, list[dict]]]:
     """Names of the photos, and all that is said of their pills, every digit."""
     found = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
     return [(Path(one["file"]).name, one["pills"]) for one in found]
+
+
+def new_run(tracking: Tracking, store: ModelStore, folder: Path, task: str) -> str:
+    """A run with weights in a store, and the best figure that there is; they are no network."""
+    folder.mkdir()
+    run_id = tracking.client.create_run(tracking.experiment).info.run_id
+    (folder / "tracking.json").write_text(json.dumps({"url": tracking.url, "run_id": run_id}))
+    (folder / "model.onnx").write_bytes(f"weights of {folder}".encode())
+    record_weights(tracking, folder, store, push(store, task, {"model.onnx": folder / "model.onnx"}))
+    tracking.client.log_metric(run_id, THRESHOLDS[task].metric, 1.0)
+    tracking.client.set_terminated(run_id)
+    return run_id
 
 
 def test_train_register_and_infer_years_later(
@@ -76,7 +92,26 @@ def test_train_register_and_infer_years_later(
         change.write("models/data/v1/version.json", b"overwritten")
     later = ["models", "infer", *with_settings, f"paths.cache_root={tmp_path / 'another machine'}"]
     assert answers(said(capsys, *later)) == first
+
+    for task in ("classifier", "detector", "quality"):  # others become the champions
+        made = register(tracking, settings, task, new_run(tracking, store, tmp_path / task, task), tmp_path / "cache")
+        set_alias(tracking, task, made.version, "champion")
+    assert [str(champion(tracking, task).version) for task in ("classifier", "detector", "quality")] == ["2", "2", "1"]
+    assert answers(said(capsys, *later, "--which", "1")) == first
+    monkeypatch.setattr("builtins.input", lambda question: "2")  # of the table, the newest first
     assert answers(said(capsys, *later, "--interactive")) == first
+    with monkeypatch.context() as away:
+        search = type(tracking.client).search_model_versions
+
+        def refuse(client: object, name: str, **more: object) -> object:
+            if "quality" in name:
+                raise MlflowException("Connection refused")
+            return search(client, name, **more)
+
+        away.setattr(type(tracking.client), "search_model_versions", refuse)
+        gone = said(capsys, *later, "--which", "1", status=2)
+    assert "Reading the registered models failed" in gone and "(Connection refused)" in gone
+    later += ["--which", "1"]
     assert "There is no registered classifier 7" in said(capsys, *later, "--which", "7", status=2)
     tracking.client.set_model_version_tag(model.name, model.version, "sha256.store.classifier.model.onnx", "0" * 64)
     assert "holds other files than those that were recorded" in said(capsys, *later, status=2)
@@ -112,3 +147,65 @@ def test_weights_that_are_registered_twice_at_once_are_one_version(
     assert sum("are registered already" in text for text in found) == 3, found
     (model,) = registered(tracking, "classifier")
     assert choose(tracking, "classifier").version == model.version
+
+
+def test_an_alias_that_an_interruption_has_left_out_is_given_by_the_next_attempt(
+    tiny_settings: Callable[..., Settings], url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    settings = tiny_settings(url)
+    tracking, store = open_tracking(settings), open_store(tmp_path / "store", writing=True)
+    run_id = new_run(tracking, store, tmp_path / "run", "classifier")
+
+    def killed(*arguments: object) -> str:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "_name_first", killed)
+        register(tracking, settings, "classifier", run_id, tmp_path / "cache")
+    assert len(registered(tracking, "classifier")) == 1 and champion(tracking, "classifier") is None
+    with pytest.raises(TrackingError, match="are registered already, as version 1"):
+        register(tracking, settings, "classifier", run_id, tmp_path / "cache")
+    assert champion(tracking, "classifier").version == registered(tracking, "classifier")[0].version
+
+
+def test_a_model_is_used_with_those_of_its_training_or_of_its_time(
+    tiny_settings: Callable[..., Settings], url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    settings = tiny_settings(url)
+    tracking, store = open_tracking(settings), open_store(tmp_path / "store", writing=True)
+
+    def made(task: str, run_id: str = "") -> str:
+        run_id = run_id or new_run(tracking, store, tmp_path / f"{task}{len(registered(tracking, task))}", task)
+        done = register(tracking, settings, task, run_id, tmp_path / "cache")
+        set_alias(tracking, task, done.version, "champion")
+        return run_id
+
+    def used(which: str) -> dict[str, str]:
+        found = chosen.fetch_models(tracking, None, tmp_path / "models", tmp_path / "cache", which)
+        return {task: str(version.version) for task, version in found.items()}
+
+    for task in ("quality", "classifier", "detector", "segmenter", "quality"):
+        made(task)
+    assert used("1") == {"classifier": "1", "detector": "1", "quality": "1"} and "detector: version 1" in caplog.text
+    assert used("champion") == {"classifier": "1", "detector": "1", "segmenter": "1", "quality": "2"}
+    made("classifier")
+    made("detector")
+    assert used("2") == {"classifier": "2", "detector": "1", "segmenter": "1", "quality": "2"}, "as it was registered"
+    assert used("champion") == {"classifier": "2", "detector": "2", "segmenter": "1", "quality": "2"}
+    assert "the run of the classifier has none that is registered, so the champion" in caplog.text
+
+
+def test_runs_are_found_on_every_page(
+    tiny_settings: Callable[..., Settings], url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    tracking, store = open_tracking(tiny_settings(url)), open_store(tmp_path / "store", writing=True)
+    made = {new_run(tracking, store, tmp_path / str(number), "classifier") for number in range(3)}
+    monkeypatch.setattr(chosen, "_PAGE", 1)
+    assert {run.info.run_id for run in chosen.runs_with_weights(tracking, "classifier")} == made
+
+
+def test_data_without_photos_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "photos.zip").write_bytes(b"PK")
+    monkeypatch.setattr(chosen, "fetch_data", lambda address, cache: tmp_path)
+    with pytest.raises(TrackingError, match="has no photos as files but archives: name photos"):
+        chosen.photos_of_data({"data_version": "lakefs://pills/0123/models/data/v1"}, tmp_path)

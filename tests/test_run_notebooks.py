@@ -114,7 +114,8 @@ def test_the_story_of_the_registry_is_stored_with_what_it_shows():
     outputs = [output for cell in book["cells"] for output in cell.get("outputs", [])]
     text = json.dumps([output.get("text") or output["data"].get("text/plain", "") for output in outputs])
     assert "not registered: test/single/top1 is" in text and "champion" in text and "lakefs://pills-" in text
-    assert re.search(r"the same answers for (\d+) of \1 photos", text)
+    assert re.search(r"the same answers for (\d+) of \1 photos", text) and "pillsnap-detector" in text
+    assert "can't be opened" in text, "a commit that is not there"
     assert not re.search(r"/(tmp|work|root|home)/", text) and not [one for one in outputs if "ename" in one]
 
 

@@ -198,6 +198,17 @@ def test_compose_has_a_worker_with_a_gpu_that_shares_its_files():
         assert "data/jobs" in made.partition("useradd")[2], "a volume takes its owner from the image"
 
 
+def test_compose_starts_what_a_profile_names():
+    services = yaml.safe_load((ROOT / "compose.yaml").read_text(encoding="utf-8"))["services"]
+
+    def started(profile: str) -> set[str]:
+        return {name for name, service in services.items() if profile in service.get("profiles", [profile])}
+
+    assert started("local-lakefs") == {"lakefs", "mlflow"} and started("jobs") == {"serve", "worker", "redis"}
+    assert not started("no profile"), "`docker compose up SERVICE` starts the one that it names"
+    assert "mlflow:5000" in services["mlflow"]["command"]
+
+
 def test_compose_starts_lakefs_and_mlflow_only_when_asked():
     compose = yaml.safe_load((ROOT / "compose.yaml").read_text(encoding="utf-8"))
     found = {name: one for name, one in compose["services"].items() if one.get("profiles") == ["local-lakefs"]}

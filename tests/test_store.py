@@ -16,7 +16,7 @@ import pytest
 from pillsnap.bench.registry.places import free_ports, s3_keys, seaweedfs
 from pillsnap.cli import main
 from pillsnap.registry.objects import Change, StoreError
-from pillsnap.registry.store import ModelStore, list_versions, numbers, open_store, tasks
+from pillsnap.registry.store import ModelStore, list_versions, numbers, open_store, task_folder, tasks
 from pillsnap.registry.versions import promote, promoted, pull, push, rollback
 
 
@@ -149,6 +149,23 @@ def test_failed_push_leaves_no_files(store: ModelStore, files: dict[str, Path], 
     with pytest.raises(StoreError, match="Pushing a classifier failed at .*No space left on device"):
         push(store, "classifier", files)
     assert {path.rpartition("/")[2] for path in store.objects.files("models")} <= {"claim.json"}
+
+
+def test_a_failed_push_takes_back_the_list_of_its_files_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import obstore
+
+    objects, deleted = open_store(tmp_path, writing=True).objects, list[str]()
+    monkeypatch.setattr(obstore, "delete", lambda place, path: deleted.append(path))
+    with pytest.raises(RuntimeError), objects.change("a push", {}) as change:
+        change.write("model.onnx", b"weights")
+        change.write("version.json", b"{}")
+        raise RuntimeError("interrupted")
+    assert deleted == ["version.json", "model.onnx"]
+
+
+def test_names_of_tasks_are_told_apart_in_tags_of_lakefs():
+    with pytest.raises(StoreError, match="'a--b' is no name of a task"):
+        task_folder("a--b")
 
 
 def test_reader_cannot_write(s3_endpoint: str, files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

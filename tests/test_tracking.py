@@ -84,17 +84,18 @@ def test_resumed_runs_go_on_and_new_ones_begin_anew(url: str, tmp_path: Path):
 def test_what_is_sent_survives_a_kill(url: str, tmp_path: Path):
     """A killed training leaves a record without an end; resuming completes it."""
     code = f"""
-import os, signal, sys
+import json, os, signal, sys, time
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
-from test_tracking import TIMES, open_run, open_tracking, records, settings_with
+from test_tracking import TIMES, follow, open_run, open_tracking, settings_with
 settings = settings_with({url!r})
-with open_run(Path({str(tmp_path / "run")!r}), settings) as run:
-    record = records.Record(open_tracking(settings), run.folder, settings)
+client = open_tracking(settings).client
+with follow.tracked(settings, seconds=0.05), open_run(Path({str(tmp_path / "run")!r}), settings) as run:
     for step in (1, 2):
         run.step("classifier", step, steps=4, epoch=0, loss=1.0, **TIMES)
-    record.send()
-    run.step("classifier", 3, steps=4, epoch=0, loss=1.0, **TIMES)
+    run_id = json.loads((run.folder / "tracking.json").read_text())["run_id"]
+    while len(client.get_metric_history(run_id, "classifier/loss")) < 2:
+        time.sleep(0.05)
     os.kill(os.getpid(), signal.SIGKILL)
 """
     assert subprocess.run([sys.executable, "-c", code]).returncode == -9
@@ -102,10 +103,21 @@ with open_run(Path({str(tmp_path / "run")!r}), settings) as run:
     tracking = open_tracking(settings)
     (found,) = tracking.client.search_runs([tracking.experiment])
     assert found.info.status == "RUNNING" and set(losses(tracking, found.info.run_id)) == {1, 2}
+    assert found.data.params["train.log_every"] == "1" and found.data.tags["git_revision"] not in ("", "unknown")
     with follow.tracked(settings):
         short_run(settings, tmp_path / "run", 4)
     assert sorted(losses(tracking, found.info.run_id)) == [1, 2, 3, 4]
     assert tracking.client.get_run(found.info.run_id).info.status == "FINISHED"
+
+
+def test_a_run_that_has_failed_stays_one(url: str, tmp_path: Path):
+    settings = settings_with(url)
+    with pytest.raises(RuntimeError), follow.tracked(settings), open_run(tmp_path / "run", settings):
+        raise RuntimeError("out of patience")
+    follow.record_results(settings, tmp_path / "run")
+    tracking = open_tracking(settings)
+    (found,) = tracking.client.search_runs([tracking.experiment])
+    assert found.info.status == "FAILED"
 
 
 def test_a_server_that_goes_away_ends_no_training(

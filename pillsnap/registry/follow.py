@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -37,14 +37,19 @@ class Follower:
         self._thread.start()
 
     def _follow(self) -> None:
+        self._try(self._record.begin)
         while not self._ended.wait(self._seconds):
-            try:
-                self._record.send()
-                self._failed = False
-            except TrackingError as error:
-                if not self._failed:
-                    LOGGER.warning("%s The training goes on, and it is tried again.", error)
-                self._failed = True
+            self._try(self._record.send)
+
+    def _try(self, send: Callable[[], None]) -> None:
+        """Send; a failure is logged once."""
+        try:
+            send()
+            self._failed = False
+        except TrackingError as error:
+            if not self._failed:
+                LOGGER.warning("%s The training goes on, and it is tried again.", error)
+            self._failed = True
 
     def end(
         self,

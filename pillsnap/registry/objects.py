@@ -136,7 +136,7 @@ class Files:
             with _as_os_errors():
                 yield change
         except BaseException:
-            for path in change.written:
+            for path in reversed(change.written):  # the list of a version goes before its files
                 with suppress(BaseError, OSError):
                     obstore.delete(self._place, path)
             raise

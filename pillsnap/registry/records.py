@@ -10,13 +10,16 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
+import pillsnap
 from ..atomic import read_json_cache, sha256, write_json
 from ..config.schema import Settings
+from ..provenance import git_revision
 from .tracking import Tracking, TrackingError, tracking_errors
 from ..runlog import decide
 from ..runs import flat
@@ -60,15 +63,16 @@ DATA_FILE = "pillsnap-data.json"  # beside photos that came from a store: where 
 
 def data_version(
     run: Path,  # run folder
+    root: Path | None = None,  # paths.data_root of its settings, for a run without a manifest
 ) -> dict[str, str]:  # data_version, data_sha256, class_map_hash; those that are known
     """What a run has learned from."""
     report = read_json_cache(Path(run) / "data_report.json")
     found = {"class_map_hash": str(report["class_map_hash"])} if "class_map_hash" in report else {}
+    source = read_json_cache(Path(report.get("root", root or run)) / DATA_FILE)
     if (Path(run) / "manifest.parquet").is_file():
         digest = _digest(pl.read_parquet(Path(run) / "manifest.parquet"))
-        source = read_json_cache(Path(report.get("root", run)) / DATA_FILE)
-        found |= {"data_sha256": digest, "data_version": source.get("address", f"sha256:{digest}")}
-    return found
+        found |= {"data_sha256": digest, "data_version": f"sha256:{digest}"}
+    return found | ({"data_version": str(source["address"])} if "address" in source else {})
 
 
 def _digest(manifest: pl.DataFrame) -> str:
@@ -95,6 +99,7 @@ class Record:
         again: bool = True,  # go on with the record that the folder names, where there is one
     ) -> None:
         self.tracking, self.folder, self.settings = tracking, Path(folder), settings
+        self.earlier = ""  # status that the record had
         self._read = 0  # bytes of metrics.jsonl
         self._sent: dict[str, int] = {}  # metric -> last step
         with tracking_errors(tracking.url, "Opening the record of a run"):
@@ -117,6 +122,7 @@ class Record:
             return None
         for name in found.data.metrics:
             self._sent[name] = max(metric.step for metric in client.get_metric_history(run_id, name))
+        self.earlier = str(found.info.status)
         client.update_run(run_id, status="RUNNING")
         return run_id
 
@@ -125,6 +131,18 @@ class Record:
         run_id = str(run.info.run_id)
         write_json(self.folder / RECORD_FILE, {"url": self.tracking.url, "run_id": run_id})
         return run_id
+
+    def begin(self) -> None:
+        """Send settings, revision and folder, which a run has when it begins; raises `TrackingError`."""
+        revision = git_revision(Path(pillsnap.__file__).parent) or version("pillsnap")
+        with tracking_errors(self.tracking.url, "Recording a run"):
+            self._parameters()
+            for name, text in self._origin(revision).items():
+                self.tracking.client.set_tag(self.run_id, name, text)
+
+    def _origin(self, revision: str) -> dict[str, str]:
+        """Tags that name code and folder."""
+        return {"git_revision": revision, "mlflow.source.git.commit": revision.rstrip("+"), "folder": str(self.folder)}
 
     def send(self) -> None:
         """Send the rows of metrics.jsonl that are new; raises `TrackingError`, and sends them again the next time."""
@@ -189,8 +207,8 @@ class Record:
             decisions = []
         revision = next((item["choice"] for item in decisions if item["what"] == "code"), "unknown")
         fallbacks = [f"{item['what']}: {item['choice']}" for item in decisions if item["fallback"]]
-        tags = {"git_revision": revision, "mlflow.source.git.commit": revision.rstrip("+"), "folder": str(self.folder)}
-        return {**tags, "fallbacks": "; ".join(fallbacks)[:_PARAMETER] or "none", **data_version(self.folder)}
+        tags = {**self._origin(revision), "fallbacks": "; ".join(fallbacks)[:_PARAMETER] or "none"}
+        return {**tags, **data_version(self.folder, self.settings.paths.data_root)}
 
     def _files(self) -> Iterator[Path]:
         """Files that go along; weights go to the model store."""
@@ -212,9 +230,9 @@ def record_run(
     folder: Path,  # run folder
     tracking: Tracking,
 ) -> str:  # identifier of its record
-    """Send all that a finished run has; raises `TrackingError`."""
+    """Send all that a run has when it is over; raises `TrackingError`."""
     if not (Path(folder) / "config.yaml").is_file():
         raise TrackingError(f"There is no run in {folder}: name a folder that training has made.")
     record = Record(tracking, folder, settings)
-    record.finish("FINISHED")
+    record.finish(record.earlier if record.earlier in ("FAILED", "KILLED") else "FINISHED")
     return record.run_id

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..answer.gallery.gallery_file import GALLERY_FILE, settle_gallery
 from ..answer.gallery.recognise import open_identifier
@@ -30,9 +31,12 @@ from pillsnap.registry.store import (
 from .versions import promote, promoted, pull, push, rollback
 from ..runtime.engines import TASKS
 
+if TYPE_CHECKING:
+    from pillsnap.registry.tracking import Tracking
+
 # %% auto #0
 __all__ = ['QUALITY', 'SEGMENTER', 'OPTIONAL', 'STORED', 'run_files', 'exported_networks', 'push_run', 'files_to_push',
-           'pull_models', 'describe_store', 'describe_version', 'configured_store', 'record_pushed',
+           'pull_models', 'describe_store', 'describe_version', 'configured_store', 'tracking_of_run', 'record_pushed',
            'run_models_command']
 
 # %% ../../nbs/registry/20_release.ipynb #21a5f99d
@@ -207,19 +211,33 @@ def _parse(command: str, arguments: Sequence[str]) -> tuple[str, int]:
     return task, int(number or 0)
 
 
-def record_pushed(
+def tracking_of_run(
     settings: Settings,  # tracking is read
+    run: Path,  # run folder, with a record
+) -> Tracking | None:  # None: tracking is off
+    """Find the record of a run that is going to be pushed; raises `TrackingError` where it has none."""
+    if settings.tracking.url is None:
+        return None
+    from pillsnap.registry.tracking import open_tracking
+    from pillsnap.registry.weights import run_of_folder
+
+    tracking = open_tracking(settings)
+    run_of_folder(tracking, run)
+    return tracking
+
+
+def record_pushed(
+    tracking: Tracking | None,  # from `tracking_of_run`
     run: Path,  # run folder, with a record
     store: ModelStore,
     pushed: Iterable[ModelVersion],
 ) -> None:
-    """Write the addresses of pushed weights into the record of their run; raises `TrackingError` where it has none."""
-    from pillsnap.registry.registered import record_weights
-    from pillsnap.registry.tracking import open_tracking
+    """Write the addresses of pushed weights into the record of their run; raises `TrackingError`."""
+    from pillsnap.registry.weights import record_weights
 
-    tracking = open_tracking(settings)
-    for version in pushed:
-        record_weights(tracking, run, store, version)
+    if tracking is not None:
+        for version in pushed:
+            record_weights(tracking, run, store, version)
 
 
 def run_models_command(
@@ -248,8 +266,10 @@ def run_models_command(
             "the models; no other command takes them."
         )
     task, number = _parse(command, arguments)
+    tracking = None
     if run is not None:  # a run that is refused makes no store
         files_to_push(run, [task] if task else exported_networks(run), resumable)
+        tracking = tracking_of_run(settings, run)
     store = configured_store(settings, root, writing=command == "push")
     if command == "list":
         return describe_store(store, [task] if task else None)
@@ -258,8 +278,7 @@ def run_models_command(
     if command == "push":
         assert run is not None
         pushed = push_run(store, run, [task] if task else exported_networks(run), note, resumable)
-        if settings.tracking.url is not None:
-            record_pushed(settings, run, store, pushed)
+        record_pushed(tracking, run, store, pushed)
         return "\n".join(f"pushed {version.task} v{version.number} to {store.url}" for version in pushed)
     if command == "pull":
         assert out is not None

@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ class ModelVersion:
     created: str  # when, UTC
     author: str  # user that pushed it
     note: str  # free text of the author
+    # where it is for ever, of a version that was pushed just now; the list of files lacks it
+    address: str = field(default="", compare=False)
 
     @property
     def bytes(self) -> int:
@@ -39,13 +41,15 @@ class ModelVersion:
 
 
 LIST, CLAIM = "version.json", "claim.json"
-_TASK = re.compile(r"[a-z][a-z0-9_-]{0,40}")
+_TASK = re.compile(r"(?!.*--)[a-z][a-z0-9_-]{0,40}")  # -- separates names in the tags of lakeFS
 
 
 def task_folder(task: str) -> str:
     """Folder of a task; raises `StoreError` for a name that is not safe in a path."""
     if not _TASK.fullmatch(task):
-        raise StoreError(f"{task!r} is no name of a task: use small letters, digits, - and _, beginning with a letter.")
+        raise StoreError(
+            f"{task!r} is no name of a task: use small letters, digits, single - and _, beginning with a letter."
+        )
     return f"models/{task}"
 
 

@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -85,14 +85,16 @@ def push(
             listed = {name: _upload(change, Path(path), f"{place}/{name}") for name, path in files.items()}
             version = ModelVersion(task, number, listed, _now(), _author(), note)
             change.write(f"{place}/{LIST}", _as_json(version))
-    return version
+    return replace(version, address=f"{change.address}/{place}")
 
 
 def version_address(
     store: ModelStore,
     version: ModelVersion,
 ) -> str:  # …/models/TASK/vN, in lakeFS below a commit
-    """Where the files of a version are for ever."""
+    """Where the files of a version are for ever: the commit of its push, or the one that was read."""
+    if version.address:
+        return version.address
     with store_errors(store, "Reading the model store"):
         return f"{store.objects.address()}/{task_folder(version.task)}/v{version.number}"
 
@@ -108,7 +110,8 @@ def open_address(
 
 
 def _as_json(version: ModelVersion) -> bytes:
-    return json.dumps(asdict(version), ensure_ascii=False, indent=2).encode()
+    content = {name: value for name, value in asdict(version).items() if name != "address"}
+    return json.dumps(content, ensure_ascii=False, indent=2).encode()
 
 
 def _upload(change: Change, path: Path, place: str) -> dict[str, Any]:

@@ -20,10 +20,11 @@ from ...export.report import export_run
 from ...registry.datasets import fetch_data, push_data
 from ...registry.follow import record_results, tracked
 from ...registry.objects import StoreError
-from ...registry.registered import Registration, record_weights, register, run_of_folder
+from ...registry.registered import Registration, register, set_alias
 from ...registry.release import push_run
 from ...registry.store import open_store
 from ...registry.tracking import open_tracking
+from ...registry.weights import record_weights, run_of_folder
 from ...sample.plan import plan_sample
 from ...training.run import train
 
@@ -138,15 +139,18 @@ def answers_later(
     trainings: int,  # later ones
     more: Sequence[str] = (),  # settings that win
 ) -> dict[str, Any]:  # equal, photos, trainings, registered
-    """Register a model, train and register others, move the branch, and ask the first one again."""
+    """Register a model, train others that become champions, move the branch, and ask the first one again."""
     store = open_store(url, writing=True)
     address = push_data(store, short_settings(folder, data, more), data)
     first = short_settings(folder, fetch_data(address, folder / "data"), more)
     (classifier, _) = train_and_register(first, folder / "run-0", url)
     before = answers(first, folder / "first", classifier.version)
+    newest = [classifier]
     for number in range(1, trainings + 1):
         later = first.model_copy(update={"seed": first.seed + number})
-        (newest, _) = train_and_register(later, folder / f"run-{number}", url)
+        newest = train_and_register(later, folder / f"run-{number}", url)
+    for one in newest:
+        set_alias(open_tracking(first), one.task, one.version, "champion")
     with store.objects.change("The branch moves", {}) as change:
         for name in (*TASKS, "data"):
             change.write(f"models/{name}/v1/version.json", b"overwritten")
@@ -155,7 +159,7 @@ def answers_later(
         "equal": equal_answers(before, after),
         "photos": len(before),
         "trainings": trainings,
-        "registered": newest.version if trainings else classifier.version,
+        "registered": newest[0].version,
         "moved": _is_refused(url),
     }
 
