@@ -532,8 +532,9 @@ def proxy(tmp_path: Path, redis_url: str) -> Iterator[tuple[str, list[Running], 
         yield f"http://127.0.0.1:{port}", servers, tmp_path / "place"
 
 
-def versions(servers: list[Running]) -> list[str]:
-    return [httpx.get(f"{server.url}/version", headers=KEY).json()["model"]["version"] for server in servers]
+def versions(servers: list[Running]) -> list[str | None]:
+    models = [httpx.get(f"{server.url}/version", headers=KEY).json()["model"] for server in servers]
+    return [model and model["version"] for model in models]
 
 
 def drugs_of(servers: list[Running]) -> list[list[str]]:

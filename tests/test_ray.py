@@ -278,13 +278,16 @@ def test_a_killed_worker_and_a_killed_node_lose_nothing(nodes, asked, answers, t
 
 def test_a_lost_head_is_one_sentence(nodes, asked, tmp_path):
     """The last test with a head."""
-    process = nodes.start(*predict(asked, tmp_path / "answers.parquet"))
+    many = [str(asked / "photos")] * 20
+    process = nodes.start(*predict(asked, tmp_path / "answers.parquet"), *many)
     nodes.wait_for_worker(0)
     [head] = [pid for pid in nodes.network.pids(0) if b"gcs_server" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     os.kill(head, signal.SIGKILL)
     started = time.monotonic()
     _, log = process.communicate(timeout=60)
-    assert process.returncode == 2 and "is lost: start it and" in log and "Traceback" not in log, log[-3000:]
+    assert process.returncode == 2 and "is lost: start it and this command again" in log and "Traceback" not in log, (
+        log[-3000:]
+    )
     assert time.monotonic() - started < 30
 
 
