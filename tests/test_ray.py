@@ -278,8 +278,9 @@ def test_a_killed_worker_and_a_killed_node_lose_nothing(nodes, asked, answers, t
 
 def test_a_lost_head_is_one_sentence(nodes, asked, tmp_path):
     """The last test with a head."""
-    many = [str(asked / "photos")] * 20
-    process = nodes.start(*predict(asked, tmp_path / "answers.parquet"), *many)
+    words = predict(asked, tmp_path / "answers.parquet")
+    words[2:2] = [str(asked / "photos")] * 20  # half a minute of work
+    process = nodes.start(*words)
     nodes.wait_for_worker(0)
     [head] = [pid for pid in nodes.network.pids(0) if b"gcs_server" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     os.kill(head, signal.SIGKILL)

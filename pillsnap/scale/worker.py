@@ -122,17 +122,9 @@ def make_app(
     return app
 
 # %% ../../nbs/scale/10_worker.ipynb #7c371f52
-def _sentence_alone(record: logging.LogRecord) -> bool:
-    """Leave out the traceback of a lost connection."""
-    if record.levelno <= logging.WARNING:
-        record.exc_info, record.exc_text = None, None
-    return True
-
-
 def _start(sender: Any = None, **options: Any) -> None:
     logging.basicConfig(format=FORMAT)
     LOGGER.setLevel(logging.INFO)
-    logging.getLogger("celery.worker.consumer.consumer").addFilter(_sentence_alone)
     try:
         app.runner.queue.store.open_jobs()
     except JobsError as error:

@@ -149,10 +149,11 @@ def answer_photos(
     parts = BatchParts(out, plan_of(photos, question))
     missing = parts.missing()
     blocks = [photos[block * BLOCK : (block + 1) * BLOCK] for block in missing]
+    mapper = mapper or map_on_cores
     shown = None if progress else True
     bar = tqdm(total=sum(map(len, blocks)), desc="photos", unit="photo", file=progress_stream(), disable=shown)
     with bar:
-        for position, rows in (mapper or map_on_cores)(partial(answer_block, question=question), blocks):
+        for position, rows in mapper(partial(answer_block, question=question), blocks):
             parts.write(missing[position], rows)
             bar.update(len(rows))
     parts.merge()

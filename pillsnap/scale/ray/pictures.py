@@ -125,9 +125,9 @@ def write_pictures(
     endings, names = _endings(model), dict(zip(photos, picture_names(photos)))
     _claim(out, model)
     missing = [photo for photo in photos if not all((out / f"{names[photo]}{end}.png").exists() for end in endings)]
-    errors = {}
+    mapper, errors = mapper or map_on_cores, {}
     with tqdm(total=len(missing), desc="colours", unit="photo", file=progress_stream(), disable=None) as bar:
-        for position, made in (mapper or map_on_cores)(partial(pictures_elsewhere, model=model), missing):
+        for position, made in mapper(partial(pictures_elsewhere, model=model), missing):
             photo = missing[position]
             if isinstance(made, str):
                 errors[photo] = made

@@ -111,7 +111,7 @@ class _Cluster:
             if self._missed < _MISSED:
                 return False
             raise ScaleError(
-                f"The head of Ray at {self._head} is lost: start it and then the command again, which goes on where it can."
+                f"The head of Ray at {self._head} is lost: start it and this command again, which goes on where it can."
             ) from error
         self._missed = 0
         return True
