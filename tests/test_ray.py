@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -111,9 +111,9 @@ def filled(nodes: Nodes, tiny_settings: Callable[..., Settings], tmp_path_factor
     settings = tiny_settings("data.cache=hotset")
     (base / "settings.yaml").write_text(settings_as_yaml(settings))
 
-    def fill(name: str, engine: str, *more: str, words: Sequence[str] = ("cache", "build")) -> dict[str, bytes]:
+    def fill(name: str, engine: str, *more: str) -> dict[str, bytes]:
         given = ["--cfg", str(base / "settings.yaml"), "--engine", engine]
-        nodes.run("pillsnap", *words, *given, f"paths.cache_root={base / name}", *more)
+        nodes.run("pillsnap", "cache", "build", *given, f"paths.cache_root={base / name}", *more)
         return files_of(base / name)
 
     return fill
@@ -135,9 +135,13 @@ def test_two_nodes_write_the_same_files(nodes, filled, local_files):
     assert filled("two", "ray") == local_files
 
 
-def test_two_nodes_scan_the_same(filled):
-    local, spread = (filled(f"scan {engine}", engine, words=["scan"]) for engine in ("local", "ray"))
-    assert local == spread and any(name.endswith("manifest.parquet") for name in local)
+def test_two_nodes_scan_the_same(nodes, tiny_data, tmp_path):
+    written = []
+    for engine in ("local", "ray"):
+        out = ["--out", str(tmp_path / engine / "manifest.parquet"), "--engine", engine]
+        nodes.run("pillsnap", "scan", "--data-root", str(tiny_data), "--cfg", CONFIG, *out)
+        written.append(files_of(tmp_path / engine))
+    assert written[0] == written[1] and "manifest.parquet" in written[0]
 
 
 def test_two_nodes_put_the_same_crops_into_lmdb(filled, tmp_path):
