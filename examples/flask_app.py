@@ -1,8 +1,8 @@
 """One photo in, its drugs out, with Flask: MODEL_PATH=runs/demo/train/export flask --app examples/flask_app.py run
 
 `curl -F image=@photo.jpg http://127.0.0.1:5000/predict`, or JSON: {"data": [[[r, g, b], ...], ...]}, the pixels of a
-photo. The answers are those of the service, from the same models. Keys, rate limit and queue are the service's: this
-app is for machines that nobody else can reach.
+photo. The answers are those of the service, from the same models and the same config.yaml. Keys, rate limit and queue
+are the service's: this app is for machines that nobody else can reach.
 """
 
 import io
@@ -16,13 +16,25 @@ from PIL import Image
 from werkzeug.exceptions import HTTPException
 
 from pillsnap.answer.gallery.recognise import open_identifier
+from pillsnap.answer.identify import Identifier
+from pillsnap.answer.imprint.setting import read_imprints
+from pillsnap.config.load import find_root, load_settings
 from pillsnap.errors import PillsnapError
 from pillsnap.service.client.client import predict_local
 from pillsnap.service.inference.model_manager import load
 
 app = Flask(__name__)
-app.config["MAX_CONTENT_LENGTH"] = 20_000_000  # bytes
-models = load(Path(os.environ["MODEL_PATH"]), open_identifier)
+settings = load_settings(find_root() / "config.yaml")
+app.config["MAX_CONTENT_LENGTH"] = int(settings.serve.max_image_mb * 1e6)  # bytes
+
+
+def opened(folder: Path) -> Identifier:
+    """The models of a folder, as the service opens them."""
+    threads = settings.serve.threads
+    return read_imprints(open_identifier(folder, threads, settings.serve.engine), settings.identify.imprint, threads)
+
+
+models = load(Path(os.environ["MODEL_PATH"]), opened)
 
 
 class NoPhoto(PillsnapError):
@@ -56,7 +68,7 @@ def predict() -> Any:
         photo = request.files["image"].read()
     else:
         raise NoPhoto('Send a photo in the form field "image", or its pixels as JSON in "data".')
-    answer = predict_local(models, photo, pipeline)
+    answer = predict_local(models, photo, pipeline, max_pixels=settings.data.max_pixels)
     return jsonify({"prediction": [pill["code"] for pill in answer["pills"]], **answer})
 
 

@@ -12,13 +12,21 @@ headers = {"X-API-Key": os.environ.get("API_KEY", "")}
 with httpx.Client(base_url=url, headers=headers, timeout=httpx.Timeout(60, write=None)) as client:
 
     def ask(method: str, address: str, **more: object) -> httpx.Response:
-        response = client.request(method, address, **more)
-        if response.is_error:
-            sys.exit(response.json()["detail"])
+        try:
+            response = client.request(method, address, **more)
+            if response.is_error:
+                sys.exit(response.json()["detail"])
+        except httpx.HTTPError as error:
+            sys.exit(f"{url} does not answer ({error}): see that the server runs, and that the address is right.")
+        except (ValueError, KeyError, TypeError):
+            sys.exit(f"What answers at {url} is no pillsnap ({response.status_code}): see that the address is right.")
         return response
 
     with open(path, "rb") as file:
-        job = ask("POST", "/jobs", content=file, headers={"Content-Type": "application/zip"}).json()
+        sent = ask("POST", "/jobs", content=file, headers={"Content-Type": "application/zip"})
+    if not sent.headers.get("content-type", "").startswith("application/json"):
+        sys.exit(f"What answers at {url} is no pillsnap ({sent.status_code}): see that the address is right.")
+    job = sent.json()
     while job["state"] in ("queued", "running"):
         print(f"{job['state']} {job['done']}/{job['total']}", *job["notes"], file=sys.stderr)
         time.sleep(1)

@@ -11,6 +11,7 @@ import sys
 import threading
 import zipfile
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,15 @@ def test_client_in_python(server: Running, photo: Path, photos: Path) -> None:
     assert status == 0 and out.splitlines()[0] == "one.jpg: K-000030" and out.splitlines()[1].startswith("two.jpg: ")
     status, _, error = run(sys.executable, "examples/send_job.py", str(photo), server.url)
     assert status == 1 and "no ZIP" in error and "Traceback" not in error
+
+
+def test_client_in_python_without_a_service(photos: Path) -> None:
+    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as other:  # which answers POST by a page of HTML
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        for port, reason in ((9, "does not answer"), (other.server_port, "is no pillsnap")):
+            status, _, error = run(sys.executable, "examples/send_job.py", str(photos), f"http://127.0.0.1:{port}")
+            assert status == 1 and reason in error and len(error.splitlines()) == 1
+        other.shutdown()
 
 
 def test_client_in_javascript(server: Running, photo: Path, photos: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,7 +19,6 @@ from pathlib import Path
 
 import httpx
 import numpy as np
-import psutil
 import pytest
 import redis
 from debian import program, redis_server, wait_for_port
@@ -28,6 +28,7 @@ from serving import ADMIN, Running, free_port, running
 from tiny_models import ANOTHER, CONFIG, KEY, check_error, client_for, photo_jpeg, post_photo, save_classifier
 
 from pillsnap.answer.gallery.gallery_file import read_gallery
+from pillsnap.bench.scale.jobs import kill
 from pillsnap.config.schema import Jobs, Settings
 from pillsnap.scale.jobs import running as worker_side
 from pillsnap.scale.jobs.running import Runner, run_next
@@ -107,8 +108,9 @@ def test_a_job_that_loses_every_worker_fails(open_one: Callable[..., JobQueue]) 
     queue = open_one(lease_seconds=1, attempts=1)
     job = queue.add("predict", "key", {})
     assert queue.claim() is not None
+    queue.folder_of(job.id).mkdir(parents=True)
     time.sleep(1.1)
-    assert queue.claim() is None and queue.waiting() == 0
+    assert queue.claim() is None and queue.waiting() == 0 and not queue.folder_of(job.id).exists()
     assert queue.store.read(job.id).state == "failed" and "1 workers were lost" in queue.store.read(job.id).problem
 
 
@@ -127,12 +129,16 @@ def test_limits_cancelling_and_removal(open_one: Callable[..., JobQueue]) -> Non
     assert queue.finish(taken, "cancelled") and len(queue.store.open_jobs()) == 1
     queue.folder_of(first.id).mkdir(parents=True)
     (abandoned := queue.folder_of("f" * 32)).mkdir()
-    os.utime(abandoned, (1, 1))
+    (foreign := queue.folder / "photos").mkdir()
+    for folder in (abandoned, foreign):
+        os.utime(folder, (1, 1))
     assert queue.expire() == [] and not abandoned.exists() and queue.folder_of(first.id).exists()
     time.sleep(0.05)
     assert set(replace(queue, limits=Jobs(hours=1e-6)).expire()) == {first.id, second.id}
     assert not queue.folder_of(first.id).exists() and queue.store.read(first.id) is None
-    assert [job.owner for job in queue.store.open_jobs()] == ["another"] and not queue.store.jobs_of("key")
+    assert foreign.exists(), "it is no folder of a job, whoever it belongs to"
+    [waited] = queue.store.jobs_of("another")
+    assert waited.state == "failed" and "No worker took it" in waited.problem and not queue.store.jobs_of("key")
 
 
 # ---- The routes and the kinds of jobs, with a worker in this process
@@ -192,16 +198,20 @@ def test_evaluation_gallery_and_style(tmp_path: Path) -> None:
     with service(models, tmp_path) as (client, runner):
         named = {"K-000007 Red capsule/front.jpg": white, "K-000030/1.jpg": white, "New tablet/1.jpg": white}
         jobs = [
-            send(client, named, "?kind=evaluate"),
+            send(client, named, "?kind=evaluate&pipeline=combo&top_k=1"),  # which it does not mind
             send(
                 client, {"K-000030/front.jpg": white, "New tablet/a.jpg": photo_jpeg(0.6)}, "?kind=gallery&whole=true"
             ),
-            send(client, {"look.png": look.getvalue()}, "?kind=style&epochs=1"),
+            send(client, {"look.png": look.getvalue()}, "?kind=style&epochs=1&lr=0.001&n_basis=2"),
         ]
+        many = {f"{number}.png": look.getvalue() for number in range(201)}
+        refused = client.post("/jobs?kind=style", headers={**KEY, **ZIP}, content=zipped(many))
+        check_error(refused, 422, "201 photos: send 200 at most")
         while run_next(runner):
             pass
         evaluated, gallery, style = (show(client, job) for job in jobs)
         assert evaluated["result"]["compared"] == 2 and evaluated["result"]["top1"] == 0.5
+        assert evaluated["result"]["top5"] == 1
         whole = client.get(evaluated["result_url"], headers=KEY).json()
         assert set(whole["drugs"]) == {"K-000007", "K-000030"} and sum(whole["other_drugs"].values()) == 1
         file = tmp_path / "gallery.npz"
@@ -415,27 +425,29 @@ def until(condition: Callable[[], object], seconds: float, log: Path) -> None:
         time.sleep(0.1)
 
 
+def settings_of_workers(folder: Path, models: Path, url: str, **limits: float) -> None:
+    section = "".join(f"  {name}: {value}\n" for name, value in {"url": url, "folder": "jobs", **limits}.items())
+    (folder / "config.yaml").write_text(f"jobs:\n{section}", encoding="utf-8")
+    (folder / ".env").write_text(f"MODEL_PATH={models}\n", encoding="utf-8")
+
+
 def test_a_killed_worker_loses_nothing(models: Path, tmp_path: Path, url: str) -> None:
-    """The process that has the job is killed, then the whole worker; the next one finishes the job, once."""
-    settings = f"jobs:\n  url: {url}\n  folder: jobs\n  lease_seconds: 3\n"
-    (tmp_path / "config.yaml").write_text(settings, encoding="utf-8")
-    (tmp_path / ".env").write_text(f"MODEL_PATH={models}\n", encoding="utf-8")
+    """A worker is killed with all its processes; the next one has the job within half a minute, and ends it once."""
+    settings_of_workers(tmp_path, models, url)
     photos = {f"{number:04}.jpg": photo_jpeg(0.9) for number in range(400)}
-    with service(models, tmp_path, f"jobs.url={url}", "jobs.lease_seconds=3") as (client, runner):
+    with service(models, tmp_path, f"jobs.url={url}") as (client, runner):
         first, job = worker(tmp_path), send(client, photos)
         folder = runner.queue.folder_of(job["id"])
         log = tmp_path / "worker.log"
         until(lambda: list(folder.glob("part-*")), 60, log)
-        parent = psutil.Process(first.pid)
-        children = parent.children(recursive=True)
-        for process in (*children, parent):
-            process.send_signal(signal.SIGKILL)
-        first.wait()
+        kill(first)
         killed = time.monotonic()
         second = worker(tmp_path)
+        until(lambda: show(client, job)["attempts"] == 2, 30, log)
+        assert time.monotonic() - killed < 30
         until(lambda: show(client, job)["state"] == "done", 60, log)
         done = show(client, job)
-        assert done["attempts"] == 2 and done["started"] and time.monotonic() - killed < 60
+        assert done["attempts"] == 2 and done["started"]
         answers = client.get(done["result_url"], headers=KEY).text.splitlines()
         assert [json.loads(line)["photo"] for line in answers] == [*photos]
         small = time.monotonic()
@@ -445,6 +457,43 @@ def test_a_killed_worker_loses_nothing(models: Path, tmp_path: Path, url: str) -
         assert time.monotonic() - small < 5
         second.send_signal(signal.SIGTERM)
         assert second.wait(30) == 0
+
+
+def test_killed_workers_lose_and_repeat_nothing(models: Path, tmp_path: Path, redis_url: str) -> None:
+    redis.Redis.from_url(redis_url).flushall()
+    settings_of_workers(tmp_path, models, redis_url, lease_seconds=2)
+    log = tmp_path / "worker.log"
+    with service(models, tmp_path, f"jobs.url={redis_url}", "jobs.queued=60") as (client, runner):
+        jobs = [send(client, {"a.jpg": photo_jpeg()}) for _ in range(60)]
+        for left in (40, 20, 0):
+            process = worker(tmp_path)
+            until(lambda most=left: len(runner.queue.store.open_jobs()) <= most, 60, log)
+            kill(process)
+        found = [show(client, job) for job in jobs]
+        assert {job["state"] for job in found} == {"done"}
+        for job in found:
+            assert len(client.get(job["result_url"], headers=KEY).text.splitlines()) == 1
+            assert len(list(runner.queue.folder_of(job["id"]).glob("result-*"))) == 1
+    ends = re.findall(r"job ([0-9a-f]{32}): done", log.read_text(encoding="utf-8"))
+    assert len(ends) == len(set(ends)) > 50
+
+
+def test_a_worker_waits_for_a_redis_that_stops(models: Path, tmp_path: Path) -> None:
+    url, log = f"redis://127.0.0.1:{(port := free_port())}/0", tmp_path / "worker.log"
+    settings_of_workers(tmp_path, models, url)
+    with redis_server(tmp_path / "redis", port) as server, service(models, tmp_path, f"jobs.url={url}") as (client, _):
+        process, job = worker(tmp_path), send(client, {"a.jpg": photo_jpeg()})
+        until(lambda: show(client, job)["state"] == "done", 60, log)
+        server.terminate()
+        server.wait()
+        until(lambda: "can't look for jobs now" in log.read_text(encoding="utf-8"), 20, log)
+        with redis_server(tmp_path / "redis", port):
+            job = send(client, {"a.jpg": photo_jpeg()})
+            until(lambda: show(client, job)["state"] == "done", 30, log)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(30) == 0
+    text = log.read_text(encoding="utf-8")
+    assert "Connection to broker lost" in text and "Traceback" not in text
 
 
 def test_a_worker_without_its_store_ends_with_a_sentence(tmp_path: Path) -> None:
@@ -483,8 +532,9 @@ def proxy(tmp_path: Path, redis_url: str) -> Iterator[tuple[str, list[Running], 
         yield f"http://127.0.0.1:{port}", servers, tmp_path / "place"
 
 
-def versions(servers: list[Running]) -> list[str]:
-    return [httpx.get(f"{server.url}/version", headers=KEY).json()["model"]["version"] for server in servers]
+def versions(servers: list[Running]) -> list[str | None]:
+    models = [httpx.get(f"{server.url}/version", headers=KEY).json()["model"] for server in servers]
+    return [model and model["version"] for model in models]
 
 
 def drugs_of(servers: list[Running]) -> list[list[str]]:
@@ -492,8 +542,27 @@ def drugs_of(servers: list[Running]) -> list[list[str]]:
     return [[drug["name"] for drug in drugs] for drugs in found]
 
 
-def test_two_services_behind_nginx_are_one(proxy: tuple[str, list[Running], Path]) -> None:
+def test_two_processes_of_a_service_are_one(tmp_path: Path, redis_url: str) -> None:
+    """`uvicorn --workers 2`."""
+    for name in ("first", "second"):
+        (tmp_path / "place" / name).mkdir(parents=True)
+        save_classifier(tmp_path / "place" / name, embeddings=name == "first")
+    redis.Redis.from_url(redis_url).flushall()
+    lines, limits = f"  model_root: {tmp_path / 'place'}\njobs:\n  url: {redis_url}\n", "  requests_per_minute: 6\n"
+    first, admin = tmp_path / "place" / "first", {"X-Admin-Key": ADMIN}
+    with running(first, tmp_path / "service", lines, "--workers", "2", limits=limits) as server:
+        photo = {"image": photo_jpeg()}
+        statuses = [httpx.post(f"{server.url}/predict", headers=KEY, files=photo).status_code for _ in range(8)]
+        assert statuses == [200] * 6 + [429] * 2, "the limit is of both together"
+        reloaded = httpx.post(f"{server.url}/reload", headers=admin, json={"folder": "second"}, timeout=30)
+        assert reloaded.status_code == 200, reloaded.text
+        new = reloaded.json()["model"]["version"]
+        until(lambda: set(versions([server] * 12)) == {new}, 20, server.log)
+
+
+def test_two_services_behind_nginx_are_one(proxy: tuple[str, list[Running], Path], redis_url: str) -> None:
     url, servers, place = proxy
+    of_worker = Models(place / "first", Settings(), redis_url, place)
     log, photo = servers[1].log, photo_jpeg()
     with httpx.Client(base_url=url, headers=KEY, timeout=30) as client:
         job = client.post("/jobs?kind=style", headers=ZIP, content=zipped({"a.jpg": photo})).json()
@@ -502,6 +571,7 @@ def test_two_services_behind_nginx_are_one(proxy: tuple[str, list[Running], Path
         statuses = [client.post("/predict", files={"image": photo}).status_code for _ in range(10)]
         assert statuses == [200] * 8 + [429] * 2, "the limit is of both together"
         before = versions(servers)
+        assert of_worker.get().model["version"] == before[0] and of_worker.gallery == "none"
         enrolled = client.post(
             "/gallery",
             headers={"X-Admin-Key": ADMIN},
@@ -510,6 +580,7 @@ def test_two_services_behind_nginx_are_one(proxy: tuple[str, list[Running], Path
         )
         assert enrolled.status_code == 200, enrolled.text
         until(lambda: drugs_of(servers) == [["New tablet"]] * 2, 20, log)
+        assert of_worker.get().model["version"] == before[0] and len(of_worker.gallery) == 12
         (second := place / "second").mkdir()
         save_classifier(second)
         reloaded = client.post("/reload", headers={"X-Admin-Key": ADMIN}, json={"folder": "second"})
@@ -517,6 +588,7 @@ def test_two_services_behind_nginx_are_one(proxy: tuple[str, list[Running], Path
         new = reloaded.json()["model"]["version"]
         until(lambda: versions(servers) == [new] * 2, 20, log)
         assert before[0] == before[1] != new and drugs_of(servers) == [[], []]
+        assert of_worker.get().model["version"] == new, "a worker follows with its next job"
         served = [httpx.get(f"{server.url}/metrics", headers=KEY).text for server in servers]
         assert sum('route="/predict",status="200"' in text for text in served) == 2, "both have answered"
         assert sum('pillsnap_jobs{state="queued"} 1.0' in text for text in served) == 2, "both have one queue"

@@ -56,9 +56,7 @@ def close(left: list[float], right: list[float]) -> bool:
     return np.allclose(left[:10], right[:10], rtol=1e-4) and np.allclose(left, right, rtol=2e-2)
 
 
-def test_two_machines_train_as_one_and_do_not_wait_for_a_lost_one(
-    network: Network, tiny_settings: Callable[..., Settings], tmp_path: Path
-):
+def test_two_machines_train_as_one(network: Network, tiny_settings: Callable[..., Settings], tmp_path: Path):
     settings = tiny_settings(*SHORT)
     (tmp_path / "settings.yaml").write_text(settings_as_yaml(settings))
     alone = losses(train(settings, tmp_path / "alone"))
@@ -67,17 +65,26 @@ def test_two_machines_train_as_one_and_do_not_wait_for_a_lost_one(
     assert [process.returncode for process in both] == [0, 0], "\n".join(said)[-4000:]
     assert close(losses(tmp_path / "both"), alone)
 
+
+@pytest.mark.parametrize("lost", ["killed", "cut off"])  # the network stays cut
+def test_a_lost_machine_ends_the_other_which_goes_on_alone(
+    network: Network, tiny_settings: Callable[..., Settings], tmp_path: Path, lost: str
+):
+    (tmp_path / "settings.yaml").write_text(settings_as_yaml(tiny_settings(*SHORT)))
     long = ("train.classifier.epochs=400", "train.save_minutes=0.002")
     both = [torchrun(network, number, tmp_path / "settings.yaml", tmp_path / "cut", *long) for number in (0, 1)]
     end = time.monotonic() + 120
     while not (tmp_path / "cut" / "last.pt").is_file() and time.monotonic() < end:
         time.sleep(0.2)
     assert (tmp_path / "cut" / "last.pt").is_file()
-    network.cut()
+    if lost == "killed":
+        network.kill(1)
+    else:
+        network.cut()
     started = time.monotonic()
     said = [process.communicate(timeout=120)[0] for process in both]
     assert time.monotonic() - started < 60 and 0 not in [process.returncode for process in both]
-    assert any("no sign of life of process" in text for text in said), "\n".join(said)[-4000:]
+    assert lost == "killed" or any("no sign of life of process" in text for text in said), "\n".join(said)[-4000:]
     begun = len(losses(tmp_path / "cut"))
     rest = tiny_settings(*SHORT, "train.resume=last", "train.classifier.epochs=400", "train.save_minutes=0.002")
     (tmp_path / "rest.yaml").write_text(settings_as_yaml(rest))

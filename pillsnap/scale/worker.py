@@ -45,7 +45,9 @@ def open_runner(
     place = root or Path.cwd()
     environment = load_environment(place, settings.serve)
     queue = open_queue(settings.jobs, environment.jobs_url, place)
-    return Runner(queue, settings, Models(environment.model_path, settings))
+    serve, store = settings.serve, settings.store.url
+    models = serve.model_root or (None if "://" in store else place / store / "models")
+    return Runner(queue, settings, Models(serve.model_path or environment.model_path, settings, queue.url, models))
 
 # %% ../../nbs/scale/10_worker.ipynb #ca6c7f0d
 _MANY = 1.0  # seconds after which a task hands over to the next one, so that a worker can be stopped in between

@@ -18,11 +18,11 @@ import numpy as np
 
 from ..classes import Drug
 from .references import Gallery, GalleryError, Reference
-from ...atomic import replacing
+from ...atomic import replacing, sha256
 from ...runlog import decide
 
 # %% auto #0
-__all__ = ['GALLERY_FILE', 'gallery_hash', 'write_gallery', 'read_gallery', 'locked_gallery', 'settle_gallery']
+__all__ = ['GALLERY_FILE', 'gallery_hash', 'write_gallery', 'read_gallery', 'gallery_stamp', 'locked_gallery', 'settle_gallery']
 
 # %% ../../../nbs/answer/gallery/01_gallery_file.ipynb #6451f427
 GALLERY_FILE = "gallery.npz"  # beside classifier.onnx
@@ -94,6 +94,14 @@ def read_gallery(
     if gallery_hash(gallery) != stored:
         raise GalleryError(f"The gallery {path} was changed after it was written: take a copy of it.")
     return gallery
+
+# %% ../../../nbs/answer/gallery/01_gallery_file.ipynb #3c8209b1
+def gallery_stamp(
+    folder: Path,  # with the models
+) -> str:  # 12 hexadecimal digits; "" = there is none
+    """First digits of the SHA-256 of the gallery beside models."""
+    path = Path(folder) / GALLERY_FILE
+    return sha256(path)[:12] if path.is_file() else ""
 
 # %% ../../../nbs/answer/gallery/01_gallery_file.ipynb #80ca7e52
 @contextmanager

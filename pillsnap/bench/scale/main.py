@@ -31,7 +31,7 @@ from ..tables import markdown, scale_rows
 from ...runlog import decide, setup_logging
 from ...sample.write import write_sample
 
-PACKAGES = ("ray", "onnxruntime-gpu", "polars")
+PACKAGES = ("ray", "celery", "redis", "onnxruntime-gpu", "polars")
 
 # %% auto #0
 __all__ = ['PACKAGES', 'parse', 'measured_here', 'measured_there', 'one_node', 'two_nodes', 'label_scans', 'job_goals',
@@ -111,7 +111,7 @@ def two_nodes(
                 rate = measured_there(nodes, "answers", **given, **asked)["rate"]
                 found.setdefault(f"answers_{count}", []).append(rate)
             for _ in range(options.rounds):
-                seconds = measured_there(nodes, "labels", **given, root=labels, out=folder)["seconds"]
+                seconds = measured_there(nodes, "labels", **given, root=labels, out=folder, warm=True)["seconds"]
                 found.setdefault(f"scan_{count}", []).append(seconds)
     finally:
         nodes.close()

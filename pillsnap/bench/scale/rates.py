@@ -88,11 +88,12 @@ def measure_labels(
     workers: int,  # processes of this machine
     root: Path,  # of `synthetic_labels`
     out: Path,  # folder of the manifest
+    warm: bool = False,  # Ray's processes have read one shard before
 ) -> dict[str, float]:  # seconds, memory_mb
-    """Scan labels that were not scanned before, with workers that have read one shard."""
+    """Scan labels that were not scanned before."""
     first = READERS[choose_layout("auto", root)].list_shards(root)[: 2 * workers]
     with _mapper(engine, workers) as mapper:
-        if engine == "ray":
+        if warm:
             list(mapper(read_shard, [(shard, "") for shard in first]))
         with tempfile.TemporaryDirectory(dir=out) as folder, PeakMemory() as memory:
             began = time.perf_counter()

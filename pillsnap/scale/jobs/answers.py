@@ -80,11 +80,12 @@ def write_parts(
     settings, parts = work.settings, []
     max_bytes, max_pixels = int(settings.serve.max_image_mb * 1e6), settings.data.max_pixels
     threads = settings.serve.workers or os.cpu_count() or 1
+    made_by = f"{loaded.model['version']}-{work.models.gallery}"
     with opened(work.archive) as archive:
         photos = list(photos_in(archive, settings.jobs.photos, max_bytes).items())
         for first in range(0, len(photos), PART):
             work.progress(first, len(photos))
-            parts.append(work.folder / f"part-{loaded.model['version']}-{first:08d}.jsonl")
+            parts.append(work.folder / f"part-{made_by}-{first:08d}.jsonl")
             if not parts[-1].exists():
                 contents = {name: _read(archive, info) for name, info in photos[first : first + PART]}
                 answers = answers_of(loaded, work.job.parameters, max_pixels, contents, threads)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -18,19 +19,24 @@ from .work import Work
 from ...service.jobs.archives import ArchiveError
 
 # %% auto #0
-__all__ = ['drug_of', 'accuracy', 'evaluate']
+__all__ = ['codes_by_name', 'drug_of', 'accuracy', 'evaluate']
 
 # %% ../../../nbs/scale/jobs/03_evaluation.ipynb #385bbb72
+def codes_by_name(
+    class_map: ClassMap,
+) -> dict[str, str]:  # code or name -> code
+    """What a folder of a drug may be called."""
+    return {drug.name: drug.code for drug in class_map} | {code: code for code in class_map.codes}
+
+
 def drug_of(
     photo: str,  # its name in the ZIP
-    class_map: ClassMap,
+    known: Mapping[str, str],  # from `codes_by_name`
 ) -> str | None:  # its code; None = no drug of the model
     """The drug that the folder of a photo names: by its code, its name, or both."""
     folder = PurePosixPath(photo).parent.name.strip()
-    by_name = {drug.name: drug.code for drug in class_map}
     first = folder.split()[0] if folder else ""
-    known = set(class_map.codes)
-    return next((code for code in (folder, first, by_name.get(folder, "")) if code in known), None)
+    return known.get(folder) or (first if known.get(first) == first else None)
 
 
 def accuracy(
@@ -38,13 +44,14 @@ def accuracy(
     class_map: ClassMap,
 ) -> dict[str, Any]:  # photos, problems, top1, top5, identified, wrong, drugs, confused, others
     """Compare answers with the folders of their photos."""
+    known = codes_by_name(class_map)
     counts: Counter[str] = Counter()
     confused: Counter[tuple[str, str]] = Counter()
     drugs: dict[str, Counter[str]] = defaultdict(Counter)
     others: Counter[str] = Counter()
     for answer in answers:
         counts["photos"] += 1
-        code = drug_of(answer["photo"], class_map)
+        code = drug_of(answer["photo"], known)
         if answer["problem"] is not None:
             counts["problems"] += 1
             continue
@@ -77,8 +84,9 @@ def evaluate(
     work: Work,
 ) -> dict[str, Any]:  # file, model and the figures of `accuracy` without those of each drug
     """Evaluate the models on the photos of a ZIP; raises `ArchiveError` when no folder is a drug."""
-    loaded = work.models.get()
-    parts = write_parts(work, loaded)
+    loaded, asked = work.models.get(), work.job.parameters
+    wanted = asked | {"pipeline": "single", "top_k": max(5, asked["top_k"])}  # one pill, whose first five are counted
+    parts = write_parts(replace(work, job=replace(work.job, parameters=wanted)), loaded)
     found = accuracy((one for part in parts for one in read_answers(part)), loaded.identifier.rules.class_map)
     if not found["compared"] and not found["other_drugs"]:
         raise ArchiveError("No photo of the ZIP could be answered: see that they are photos.")

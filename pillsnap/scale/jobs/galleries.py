@@ -17,12 +17,13 @@ from ...answer.gallery.gallery_file import write_gallery
 from ...answer.gallery.recognise import network_of
 from ...answer.gallery.references import Gallery, GalleryError, check_drug
 from ...runtime.images import ImageError
-from .evaluation import drug_of
+from .evaluation import codes_by_name, drug_of
 from .work import Work
 from ...service.jobs.archives import ArchiveError, opened, photos_in, read_entry
+from ...service.jobs.job import DRUG_PHOTOS
 
 # %% auto #0
-__all__ = ['drugs_in', 'build_gallery']
+__all__ = ['drugs_in', 'read_drug', 'build_gallery']
 
 # %% ../../../nbs/scale/jobs/04_galleries.ipynb #e9b2dc71
 def drugs_in(
@@ -36,12 +37,25 @@ def drugs_in(
         if not folder:
             raise ArchiveError(f"{name} in the ZIP is in no folder: put the photos of each drug into one.")
         folders[folder][name] = info
-    known = {drug.code: drug for drug in class_map}
+    known, names = {drug.code: drug for drug in class_map}, codes_by_name(class_map)
     found = {}
     for folder, members in sorted(folders.items()):
-        code = drug_of(next(iter(members)), class_map)
+        code = drug_of(next(iter(members)), names)
         found[folder] = (known[code] if code else check_drug(folder, code_of(folder)), members)
     return found
+
+
+def read_drug(
+    archive: zipfile.ZipFile,  # from `opened`
+    folder: str,  # of the drug
+    members: Mapping[str, zipfile.ZipInfo],  # its photos
+) -> list[NamedPhoto]:
+    """Read the photos of a drug; raises `GalleryError` for too many, `ArchiveError` for a damaged one."""
+    if len(members) > DRUG_PHOTOS:
+        raise GalleryError(
+            f"{folder} has {len(members)} photos: a drug is enrolled with {DRUG_PHOTOS} at most, front and back."
+        )
+    return [NamedPhoto(PurePosixPath(name).name, read_entry(archive, info)) for name, info in members.items()]
 
 
 def build_gallery(
@@ -57,8 +71,7 @@ def build_gallery(
             work.progress(done, len(photos))
             done += len(members)
             try:
-                read = {name.rpartition("/")[2]: read_entry(archive, info) for name, info in members.items()}
-                files, whole = [NamedPhoto(*item) for item in read.items()], work.job.parameters["whole"]
+                files, whole = read_drug(archive, folder, members), work.job.parameters["whole"]
                 gallery = enrolled(gallery, loaded.identifier, drug, files, whole, True, settings.data.max_pixels)
             except (GalleryError, ImageError, ArchiveError) as error:
                 problems[folder] = str(error)

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import errno
 import logging
+import shutil
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ...config.schema import Settings
@@ -18,7 +21,7 @@ from .evaluation import evaluate
 from .galleries import build_gallery
 from .lease import Lease
 from .style import learn_style
-from .work import Kind, Models, Work
+from .work import Kind, Models, Work, result_name
 from ...service.jobs.job import Job, StoreDown
 from ...service.jobs.queue import JobCancelled, JobQueue, LeaseLost
 
@@ -59,15 +62,22 @@ def _finish(runner: Runner, job: Job, state: str, result: dict[str, Any] | None 
                 return False
             time.sleep(min(1.0, runner.patience / 10))
     LOGGER.info("job %s: %s", job.id, f"{state} {problem}".strip() if counts else "another worker has it")
+    if not counts:
+        _remove(runner.queue.folder_of(job.id).glob(f"{result_name(job)}*"))
     return counts
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in list(paths):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _tidy(runner: Runner, job: Job, keep: str = "") -> None:
     """Remove all files of a job but its result."""
-    folder = runner.queue.folder_of(job.id)
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if path.is_file() and path.name != keep:
-            path.unlink(missing_ok=True)
+    _remove(path for path in runner.queue.folder_of(job.id).glob("*") if path.name != keep)
 
 
 def _problem(error: Exception) -> str:
@@ -94,6 +104,7 @@ def run_next(
             result = KINDS[job.kind](work)
     except LeaseLost as error:
         LOGGER.warning("%s", error)
+        _remove(runner.queue.folder_of(job.id).glob(f"{result_name(job)}*"))
         return True
     except JobCancelled:
         state, result, problem = "cancelled", None, ""

@@ -12,14 +12,12 @@ from typing import Any
 from ...atomic import replacing
 from .work import Work
 from ...service.jobs.archives import opened, photos_in, read_entry
+from ...service.jobs.job import STYLE_PHOTOS
 
 # %% auto #0
-__all__ = ['MAX_REFERENCES', 'learn_style']
+__all__ = ['learn_style']
 
 # %% ../../../nbs/scale/jobs/05_style.ipynb #d2b12dcb
-MAX_REFERENCES = 200  # photos that a look is learned from; their small copies are in memory
-
-
 def learn_style(
     work: Work,
 ) -> dict[str, Any]:  # file, model_type, references, distance_before, distance_after
@@ -30,11 +28,11 @@ def learn_style(
     with tempfile.TemporaryDirectory(dir=work.folder) as folder:
         files = []
         with opened(work.archive) as archive:
-            photos = photos_in(archive, MAX_REFERENCES, int(work.settings.serve.max_image_mb * 1e6))
+            photos = photos_in(archive, STYLE_PHOTOS, int(work.settings.serve.max_image_mb * 1e6))
             for number, (name, info) in enumerate(photos.items()):
                 files.append(Path(folder) / f"{number}{PurePosixPath(name).suffix.lower()}")
                 files[-1].write_bytes(read_entry(archive, info))
         with replacing(path) as temporary:
-            config = {"epochs": wanted["epochs"]}
+            config = {name: wanted[name] for name in ("epochs", "lr", "n_basis")}
             found = run_style_learning(files, temporary, wanted["model_type"], config, work.progress)
     return {name: value for name, value in found.items() if name != "output_path"} | {"file": path.name}

@@ -5,29 +5,39 @@
 # %% ../../../nbs/scale/jobs/01_work.ipynb #732f785f
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...answer.gallery.recognise import open_identifier
+from ...answer.gallery.gallery_file import gallery_hash
+from ...answer.gallery.recognise import GalleryIdentifier, open_identifier
 from ...answer.identify import Identifier
 from ...answer.imprint.setting import read_imprints
 from ...config.schema import Settings
 from ...runtime.session import ModelMissing
-from ...service.inference.model_manager import LoadedModels, load
+from ...service.errors import ApiError
+from ...service.inference.model_manager import LoadedModels, folder_inside, load
+from ...service.inference.shared_models import shared_folder
 from ...service.jobs.job import Job
 
 # %% auto #0
-__all__ = ['Kind', 'Models', 'Work']
+__all__ = ['LOGGER', 'Kind', 'Models', 'result_name', 'Work']
 
 # %% ../../../nbs/scale/jobs/01_work.ipynb #1e5486f4
+LOGGER = logging.getLogger("pillsnap")
+
+
 @dataclass
 class Models:
     """The models of a worker, opened like those of the service."""
 
     folder: Path | None  # with classifier.onnx and perhaps detector.onnx; None = not set
     settings: Settings  # serve and identify are read
+    url: str = ""  # redis://… that the services share; "" = a `/reload` is not seen
+    root: Path | None = None  # that reloaded folders lie in
+    gallery: str = "none"  # 12 digits of the hash of the gallery that is open
     _loaded: LoadedModels | None = None
     _stamp: tuple[tuple[str, int, int], ...] = field(default=())
 
@@ -35,17 +45,39 @@ class Models:
         identifier = open_identifier(folder, self.settings.serve.threads, self.settings.serve.engine)
         return read_imprints(identifier, self.settings.identify.imprint, self.settings.serve.threads)
 
+    def _follow(self) -> None:
+        """Go to the folder of the last `/reload`."""
+        try:
+            name = shared_folder(self.url)
+            self.folder = folder_inside(self.root, name) if name else self.folder
+        except ApiError as error:
+            LOGGER.error("the worker could not follow a reload of the service: %s", error.detail)
+        except Exception as error:  # of redis and the system
+            LOGGER.warning("reloads of the service are not seen: %s", error)
+
     def get(self) -> LoadedModels:
         """The models; raises `ModelError`."""
+        if self.url:
+            self._follow()
         if self.folder is None:
             raise ModelMissing("The worker has no models: set MODEL_PATH in its .env to the folder of the service's.")
         files = sorted([*self.folder.glob("*.onnx"), *self.folder.glob("*.npz")])
-        stamp = tuple((path.name, (facts := path.stat()).st_mtime_ns, facts.st_size) for path in files)
+        stamp = tuple((str(path), (facts := path.stat()).st_mtime_ns, facts.st_size) for path in files)
         if self._loaded is None or stamp != self._stamp:
             self._loaded, self._stamp = load(self.folder, self._open), stamp
+            identifier = self._loaded.identifier
+            searched = identifier.search.gallery if isinstance(identifier, GalleryIdentifier) else None
+            self.gallery = gallery_hash(searched)[:12] if searched else "none"
         return self._loaded
 
 # %% ../../../nbs/scale/jobs/01_work.ipynb #e3da8698
+def result_name(
+    job: Job,
+) -> str:
+    """What the files of a result begin with: named by the lease, so that two workers never write the same one."""
+    return f"result-{job.lease[:12]}"
+
+
 @dataclass(frozen=True)
 class Work:
     """A job with what it needs."""
@@ -65,8 +97,8 @@ class Work:
         self,
         suffix: str,  # with its dot
     ) -> Path:
-        """The file of the result, named by the lease: two workers never write the same one."""
-        return self.folder / f"result-{self.job.lease[:12]}{suffix}"
+        """The file of the result."""
+        return self.folder / f"{result_name(self.job)}{suffix}"
 
 
 Kind = Callable[[Work], dict[str, Any]]  # makes the result: file, the name of a file in the folder, and a summary

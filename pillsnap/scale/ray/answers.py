@@ -11,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ...answer.gallery.gallery_file import gallery_stamp
 from ...answer.gallery.recognise import open_identifier
 from ...answer.identify import Identifier, IdentifyError
 from ...answer.imprint.setting import read_imprints
@@ -32,6 +33,7 @@ class Question(NamedTuple):
 
     folder: Path  # of the models, which every node has
     version: str  # of `version_of`
+    gallery: str  # of `gallery_stamp`
     engine: str  # name in ENGINES
     imprint: str  # identify.imprint
     pipeline: str = "single"  # "single" = one pill, "combo" = several
@@ -49,25 +51,26 @@ def question_of(
     """A question to the models of a folder; raises `ModelError`."""
     folder = Path(folder).absolute()
     engine = choose_engine(folder, settings.serve.engine).choice
-    return Question(
-        folder, version_of(folder), engine, settings.identify.imprint, max_pixels=settings.data.max_pixels, **request
-    )
+    models = (folder, version_of(folder), gallery_stamp(folder), engine, settings.identify.imprint)
+    return Question(*models, max_pixels=settings.data.max_pixels, **request)
 
 
 @lru_cache(maxsize=1)
 def open_models(
     folder: Path,
     version: str,  # that the caller has
+    gallery: str,  # that the caller has; "" = none
     engine: str,
     imprint: str,
 ) -> LoadedModels:  # of this process
-    """Open the models of a worker; raises `ScaleError` where its node has others."""
-    found = version_of(folder)
-    if found != version:
-        raise ScaleError(
-            f"A node has other models in {folder} ({found}) than the machine of the command ({version}): copy them to "
-            "every node, or name a folder that all of them see."
-        )
+    """Open the models of a worker; raises `ScaleError` where its node has others, or another gallery."""
+    mine = (("models", version_of(folder), version), ("gallery", gallery_stamp(folder), gallery))
+    for what, found, asked in mine:
+        if found != asked:
+            raise ScaleError(
+                f"A node has other {what} in {folder} ({found or 'none'}) than the machine of the command "
+                f"({asked or 'none'}): copy the folder to every node, or name one that all of them see."
+            )
 
     def opened(path: Path) -> Identifier:
         return read_imprints(open_identifier(path, 1, engine), imprint, 1)
@@ -110,5 +113,5 @@ def answer_block(
     question: Question,
 ) -> list[dict[str, Any]]:  # a row for each photo
     """Answer a few photos."""
-    models = open_models(question.folder, question.version, question.engine, question.imprint)
+    models = open_models(question.folder, question.version, question.gallery, question.engine, question.imprint)
     return [answer_photo(models, photo, question) for photo in photos]

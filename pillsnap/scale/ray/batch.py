@@ -10,7 +10,6 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -22,10 +21,11 @@ import polars as pl
 from tqdm import tqdm
 
 from ...atomic import read_json_cache, replacing, write_json
-from ...data.reading.mapping import Mapper, map_in_processes
+from ...data.reading.mapping import Mapper
 from ...data.reading.photo_files import photo_stamp
 from ...progress import progress_stream
 from .answers import Question, answer_block
+from .engine import map_on_cores
 from .errors import ScaleError
 from .spread import package_version
 
@@ -81,13 +81,25 @@ class BatchParts:
         out: Path,  # the Parquet file to make
         plan: dict[str, Any],  # of `plan_of`
     ) -> None:
-        """Open the folder beside the file; blocks of another plan are removed."""
+        """Open the folder beside the file; blocks of another plan are removed, and what is no plan's is refused."""
         self.out, self.folder = out, out.with_name(f"{out.stem}.parts")
         self.blocks = -(-plan["photos"] // BLOCK)
         with _writing(out):
-            if read_json_cache(self.folder / "plan.json") != plan:
-                shutil.rmtree(self.folder, ignore_errors=True)
-                write_json(self.folder / "plan.json", plan)
+            note, there = self.folder / "plan.json", self.folder.exists() and any(self.folder.iterdir())
+            if there and not note.is_file():
+                raise ScaleError(
+                    f"{self.folder} is there and was not made by this command, which needs a folder of this name: "
+                    "rename it, or choose another name for --out."
+                )
+            if read_json_cache(note) != plan:
+                self._clear()
+                write_json(note, plan)
+
+    def _clear(self) -> None:
+        """Remove the blocks, then the plan: without it the folder would be somebody's."""
+        for path in self.folder.glob("[0-9]*.parquet"):
+            path.unlink()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def path(self, block: int) -> Path:
         """File of a block."""
@@ -110,7 +122,7 @@ class BatchParts:
                 paths = [self.path(block) for block in range(self.blocks)]
                 rows = pl.scan_parquet(paths, schema=ANSWER_SCHEMA) if paths else pl.LazyFrame(schema=ANSWER_SCHEMA)
                 rows.sink_parquet(temporary, row_group_size=100_000)
-            shutil.rmtree(self.folder)
+            self._clear()
 
 # %% ../../../nbs/scale/ray/06_batch.ipynb #6eb535c9
 @dataclass(frozen=True)
@@ -137,19 +149,13 @@ def answer_photos(
     parts = BatchParts(out, plan_of(photos, question))
     missing = parts.missing()
     blocks = [photos[block * BLOCK : (block + 1) * BLOCK] for block in missing]
-    mapper = mapper or partial(map_in_processes, workers=len(os.sched_getaffinity(0)))
+    mapper = mapper or map_on_cores
     shown = None if progress else True
     bar = tqdm(total=sum(map(len, blocks)), desc="photos", unit="photo", file=progress_stream(), disable=shown)
-    try:
-        with bar:
-            for position, rows in mapper(partial(answer_block, question=question), blocks):
-                parts.write(missing[position], rows)
-                bar.update(len(rows))
-    except BrokenProcessPool as error:
-        raise ScaleError(
-            "A process that answers photos ended by itself, perhaps because memory ran out: run the command again, "
-            "which goes on."
-        ) from error
+    with bar:
+        for position, rows in mapper(partial(answer_block, question=question), blocks):
+            parts.write(missing[position], rows)
+            bar.update(len(rows))
     parts.merge()
     errors = pl.scan_parquet(out).select(pl.col("error").is_not_null().sum()).collect().item()
     seconds, now = time.perf_counter() - started, sum(map(len, blocks))

@@ -5,10 +5,12 @@
 # %% ../../../nbs/scale/ray/03_engine.ipynb #12c5e7b5
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 
-from ...data.reading.mapping import Mapper
+from ...data.reading.mapping import Item, Mapper, Result, map_in_processes
 from .cluster import connected, ray_package
 from .errors import ScaleError
 from .spread import map_with_ray
@@ -16,7 +18,7 @@ from .spread import map_with_ray
 SPREADERS = ("local", "ray")  # values of --engine
 
 # %% auto #0
-__all__ = ['SPREADERS', 'open_engine']
+__all__ = ['SPREADERS', 'open_engine', 'map_on_cores']
 
 # %% ../../../nbs/scale/ray/03_engine.ipynb #3ad8a887
 @contextmanager
@@ -34,3 +36,16 @@ def open_engine(
         raise ScaleError("--engine ray needs the package ray: pip install 'pillsnap[ray]'.") from error
     with connected(workers):
         yield map_with_ray
+
+# %% ../../../nbs/scale/ray/03_engine.ipynb #e7f1bc61
+def map_on_cores(
+    function: Callable[[Item], Result],  # of a module, or a `partial` of one
+    items: Iterable[Item],  # taken when their turn comes
+) -> Iterator[tuple[int, Result]]:  # position and result, in the order of completion
+    """Call a function in a process for each core; raises `ScaleError` when one ends by itself."""
+    try:
+        yield from map_in_processes(function, items, len(os.sched_getaffinity(0)))
+    except BrokenProcessPool as error:
+        raise ScaleError(
+            "A process of this machine ended by itself, perhaps because memory ran out: run the command again."
+        ) from error

@@ -16,10 +16,11 @@ from tqdm import tqdm
 
 from ...answer.quality.judge import Judge, load_judge
 from ...atomic import sha256
-from ...data.reading.mapping import Mapper, map_here, map_in_processes
+from ...data.reading.mapping import Mapper, map_here
 from ...progress import progress_stream
 from ...quality.examples import Source
 from ...quality.grade import Grade, grade_of, grades_table
+from .engine import map_on_cores
 from .errors import ScaleError
 
 # %% auto #0
@@ -64,8 +65,7 @@ def grade_photos(
     load_judge(path)  # what is wrong with it is said before anything is started
     blocks = [sources[start : start + _BLOCK] for start in range(0, len(sources), _BLOCK)]
     if mapper is None:
-        workers = min(len(os.sched_getaffinity(0)), len(blocks) // 4)
-        mapper = partial(map_in_processes, workers=workers) if workers > 1 else map_here
+        mapper = map_on_cores if len(blocks) >= 8 and len(os.sched_getaffinity(0)) > 1 else map_here
     model = QualityModel(Path(path).absolute(), sha256(path))
     found: dict[int, list[Grade | None]] = {}
     with tqdm(total=len(sources), desc="grades", unit="photo", file=progress_stream(), disable=None) as bar:

@@ -58,7 +58,10 @@ def list_photos(
     paths: Iterable[Path],  # photos, folders, ZIP archives and manifests
     max_bytes: float,  # of a photo in an archive
 ) -> list[str]:  # references
-    """List photos in the order of the paths; raises `ScaleError`, `ClientError` or `ZipError`."""
+    """List photos in the order of the paths; raises `ScaleError`, `ClientError` or `ZipError`.
+
+    What is called like a photo and is none is among them: its row says so.
+    """
     found: list[str] = []
     for path in paths:
         if path.suffix.lower() == ".zip":
@@ -66,5 +69,6 @@ def list_photos(
         elif path.suffix.lower() == ".parquet":
             found += photos_of_manifest(path)
         else:
-            found += [str(photo.absolute()) for photo in find_photos([path])[0]]
+            photos, skipped, _ = find_photos([path])
+            found += [str(photo.absolute()) for photo in sorted([*photos, *(photo for photo, _ in skipped)])]
     return found

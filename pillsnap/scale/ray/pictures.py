@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import torch
@@ -22,10 +22,11 @@ from ...atomic import read_json_cache, sha256, write_bytes, write_json
 from ...color.apply import pictures_of
 from ...color.networks.files import load_model, trained_as
 from ...color.networks.nilut import Nilut, style_weights
-from ...data.reading.mapping import Mapper, map_in_processes
+from ...data.reading.mapping import Mapper
 from ...data.reading.photo_files import decode_photo
 from ...progress import progress_stream
 from ...runtime.images import ImageError
+from .engine import map_on_cores
 from .errors import ScaleError
 
 # %% auto #0
@@ -35,13 +36,15 @@ __all__ = ['picture_names', 'ColorModel', 'pictures_elsewhere', 'PicturesReport'
 def picture_names(
     photos: Sequence[str],  # references of `list_photos`
 ) -> list[Path]:  # relative, without an ending
-    """Names of new pictures; raises `ScaleError` where two photos would have the same one."""
-    files, members = zip(*(photo.partition("::")[::2] for photo in photos))
-    base = os.path.commonpath([os.path.dirname(file) for file in files])
-    names = []
+    """Names of new pictures; raises `ScaleError` where two photos would have the same one, or one leads elsewhere."""
+    files = [os.path.abspath(photo.partition("::")[0]) for photo in photos]
+    members = [PurePosixPath(photo.partition("::")[2].partition("::")[2]) for photo in photos]
+    base, names = os.path.commonpath([os.path.dirname(file) for file in files]) if files else "", []
     for file, member in zip(files, members):
+        if member.is_absolute() or ".." in member.parts:
+            raise ScaleError(f"{file} has a member {str(member)!r}, whose path leaves the archive: pack it again.")
         path = Path(os.path.relpath(file, base)).with_suffix("")
-        names.append(path / Path(member.partition("::")[2]).with_suffix("") if member else path)
+        names.append(path / member.with_suffix("") if member.name else path)
     twice = [str(name) for name, count in Counter(names).items() if count > 1]
     if twice:
         raise ScaleError(f"Two photos would become the same picture {twice[0]}.png: give them in two commands.")
@@ -122,8 +125,7 @@ def write_pictures(
     endings, names = _endings(model), dict(zip(photos, picture_names(photos)))
     _claim(out, model)
     missing = [photo for photo in photos if not all((out / f"{names[photo]}{end}.png").exists() for end in endings)]
-    mapper = mapper or partial(map_in_processes, workers=len(os.sched_getaffinity(0)))
-    errors = {}
+    mapper, errors = mapper or map_on_cores, {}
     with tqdm(total=len(missing), desc="colours", unit="photo", file=progress_stream(), disable=None) as bar:
         for position, made in mapper(partial(pictures_elsewhere, model=model), missing):
             photo = missing[position]

@@ -18,7 +18,7 @@ import pillsnap
 from ...config.plugins import LOADED
 from ...errors import PillsnapError
 from ...runlog import decide
-from .cluster import ray_package
+from .cluster import check_port, ray_package
 from .errors import ScaleError
 
 Item = TypeVar("Item")
@@ -80,6 +80,7 @@ def _answer_of() -> Callable[..., tuple[str, Any]]:
 _AHEAD = 2  # tasks on their way for each core
 _TRIES = 6  # of a task whose process ends
 _LOOK = 2.0  # seconds between two looks at the cluster
+_MISSED = 3  # looks in a row without an answer of the head, after which it is lost
 
 
 class Task(NamedTuple):
@@ -99,10 +100,25 @@ class _Cluster:
         self.running: dict[Any, Task] = {}  # reference -> task
         self._remote = ray.remote(num_cpus=1, max_retries=0)(_answer_of())
         self._function, self._looked, self._cores = ray.put(ray.cloudpickle.dumps(function)), 0.0, 1
+        self._head, self._missed = ray.get_runtime_context().gcs_address, 0
+
+    def _answers(self) -> bool:
+        """Whether the head answers; raises `ScaleError` when it is lost."""
+        try:
+            check_port(self._head)
+        except ScaleError as error:
+            self._missed += 1
+            if self._missed < _MISSED:
+                return False
+            raise ScaleError(
+                f"The head of Ray at {self._head} is lost: start it and this command again, which goes on where it can."
+            ) from error
+        self._missed = 0
+        return True
 
     def room(self) -> bool:
         """Whether another task may be submitted; raises `ScaleError` where no node can be used."""
-        if time.monotonic() - self._looked > _LOOK:
+        if time.monotonic() - self._looked > _LOOK and self._answers():
             usable = [node for node in self._ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
             if usable and all(node["NodeID"] in self.full for node in usable):
                 raise ScaleError(

@@ -25,6 +25,7 @@ from .predict import FILE_SCHEMA, form_schema, load_models
 from ..errors import ApiError
 from ..guard.uploads import UploadLimits, read_form
 from ..inference.model_manager import LoadedModels
+from ..jobs.job import DRUG_PHOTOS
 
 # %% auto #0
 __all__ = ['gallery_router', 'EnrolledDrug', 'GalleryResponse', 'gallery_response', 'enroll_photos', 'show_gallery', 'enroll']
@@ -63,7 +64,6 @@ def gallery_response(
     return {"drugs": drugs, "references": len(gallery.references), "hash": gallery_hash(gallery)}
 
 
-_MAX_PHOTOS = 16
 _YES = {"true": True, "1": True, "false": False, "0": False, "": False}
 
 
@@ -118,7 +118,7 @@ async def show_gallery(
     return gallery_response(search.gallery if search else Gallery("", {}, ()))
 
 
-_FORM = form_schema("images", {"type": "array", "items": FILE_SCHEMA, "minItems": 1, "maxItems": _MAX_PHOTOS})
+_FORM = form_schema("images", {"type": "array", "items": FILE_SCHEMA, "minItems": 1, "maxItems": DRUG_PHOTOS})
 _SCHEMA = _FORM["requestBody"]["content"]["multipart/form-data"]["schema"]
 _SCHEMA["required"].append("name")
 _SCHEMA["properties"] |= {
@@ -147,7 +147,7 @@ async def enroll(
     async with service.work_queue.admit():
         await load_models(service)
         limits = UploadLimits(
-            _MAX_PHOTOS, service.max_bytes, service.max_batch_bytes, service.upload_idle_seconds, service.upload_seconds
+            DRUG_PHOTOS, service.max_bytes, service.max_batch_bytes, service.upload_idle_seconds, service.upload_seconds
         )
         form = await read_form(request, "images", limits, ("name", "code", "whole", "same"))
         photos = [NamedPhoto(name, data) for name, data in zip(form.names, form.photos, strict=True)]

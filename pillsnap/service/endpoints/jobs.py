@@ -24,7 +24,7 @@ from .predict import load_models
 from ..errors import ApiError
 from ..guard.uploads import count_bytes
 from ..jobs.archives import ArchiveError, check_archive
-from ..jobs.job import KINDS, OPEN, STATES, Job, JobsError, StoreDown, TooManyJobs
+from ..jobs.job import KINDS, OPEN, STATES, STYLE_PHOTOS, Job, JobsError, StoreDown, TooManyJobs
 from ..jobs.queue import JobQueue
 from ..jobs.wake import wake_workers
 
@@ -46,6 +46,8 @@ class JobParameters(BaseModel):
     whole: bool = Field(False, description="of gallery: each photo shows nothing but the pill")
     model_type: Literal["adaptive_3dlut", "nilut"] = Field("adaptive_3dlut", description="of style")
     epochs: int = Field(200, ge=1, le=1000, description="of style")
+    lr: float = Field(1e-4, gt=0, le=0.1, description="of style: highest learning rate")
+    n_basis: int = Field(3, ge=1, le=32, description="of style: learned grids of an adaptive_3dlut")
 
 
 class JobResponse(BaseModel):
@@ -151,7 +153,8 @@ def own_job(
 
 # %% ../../../nbs/service/endpoints/10_jobs.ipynb #83d90a01
 def _room(queue: JobQueue, owner: str, folder: Path) -> None:
-    """Make the folder of a job; raises `TooManyJobs` before anything is sent for nothing."""
+    """Make the folder of a job, and room for it; raises `TooManyJobs` before anything is sent for nothing."""
+    queue.expire()
     open_jobs = sum(job.state in OPEN for job in queue.store.jobs_of(owner))
     if open_jobs >= queue.limits.queued:
         raise TooManyJobs(f"A key may have {queue.limits.queued} open jobs: wait for one to end, or cancel one.")
@@ -237,8 +240,8 @@ async def send_job(
         async with _removed_on_error(folder):
             path = folder / "photos.zip"
             await _receive(request, service, path)
-            limits = (queue.limits.photos, service.max_bytes)
-            photos = await run_in_threadpool(check_archive, path, *limits)
+            most = STYLE_PHOTOS if wanted.kind == "style" else queue.limits.photos
+            photos = await run_in_threadpool(check_archive, path, min(most, queue.limits.photos), service.max_bytes)
             parameters = wanted.model_dump(exclude={"kind"}) | {"photos": photos}
             job = await run_in_threadpool(queue.add, wanted.kind, owner, parameters, job_id)
         await run_in_threadpool(wake_workers, queue.url)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
+from uuid import uuid4
 
 from ...runtime.session import ModelError
 from ..errors import ApiError
@@ -21,7 +22,28 @@ LOGGER = logging.getLogger("pillsnap")
 _EVERY = 1.0  # seconds between two looks
 
 # %% auto #0
-__all__ = ['LOGGER', 'SharedModels']
+__all__ = ['LOGGER', 'told', 'shared_folder', 'SharedModels']
+
+# %% ../../../nbs/service/inference/03_shared_models.ipynb #2af0663a
+_RECORD = f"{PREFIX}models"
+
+
+def told(
+    record: bytes | str | None,  # as it is in Redis
+) -> tuple[str, str | None]:  # token, "" = nothing was told yet; folder below the root, None = each process has its own
+    """Read what the processes tell each other."""
+    if not record:
+        return "", None
+    found = json.loads(record)
+    return found["token"], found["folder"]
+
+
+def shared_folder(
+    url: str,  # redis://… that all processes share
+) -> str | None:  # below the root; None = none was told
+    """The folder of the last `/reload`; raises what the client raises when Redis is down."""
+    with connect(url, seconds=2) as client:
+        return told(client.get(_RECORD))[1]
 
 # %% ../../../nbs/service/inference/03_shared_models.ipynb #090c2afd
 class SharedModels:
@@ -35,7 +57,7 @@ class SharedModels:
     ) -> None:
         self._url, self._manager, self._root = url, manager, root
         self._client: Any = connect(url, seconds=2)
-        self._seen, self._failed, self._down = 0, "", False
+        self._seen, self._failed, self._down = "", "", False
         self._over = Event()
         self._thread = Thread(target=self._follow, name="shared models", daemon=True)
 
@@ -44,23 +66,29 @@ class SharedModels:
         folder: str | None,  # below the root; None = each process opens its own folder again
     ) -> bool:  # whether the others can know
         """Tell the other processes that models or their gallery are new; what goes wrong is logged."""
+        token, before = uuid4().hex, self._seen
+
+        def apply(pipe: Any) -> None:
+            place = folder or told(pipe.get(_RECORD))[1]
+            pipe.multi()
+            pipe.set(_RECORD, json.dumps({"token": token, "folder": place}))
+
         try:
-            number = int(self._client.incr(f"{PREFIX}models:number"))
-            self._seen = number
-            self._client.set(f"{PREFIX}models", json.dumps({"number": number, "folder": folder}))
+            self._seen = token
+            self._client.transaction(apply, _RECORD)
         except Exception as error:  # of redis and the system
+            self._seen = before
             LOGGER.error("the other processes were not told of new models through %s: %s", shown(self._url), error)
             return False
         return True
 
     def look(self) -> None:
         """Follow once; raises what the client raises when Redis is down."""
-        record = self._client.get(f"{PREFIX}models")
-        told: dict[str, Any] = json.loads(record) if record else {"number": 0}
-        if told["number"] <= self._seen:
+        token, name = told(self._client.get(_RECORD))
+        if token in ("", self._seen):
             return
         try:
-            folder = folder_inside(self._root, told["folder"]) if told["folder"] else None
+            folder = folder_inside(self._root, name) if name else None
             self._manager.reload(folder)
         except (ModelError, ApiError) as error:
             reason = str(getattr(error, "detail", error))
@@ -68,7 +96,7 @@ class SharedModels:
                 LOGGER.error("this process could not follow a reload of another one: %s", reason)
             self._failed = reason
             return
-        self._seen, self._failed = told["number"], ""
+        self._seen, self._failed = token, ""
 
     def _follow(self) -> None:
         while not self._over.wait(_EVERY):

@@ -13,8 +13,8 @@ from typing import Any, Protocol
 from ...errors import PillsnapError
 
 # %% auto #0
-__all__ = ['KINDS', 'OPEN', 'STATES', 'Change', 'JobsError', 'StoreDown', 'TooManyJobs', 'Job', 'JobStore', 'is_free', 'taken',
-           'renewed', 'ended', 'cancelled']
+__all__ = ['KINDS', 'DRUG_PHOTOS', 'STYLE_PHOTOS', 'OPEN', 'STATES', 'Change', 'JobsError', 'StoreDown', 'TooManyJobs', 'Job',
+           'JobStore', 'is_free', 'taken', 'expired', 'renewed', 'ended', 'cancelled']
 
 # %% ../../../nbs/service/jobs/00_job.ipynb #118c08ef
 KINDS = {
@@ -23,6 +23,8 @@ KINDS = {
     "gallery": "a gallery of a ZIP with a folder for each drug, named like the drug",
     "style": "a colour model with the look of the photos of a ZIP",
 }
+DRUG_PHOTOS = 16  # of a drug that is enrolled
+STYLE_PHOTOS = 200  # that a look is learned from; their small copies are in memory
 OPEN = ("queued", "running")
 STATES = (*OPEN, "done", "failed", "cancelled")
 
@@ -138,6 +140,18 @@ def taken(
         lease=token,
         lease_until=now + seconds,
     )
+
+
+def expired(
+    job: Job,
+    now: float,  # of the store's clock
+    seconds: float,  # that it may wait
+) -> Job | None:  # failed; None = it is another worker's, or has not waited so long
+    """Give up a job that no worker took."""
+    if not is_free(job, now) or max(job.created, job.lease_until) > now - seconds:
+        return None
+    reason = f"No worker took it within {seconds / 3600:g} hours: see that one runs, and send it again."
+    return replace(job, state="failed", finished=now, problem=reason)
 
 
 def renewed(

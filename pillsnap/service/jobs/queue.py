@@ -5,6 +5,7 @@
 # %% ../../../nbs/service/jobs/03_queue.ipynb #4ffea596
 from __future__ import annotations
 
+import re
 import shutil
 import time
 from collections import Counter
@@ -15,7 +16,7 @@ from typing import Any
 from uuid import uuid4
 
 from ...config.schema import Jobs, SettingsError
-from .job import OPEN, Job, JobsError, JobStore, cancelled, ended, is_free, renewed, taken
+from .job import OPEN, Job, JobsError, JobStore, cancelled, ended, expired, is_free, renewed, taken
 from .redis_store import RedisStore, shown
 from .sqlite_store import SqliteStore
 
@@ -23,6 +24,9 @@ from .sqlite_store import SqliteStore
 __all__ = ['LeaseLost', 'JobCancelled', 'JobQueue', 'open_queue']
 
 # %% ../../../nbs/service/jobs/03_queue.ipynb #88a798b7
+_ID = re.compile("[0-9a-f]{32}")  # names the folder of a job; what is called otherwise is somebody else's
+
+
 class LeaseLost(JobsError):
     """Another worker has the job now."""
 
@@ -74,6 +78,8 @@ class JobQueue:
                 mine = self.store.change(job.id, change)
                 if mine is not None and mine.state == "running":
                     return mine
+                if mine is not None:  # it was cancelled, or has lost too many workers
+                    shutil.rmtree(self.folder_of(job.id), ignore_errors=True)
         return None
 
     def counts(self) -> dict[str, int]:  # state -> jobs
@@ -122,12 +128,16 @@ class JobQueue:
         self.store.change(job_id, partial(cancelled, now=self.store.now()))
 
     def expire(self) -> list[str]:  # ids
-        """Remove ended jobs after their time, and files that belong to no job."""
-        seconds = self.limits.hours * 3600
-        removed = list(self.store.remove_finished(self.store.now() - seconds))
-        for job_id in removed:
+        """Remove ended jobs after their time, files that belong to no job, and those of jobs that nobody took."""
+        seconds, now = self.limits.hours * 3600, self.store.now()
+        removed = list(self.store.remove_finished(now - seconds))
+        waited = [job.id for job in self.store.open_jobs() if expired(job, now, seconds)]
+        ended_now = [
+            job_id for job_id in waited if self.store.change(job_id, partial(expired, now=now, seconds=seconds))
+        ]
+        for job_id in removed + ended_now:
             shutil.rmtree(self.folder_of(job_id), ignore_errors=True)
-        for folder in self.folder.glob("*/"):
+        for folder in filter(lambda path: _ID.fullmatch(path.name), self.folder.glob("*/")):
             try:
                 old = folder.stat().st_mtime < time.time() - seconds
             except FileNotFoundError:
