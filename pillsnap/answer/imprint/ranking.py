@@ -141,7 +141,7 @@ class ImprintRanking:
             number = self._numbers.get(drug.code)
             if number is not None and (self._imprints.recorded[number] or drug.code not in by_code):
                 return float(labels[number])
-            return by_code.get(drug.code, _UNRECORDED ** _trust(reading))
+            return by_code.get(drug.code, float(_UNRECORDED ** _trust(reading)))
 
         return fit
 
