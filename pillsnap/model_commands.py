@@ -5,6 +5,7 @@
 # %% ../nbs/23_model_commands.ipynb #5d0a71c4
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 from argparse import Namespace
@@ -335,7 +336,7 @@ def _scale(arguments: Namespace) -> Scale | None:
 
 def _expected(words: str | None) -> str | None:
     """A list of drugs, or the content of the file of an order."""
-    if words is None or "," in words or not Path(words).is_file():
+    if words is None or "," in words or not os.path.isfile(words):  # a list may be longer than a name
         return words
     from pillsnap.answer.search.tables import decode_text, read_bytes
 

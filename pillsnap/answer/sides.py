@@ -31,8 +31,7 @@ def fuse_pills(
     if not seen:
         return replace(pills[0], candidates=pills[0].candidates[:top_k])
     drugs = {candidate.drug.code: candidate.drug for pill in seen for candidate in pill.candidates}
-    none = Candidate(seen[0].drug, 0.0)  # a drug that was not trained is a candidate of the sides that look like it
-    found = [dict.fromkeys(drugs, none) | {each.drug.code: each for each in pill.candidates} for pill in seen]
+    found = [dict.fromkeys(drugs, _silent(pill)) | {each.drug.code: each for each in pill.candidates} for pill in seen]
     logarithms = np.array([sum(np.log(max(one[code].confidence, _LEAST)) for one in found) for code in drugs])
     shares = np.exp(logarithms - logarithms.max())
     shares /= shares.sum()
@@ -46,6 +45,11 @@ def fuse_pills(
     matches = sorted((match for pill in seen for match in pill.matches), key=lambda match: -match.similarity)
     fused = replace(seen[0], box=pills[0].box, candidates=candidates, matches=_best(matches))
     return replace(fused, verdict=verdict, reason=reason, alike=alike)
+
+
+def _silent(pill: Pill) -> Candidate:
+    """What a side says of an enrolled drug that is none of its candidates: nothing, there may be no photo of it."""
+    return Candidate(pill.drug, max(each.confidence for each in pill.candidates))
 
 
 def _verdict(pills: Sequence[Pill], code: str) -> tuple[str, str]:

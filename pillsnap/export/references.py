@@ -38,15 +38,17 @@ def write_trained(
 # %% ../../nbs/export/06_references.ipynb #409b43da
 def keep_enrolled(
     target: Path,  # folder of the new export, perhaps with a gallery
-    before: Path,  # folder of the export that it replaces
+    before: Path,  # folder of the export that it will replace
     network: str,  # weights_sha256 of the new classifier
 ) -> None:
-    """Bring the gallery of an earlier export along; raises `GalleryError` for a damaged one."""
-    if not (before / GALLERY_FILE).is_file():
+    """Bring the galleries of an earlier export along; raises `GalleryError` for a damaged one."""
+    kept = sorted(before.glob("gallery*.npz"))  # also those of other networks
+    if not kept:
         return
     made, new = target / GALLERY_FILE, target / f"new-{GALLERY_FILE}"
     if made.is_file():
         made.rename(new)
-    shutil.copyfile(before / GALLERY_FILE, made)
+    for path in kept:
+        shutil.copyfile(path, target / path.name)
     settle_gallery(target, network, new if new.is_file() else None)
     new.unlink(missing_ok=True)

@@ -348,6 +348,8 @@ def _release(report: dict[str, Any], work: Path, target: Path) -> dict[str, Any]
         for file in FORMATS[name].files(task)
     ]
     aside, before = target.with_name("export-aside"), target.with_name("export-before")
+    if before.exists() and not target.exists():
+        before.rename(target)  # an earlier export was killed between the two renames below
     for folder in (aside, before):
         shutil.rmtree(folder, ignore_errors=True)
     if rejected:
@@ -357,9 +359,9 @@ def _release(report: dict[str, Any], work: Path, target: Path) -> dict[str, Any]
         if (work / file).exists():
             (work / file).rename(aside / file)
     if target.exists():
+        keep_enrolled(work, target, report["weights_sha256"].get("classifier", ""))
         target.rename(before)
     work.rename(target)
-    keep_enrolled(target, before, report["weights_sha256"].get("classifier", ""))
     shutil.rmtree(before, ignore_errors=True)
     if rejected:
         aside.rename(work)

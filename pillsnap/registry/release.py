@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..answer.gallery.gallery_file import GALLERY_FILE, settle_gallery
+from ..answer.gallery.gallery_file import GALLERY_FILE, read_gallery, settle_gallery
 from ..answer.gallery.recognise import open_identifier
 from ..answer.outlines import SEGMENTER_FILE
 from ..answer.quality.judge import QUALITY_FILE, find_judge
@@ -145,6 +145,8 @@ def pull_models(
             (Path(trial) / name).symlink_to(path.resolve())
         metadata = getattr(open_identifier(Path(trial)).classify, "metadata", {})
         find_judge(Path(trial))
+    if (served := Path(folder) / GALLERY_FILE).is_file():
+        read_gallery(served)  # a damaged one is said before anything changes
     with ExitStack() as stack:  # all are written before the first takes its place
         for name, path in pulled.items():
             shutil.copyfile(path, stack.enter_context(replacing(Path(folder) / name)))

@@ -128,15 +128,35 @@ def settle_gallery(
 ) -> None:
     """Make the gallery of a folder fit its new models; raises `GalleryError` for a damaged one."""
     path = Path(folder) / GALLERY_FILE
-    before = read_gallery(path) if path.exists() else None
-    if before is not None and before.network != network:
-        aside = path.with_name(f"gallery-{before.network[:12]}.npz")
-        path.rename(aside)
-        why = f"it was made with another network: its {len(before.drugs)} drugs have to be enrolled again"
-        decide("gallery", f"set aside as {aside.name}", why, fallback=True)
-        before = None
-    if more is not None:
-        coming = read_gallery(more)
-        names = {} if before is None else before.drugs  # a drug keeps the name that it was enrolled with
-        drugs = [names.get(code, drug) for code, drug in coming.drugs.items()]
-        write_gallery(coming if before is None else before.added(drugs, coming.references, same=True), path)
+    with locked_gallery(folder):
+        before = read_gallery(path) if path.exists() else None
+        aside = _aside(folder, network)
+        coming = [read_gallery(file) for file in (aside, more) if file is not None and file.exists()]
+        if before is not None and before.network != network:
+            _set_aside(before, folder)
+            path.unlink()
+            before = None
+        for gallery in coming:
+            before = gallery if before is None else _together(before, gallery)
+        if before is not None and coming:
+            write_gallery(before, path)
+        aside.unlink(missing_ok=True)
+
+
+def _aside(folder: Path, network: str) -> Path:
+    """Where the gallery of a network is while the models are of another one."""
+    return Path(folder) / f"gallery-{network[:12]}.npz"
+
+
+def _together(first: Gallery, later: Gallery) -> Gallery:
+    """Both galleries; a drug keeps the name that it has in the first."""
+    drugs = [first.drugs.get(code, drug) for code, drug in later.drugs.items()]
+    return first.added(drugs, later.references, same=True)
+
+
+def _set_aside(gallery: Gallery, folder: Path) -> None:
+    """Keep a gallery until models of its network come back."""
+    aside = _aside(folder, gallery.network)
+    write_gallery(_together(gallery, read_gallery(aside)) if aside.exists() else gallery, aside)
+    why = f"it was made with another network: its {len(gallery.drugs)} drugs have to be enrolled again"
+    decide("gallery", f"set aside as {aside.name}", why, fallback=True)

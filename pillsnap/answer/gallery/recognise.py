@@ -82,8 +82,10 @@ def named(
     if verdicts.verdict_of_similarity(best.similarity) == UNKNOWN or any(drug.code in trained for drug in best.drugs):
         return pill
     confidence = float(np.clip(best.similarity, 0, 1))
-    enrolled = [Candidate(drug, confidence, picture=best.picture) for drug in best.drugs]
-    return replace(pill, candidates=[*enrolled, *pill.candidates])
+    share = confidence / len(best.drugs)
+    enrolled = [Candidate(drug, share, picture=best.picture) for drug in best.drugs]
+    trained_ones = [replace(each, confidence=each.confidence * (1 - confidence)) for each in pill.candidates]
+    return replace(pill, candidates=[*enrolled, *trained_ones])
 
 
 def judged(

@@ -121,10 +121,18 @@ def open_reader(
             "Imprints are not read, because rapidocr is not installed: `pip install 'pillsnap[imprint]'` adds it."
         ) from error
     folder = Path(rapidocr.__file__).parent / "models"
-    detector, recogniser = (_session(folder / name, threads) for name in (_DETECTOR, _RECOGNISER))
-    boxes_of = DBPostProcess(thresh=0.3, box_thresh=0.5, max_candidates=50, unclip_ratio=1.6, use_dilation=True)
-    signs = ["", *recogniser.get_modelmeta().custom_metadata_map["character"].splitlines()]
-    columns = [0, *(signs.index(letter) for letter in LETTERS)]
+    try:
+        detector, recogniser = (_session(folder / name, threads) for name in (_DETECTOR, _RECOGNISER))
+        boxes_of = DBPostProcess(thresh=0.3, box_thresh=0.5, max_candidates=50, unclip_ratio=1.6, use_dilation=True)
+        signs = ["", *recogniser.get_modelmeta().custom_metadata_map["character"].splitlines()]
+        columns = [0, *(signs.index(letter) for letter in LETTERS)]
+    except ImprintUnavailable:
+        raise
+    except Exception as error:  # of ONNX Runtime, or of another version of rapidocr
+        raise ImprintUnavailable(
+            f"Imprints are not read, because the networks of rapidocr can't be used ({type(error).__name__}): "
+            "`pip install --force-reinstall 'pillsnap[imprint]'` with constraints.txt adds those that can."
+        ) from error
 
     def find_lines(crop: np.ndarray) -> list[np.ndarray]:
         boxes, scores = boxes_of(_run(detector, _scaled(crop)[None]), (len(crop), len(crop)))

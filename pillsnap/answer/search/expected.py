@@ -42,12 +42,10 @@ def read_expected(
     unknown, repeated = [], []
     for item in filter(None, (item.strip() for item in items)):
         found = _found(item, names)
-        if found is None:
-            unknown.append(item[:40])
-            continue
-        code, count = found
-        repeated += [code] if code in counts else []
-        counts[code] = max(counts[code], count)
+        unknown += [] if found else [item[:40]]
+        for code, count in found.items():
+            repeated += [code] if code in counts else []
+            counts[code] = max(counts[code], count)
     return Expected(dict(counts), tuple(unknown), tuple(_notes(counts, unknown, repeated)))
 
 
@@ -58,14 +56,15 @@ def _names(class_map: ClassMap) -> dict[str, str]:
     return names | {drug.code.upper(): drug.code for drug in class_map}
 
 
-def _found(item: str, names: dict[str, str]) -> tuple[str, int] | None:  # code and pills
-    """The drug of one item: the whole of it, or the first of its fields that is one."""
+def _found(item: str, names: dict[str, str]) -> dict[str, int]:  # code -> pills; none where nothing is a drug
+    """The drugs of one item: the whole of it, or all of its fields that are one; a drug with two codes is one."""
+    found: dict[str, int] = {}
     for part in (item, *re.split(r"[,;\t|]", item)):
         name, _, number = part.strip().strip('"').partition("*")
         name = re.sub(r"^K-?(\d{1,6})$", lambda match: f"K-{int(match[1]):06d}", name.strip().upper())
         if name in names and re.fullmatch(r"|[1-9]\d?", number.strip()):
-            return names[name], int(number or 1)
-    return None
+            found.setdefault(names[name], int(number or 1))
+    return found
 
 
 def _notes(counts: Counter[str], unknown: list[str], repeated: list[str]) -> list[str]:

@@ -87,7 +87,7 @@ def read_mfds(
 ) -> None:
     """Read one row of the Korean register."""
     fields = {
-        field: next((row[name].strip() for name in names if row.get(name)), "")
+        field: next((str(row[name]).strip() for name in names if row.get(name)), "")
         for field, names in (MFDS_COLUMNS | _MFDS_MORE).items()
     }
     (front, front_scores), (back, back_scores) = read_imprint(fields["front"]), read_imprint(fields["back"])
@@ -215,6 +215,8 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise SearchError(f"{path} breaks off or is no JSON ({error}): download it again.") from error
+    if isinstance(content, dict) and isinstance(content.get("body"), dict):
+        content = content["body"]  # as the register's interface answers
     items = content.get("items") if isinstance(content, dict) else content
     if not isinstance(items, list) or not all(isinstance(row, dict) for row in items):
         raise SearchError(f"{path} has no list of drugs: name the register's file.")

@@ -93,7 +93,10 @@ def _delimiter(text: str) -> str:
 
 # %% ../../../nbs/answer/search/02_tables.ipynb #5d886745
 _MAIN = "{http://schemas.openxmlformats.org/spreadsheetml/2006/main}"
-_DAMAGED = (zipfile.BadZipFile, zlib.error, ElementTree.ParseError, KeyError, ValueError, IndexError, EOFError)
+_DAMAGED = (
+    *(zipfile.BadZipFile, zlib.error, ElementTree.ParseError, KeyError, ValueError, IndexError, EOFError),
+    *(RuntimeError, NotImplementedError),  # encrypted, or packed in a way that Python does not know
+)
 
 
 def xlsx_rows(

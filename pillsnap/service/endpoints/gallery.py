@@ -24,7 +24,7 @@ from .dependencies import Service, require_admin_key, require_key
 from .predict import FILE_SCHEMA, form_schema, load_models
 from ..errors import ApiError
 from ..guard.uploads import UploadLimits, read_form
-from ..inference.model_manager import LoadedModels
+from ..inference.model_manager import LoadedModels, version_of
 from ..jobs.job import DRUG_PHOTOS
 
 # %% auto #0
@@ -87,6 +87,8 @@ def enroll_photos(
     def change(loaded: LoadedModels) -> LoadedModels:
         drug = check_drug(name, fields.get("code") or code_of(name))
         with locked_gallery(loaded.folder):
+            if version_of(loaded.folder) != loaded.model["version"]:
+                raise ModelMismatch("The folder has other models than those that are served: reload them first.")
             before = gallery_for(loaded.folder, loaded.identifier)
             gallery = enrolled(before, loaded.identifier, drug, photos, whole, same, service.max_pixels)
             write_gallery(gallery, loaded.folder / GALLERY_FILE)

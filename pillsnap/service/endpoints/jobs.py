@@ -17,6 +17,8 @@ from uuid import uuid4
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse
+
+from .dependencies import Service, require_key
 from pillsnap.service.endpoints.job_answers import (
     JobList,
     JobParameters,
@@ -27,8 +29,6 @@ from pillsnap.service.endpoints.job_answers import (
     queue_of,
     served_version,
 )
-
-from .dependencies import Service, require_key
 from .predict import load_models
 from ..errors import ApiError
 from ..guard.uploads import count_bytes
