@@ -18,7 +18,8 @@ from ..jobs.job import KINDS, STATES, Job, JobsError, StoreDown, TooManyJobs
 from ..jobs.queue import JobQueue
 
 # %% auto #0
-__all__ = ['JobParameters', 'JobResponse', 'JobList', 'job_response', 'answering', 'queue_of', 'served_version', 'own_job']
+__all__ = ['JobParameters', 'JobResponse', 'JobList', 'job_response', 'answering', 'queue_of', 'largest_zip', 'served_version',
+           'own_job']
 
 # %% ../../../nbs/service/endpoints/10_job_answers.ipynb #c6a974f5
 class JobParameters(BaseModel):
@@ -123,6 +124,13 @@ def queue_of(
     if service.jobs is None:
         raise ApiError(503, "jobs_unavailable", "This service has no jobs: set jobs.url and jobs.folder.")
     return service.jobs
+
+
+def largest_zip(
+    service: Service,
+) -> int:  # bytes
+    """How large the archive of a job may be."""
+    return int(queue_of(service).limits.zip_mb * 1e6)
 
 
 def served_version(

@@ -25,6 +25,7 @@ from pillsnap.service.endpoints.job_answers import (
     JobResponse,
     answering,
     job_response,
+    largest_zip,
     own_job,
     queue_of,
     served_version,
@@ -66,7 +67,7 @@ async def _removed_on_error(folder: Path) -> AsyncIterator[None]:
 
 async def _receive(request: Request, service: Service, path: Path) -> None:
     """Write the body to a file; raises `ApiError`."""
-    limit = int(queue_of(service).limits.zip_mb * 1e6)
+    limit = largest_zip(service)
     refusal = ApiError(413, "too_large", f"The ZIP is larger than {limit / 1e6:g} MB: send fewer photos.")
     length = request.headers.get("content-length", "")
     photos = max(1.0, (int(length) if length.isdigit() else limit) / service.max_bytes)
