@@ -163,7 +163,7 @@ def _graded(
     from pillsnap.quality.grade import tier_counts, write_grades
     from pillsnap.scale.ray.grades import grade_photos
 
-    grades = grade_photos(sources_of(pl.read_parquet(table)), model, mapper)
+    grades = grade_photos(sources_of(pl.read_parquet(table)), model, table.with_name("grades.parts"), mapper)
     path = table.with_name("grades.csv")
     write_grades(grades, path)
     return [f"{tier_counts(grades)}: {path} lists them, the worst first; data.grades={path} leaves out the poor ones"]
@@ -411,6 +411,6 @@ def quality(arguments: Namespace) -> int:
 
     sources = sources_of_folder(settings, data_root(settings), *PARTS)
     with open_engine(arguments.engine) as mapper:
-        grades = grade_photos(sources, model, mapper)
+        grades = grade_photos(sources, model, settings.paths.cache_root / "grades.parts", mapper)
     print(as_csv(grades), end="")
     return 0

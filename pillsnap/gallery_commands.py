@@ -110,7 +110,7 @@ def _enroll(words: list[Path], arguments: Namespace, settings: Settings) -> int:
 # %% ../nbs/28_gallery_commands.ipynb #82a3d355
 def _build(words: list[Path], arguments: Namespace, settings: Settings) -> int:
     from pillsnap.data.manifest import prepare_data
-    from pillsnap.evaluation.references import chosen_rows, references_of
+    from pillsnap.evaluation.references import chosen_rows
     from pillsnap.runtime.engines import choose_engine
     from pillsnap.scale.ray.engine import open_engine
     from pillsnap.scale.ray.references import GalleryModels, references_elsewhere
@@ -119,16 +119,16 @@ def _build(words: list[Path], arguments: Namespace, settings: Settings) -> int:
 
     if words:
         raise SettingsError("gallery build takes no photos: name the dataset with --data-root")
-    folder, largest = model_folder(arguments, settings), settings.data.max_pixels
-    with _opened(folder, settings) as (identifier, gallery), open_engine(arguments.engine) as mapper:
+    folder = model_folder(arguments, settings)
+    with _opened(folder, settings):
+        pass  # what is wrong with the models is said before photos are read
+    with open_engine(arguments.engine) as mapper:
         dataset = prepare_data(settings, data_root(settings), mapper)
-        rows = chosen_rows(dataset.manifest, arguments.per_side)
-        if mapper is None:
-            references = references_of(identifier, rows, largest)
-        else:
-            engine = choose_engine(folder, settings.serve.engine).choice
-            models = GalleryModels(folder.absolute(), version_of(folder), engine, settings.identify.imprint, largest)
-            references = references_elsewhere(rows, models, mapper)
+        engine = choose_engine(folder, settings.serve.engine).choice
+        facts = (version_of(folder), engine, settings.identify.imprint, settings.data.max_pixels)
+        rows, models = chosen_rows(dataset.manifest, arguments.per_side), GalleryModels(folder.absolute(), *facts)
+        references = references_elsewhere(rows, models, folder / "gallery.parts", mapper)
+    with _opened(folder, settings) as (_, gallery):
         drugs = {drug.code: gallery.drugs.get(drug.code, drug) for drug in dataset.class_map}
         shown = sorted({code for reference in references for code in reference.codes})
         _write(gallery.added([drugs[code] for code in shown], references, same=True), folder)

@@ -16,12 +16,14 @@ from tqdm import tqdm
 
 from ...answer.quality.judge import Judge, load_judge
 from ...atomic import sha256
+from ...data.reading.kept import keeping, photos_hash
 from ...data.reading.mapping import Mapper, map_here
 from ...progress import progress_stream
 from ...quality.examples import Source
 from ...quality.grade import Grade, grade_of, grades_table
 from .engine import map_on_cores
 from .errors import ScaleError
+from .spread import package_version
 
 # %% auto #0
 __all__ = ['QualityModel', 'grade_block', 'grade_photos']
@@ -59,17 +61,24 @@ _BLOCK = 32  # photos
 def grade_photos(
     sources: Sequence[Source],
     path: Path,  # quality.onnx
+    keep: Path,  # folder that keeps grades until all are there
     mapper: Mapper | None = None,  # judges blocks; None: processes of this machine
 ) -> pl.DataFrame:  # of `grades_table`
-    """Judge the photos of a dataset; raises `ScaleError`, and `ModelError` for a model that can't be used."""
+    """Judge the photos of a dataset; raises `ScaleError`, and `ModelError` for a model that can't be used.
+
+    The next call goes on where an interrupted one was.
+    """
     load_judge(path)  # what is wrong with it is said before anything is started
     blocks = [sources[start : start + _BLOCK] for start in range(0, len(sources), _BLOCK)]
     if mapper is None:
         mapper = map_on_cores if len(blocks) >= 8 and len(os.sched_getaffinity(0)) > 1 else map_here
     model = QualityModel(Path(path).absolute(), sha256(path))
+    photos = photos_hash(f"{source.image}::{source.boxes}" for source in sources)
+    plan = {"photos": photos, "model": model.hash, "block": _BLOCK, "pillsnap": package_version()}
     found: dict[int, list[Grade | None]] = {}
-    with tqdm(total=len(sources), desc="grades", unit="photo", file=progress_stream(), disable=None) as bar:
-        for position, grades in mapper(partial(grade_block, model=model), blocks):
+    bar = tqdm(total=len(sources), desc="grades", unit="photo", file=progress_stream(), disable=None)
+    with keeping(mapper, keep, plan) as keeper, bar:
+        for position, grades in keeper(partial(grade_block, model=model), blocks):
             found[position] = grades
             bar.update(len(grades))
     return grades_table([grade for position in sorted(found) for grade in found[position]])

@@ -5,6 +5,7 @@
 # %% ../../../nbs/scale/ray/07_references.ipynb #6cf21a68
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from functools import lru_cache, partial
 from pathlib import Path
@@ -17,10 +18,13 @@ from ...answer.factory import load_identifier
 from ...answer.gallery.references import Reference
 from ...answer.identify import Identifier
 from ...answer.imprint.setting import read_imprints
-from ...data.reading.mapping import Mapper
+from ...data.reading.kept import keeping, photos_hash
+from ...data.reading.mapping import Mapper, map_here
 from ...evaluation.references import ReferenceRow, found_references, reference_of, reference_rows
 from ...progress import progress_stream
+from .engine import map_on_cores
 from .errors import ScaleError
+from .spread import package_version
 from ...service.inference.model_manager import version_of
 
 # %% auto #0
@@ -63,14 +67,20 @@ def reference_block(
 def references_elsewhere(
     rows: pl.DataFrame,  # of a manifest
     models: GalleryModels,
-    mapper: Mapper,  # makes the references
+    keep: Path,  # folder that keeps references until all are there
+    mapper: Mapper | None = None,  # makes the references; None: processes of this machine
 ) -> list[Reference]:  # in the order of the rows
-    """The references of all rows that have one."""
+    """The references of all rows that have one; the next call goes on where an interrupted one was."""
     chosen = reference_rows(rows)
     blocks = [chosen[start : start + _ROWS] for start in range(0, len(chosen), _ROWS)]
+    if mapper is None:
+        mapper = map_on_cores if len(blocks) >= 8 and len(os.sched_getaffinity(0)) > 1 else map_here
+    plan = {"photos": photos_hash("::".join(map(str, row)) for row in chosen), "pillsnap": package_version()}
+    plan |= {name: str(value) for name, value in models._asdict().items()}
     found: dict[int, list[Reference | None]] = {}
-    with tqdm(total=len(chosen), desc="gallery", file=progress_stream(), disable=None) as bar:
-        for position, references in mapper(partial(reference_block, models=models), blocks):
+    bar = tqdm(total=len(chosen), desc="gallery", file=progress_stream(), disable=None)
+    with keeping(mapper, keep, plan) as keeper, bar:
+        for position, references in keeper(partial(reference_block, models=models), blocks):
             found[position] = references
             bar.update(len(references))
     return found_references([reference for position in sorted(found) for reference in found[position]])
