@@ -67,6 +67,36 @@ def test_a_push_is_a_commit_with_metadata(lakefs_repository: str, weights: Path)
     assert commit.message == "Push detector v1" and facts.items() <= commit.metadata.items()
 
 
+def test_the_clients_own_branches_differences_merges_and_deletions(lakefs_repository: str):
+    import lakefs
+
+    repository = lakefs.Repository(lakefs_repository.removeprefix("lakefs://"), lakefs.Client())
+    main = repository.branch("main")
+    side = repository.branch("side").create(source_reference="main")
+    for name in ("a.txt", "b.txt", "c/d.txt"):
+        side.object(f"some/{name}").upload(name.encode(), mode="wb")
+    side.commit("Three files", metadata={"why": "a test"})
+    assert {one.id for one in repository.branches()} == {"main", "side"}
+    assert {(one.type, one.path) for one in main.diff(other_ref=side)} == {
+        ("added", f"some/{name}") for name in ("a.txt", "b.txt", "c/d.txt")
+    }
+    side.merge_into(main)
+    assert not list(main.diff(other_ref=side))
+    listed = [one.path for one in main.objects(prefix="some/", delimiter="/")]
+    assert listed == ["some/a.txt", "some/b.txt", "some/c/"], "a folder is one entry"
+    main.object("some/a.txt").delete()
+    main.delete_objects(["some/b.txt"])
+    kept = repository.tag("before").create(main.head.id)
+    main.commit("Two files less")
+    assert [one.path for one in main.objects(prefix="some/")] == ["some/c/d.txt"]
+    assert kept.object("some/a.txt").reader(mode="rb").read() == b"a.txt", "a tag keeps them"
+    reader = kept.object("some/c/d.txt").reader(mode="rb", pre_sign=False)
+    reader.seek(2)
+    assert reader.read(3) == b"d.t"
+    repository.branch("side").delete()
+    assert {one.id for one in repository.branches()} == {"main"}
+
+
 def test_what_is_uploaded_and_not_committed_is_not_read(lakefs_repository: str, weights: Path):
     import lakefs
 
