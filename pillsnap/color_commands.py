@@ -22,6 +22,8 @@ __all__ = ['COLOR_ACTIONS', 'color']
 def _settings(arguments: Namespace) -> Settings:
     """Settings, with those that have an option of their own."""
     given = {"color.data_type": arguments.data_type, "color.cube_dir": arguments.cube_dir}
+    if arguments.data_type == "phone" and not any(word.startswith("color.model=") for word in arguments.overrides):
+        arguments.overrides.append("color.model=adaptive_3dlut")  # what corrects photos is made for each of them
     for key, value in given.items():
         if value is not None:
             arguments.overrides.append(f"{key}={value.resolve() if isinstance(value, Path) else value}")

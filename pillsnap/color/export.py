@@ -66,9 +66,12 @@ def bake_files(
     luts = {name: bake(network, name, points) for name in ([style] if style else network.styles)}
     paths = []
     for name, lut in luts.items():
-        safe = re.sub(r"[^\w.-]+", "-", name).strip("-.") or "style"
-        paths.append(out / "exports" / f"{safe}_{points}.cube")
-        write_cube(lut, paths[-1])
+        safe, number = re.sub(r"[^\w.-]+", "-", name).strip("-.") or "style", 2
+        path = out / "exports" / f"{safe}_{points}.cube"
+        while path in paths:  # another style has the same letters
+            path, number = out / "exports" / f"{safe}-{number}_{points}.cube", number + 1
+        paths.append(path)
+        write_cube(lut, path)
     return paths
 
 # %% ../../nbs/color/03_export.ipynb #1ebc7011

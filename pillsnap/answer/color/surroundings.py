@@ -85,7 +85,8 @@ class Surroundings:
         part = self.small[rows, columns]
         y, x = (np.linspace(-1, 1, size) if size > 1 else np.zeros(1) for size in part.shape[:2])
         inside = part[y[:, None] ** 2 + x[None] ** 2 <= _INSIDE**2]
-        median: np.ndarray = np.median(_light(inside), axis=0)
+        seen = inside if len(inside) else part.reshape(-1, 3)  # a box of two rows has no pixel in its ellipse
+        median: np.ndarray = np.median(_light(seen), axis=0)
         return median
 
 

@@ -5,11 +5,13 @@
 # %% ../../../nbs/color/data/01_cubes.ipynb #33f5a1d9
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from ...runlog import LOGGER
 from ...runtime.color.cube import CubeError, read_cube
 from ...runtime.color.lut import identity_table
 
@@ -28,7 +30,13 @@ class CubeDataset:
         paths = sorted(path for path in Path(folder).glob("*") if path.suffix.lower() == ".cube")
         if not paths:
             raise CubeError(f"There is no .cube file in {folder}: name the folder with the LUTs.")
+        names = Counter(path.stem for path in paths)
+        if len(names) < len(paths):
+            raise CubeError(f"{folder} has two LUTs called {names.most_common(1)[0][0]}: give one another name.")
         self.luts = {path.stem: read_cube(path) for path in paths}
+        for name, lut in self.luts.items():
+            for note in lut.notes:
+                LOGGER.warning("%s.cube: %s", name, note)
         self.styles = list(self.luts)
         self.colors = torch.from_numpy(identity_table(points).reshape(-1, 3)).float()
         self.targets = self.transformed(self.colors)
