@@ -77,6 +77,8 @@ def test_the_env_example_must_be_edited_before_use(tmp_path: Path, monkeypatch: 
         "MODEL_PATH",
         "JOBS_URL",
         "ALLOW_WEAK_KEYS",
+        "LAKEFS_ACCESS_KEY_ID",
+        "LAKEFS_SECRET_ACCESS_KEY",
     } == set(names)
 
 

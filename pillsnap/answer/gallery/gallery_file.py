@@ -127,10 +127,11 @@ def settle_gallery(
     more: Path | None = None,  # a gallery that belongs to the new models
 ) -> None:
     """Make the gallery of a folder fit its new models; raises `GalleryError` for a damaged one."""
-    path = Path(folder) / GALLERY_FILE
+    path, aside = Path(folder) / GALLERY_FILE, _aside(folder, network)
+    if not any(file is not None and file.exists() for file in (path, aside, more)):
+        return
     with locked_gallery(folder):
         before = read_gallery(path) if path.exists() else None
-        aside = _aside(folder, network)
         coming = [read_gallery(file) for file in (aside, more) if file is not None and file.exists()]
         if before is not None and before.network != network:
             _set_aside(before, folder)

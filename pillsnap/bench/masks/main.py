@@ -215,9 +215,9 @@ def measure(
     """Run the benchmark; raises `BenchError` for options that can't be used."""
     began, options.out, folders = time.monotonic(), options.out.resolve(), folders_of(options, needed=True)
     settings = load_settings(profile="cpu", overrides=[f"paths.cache_root={options.out / 'masks' / 'cache'}"])
+    parts = divide(CutoutArchive(options.studio), list(folders.values()))
     root = options.sample or data_root(settings)
     rows = rows_with_outline(prepare_data(settings, root).manifest)
-    parts = divide(CutoutArchive(options.studio), list(folders.values()))
     outliner, pixels = network(options, rows, parts, counts, sampled), settings.data.max_pixels
     held_out = rows.filter(pl.col("split") == "test")
     detector = options.detector or trained_network(options.out / "masks" / "detector", DETECTOR, options.sample)
