@@ -109,6 +109,8 @@ def _enroll(words: list[Path], arguments: Namespace, settings: Settings) -> int:
 
 # %% ../nbs/28_gallery_commands.ipynb #82a3d355
 def _build(words: list[Path], arguments: Namespace, settings: Settings) -> int:
+    from pillsnap.answer.gallery.gallery_file import locked_gallery
+    from pillsnap.answer.gallery.recognise import gallery_for
     from pillsnap.data.manifest import prepare_data
     from pillsnap.evaluation.references import chosen_rows
     from pillsnap.runtime.engines import choose_engine
@@ -120,7 +122,7 @@ def _build(words: list[Path], arguments: Namespace, settings: Settings) -> int:
     if words:
         raise SettingsError("gallery build takes no photos: name the dataset with --data-root")
     folder = model_folder(arguments, settings)
-    with _opened(folder, settings):
+    with _opened(folder, settings) as (identifier, _):
         pass  # what is wrong with the models is said before photos are read
     with open_engine(arguments.engine) as mapper:
         dataset = prepare_data(settings, data_root(settings), mapper)
@@ -128,7 +130,8 @@ def _build(words: list[Path], arguments: Namespace, settings: Settings) -> int:
         facts = (version_of(folder), engine, settings.identify.imprint, settings.data.max_pixels)
         rows, models = chosen_rows(dataset.manifest, arguments.per_side), GalleryModels(folder.absolute(), *facts)
         references = references_elsewhere(rows, models, folder / "gallery.parts", mapper)
-    with _opened(folder, settings) as (_, gallery):
+    with locked_gallery(folder):
+        gallery = gallery_for(folder, identifier)
         drugs = {drug.code: gallery.drugs.get(drug.code, drug) for drug in dataset.class_map}
         shown = sorted({code for reference in references for code in reference.codes})
         _write(gallery.added([drugs[code] for code in shown], references, same=True), folder)

@@ -5,6 +5,7 @@
 # %% ../../../nbs/data/reading/10_kept.ipynb #e3a69b18
 from __future__ import annotations
 
+import fcntl
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -45,12 +46,26 @@ def keeping(
     plan: Mapping[str, Any],  # plain values for JSON: what the results belong to
 ) -> Iterator[Mapper]:
     """A mapper that keeps its results; raises `KeptError` for a folder with something else."""
-    note = folder / "plan.json"
-    if folder.exists() and any(folder.iterdir()) and not note.is_file():
+    note, lock = folder / "plan.json", folder / "lock"
+    if folder.exists() and any(path != lock for path in folder.iterdir()) and not note.is_file():
         raise KeptError(f"{folder} is there and has something else, but results go there: rename it.")
-    if read_json_cache(note) != plan:
+    folder.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise KeptError(f"Another command keeps its results in {folder}: wait until it has ended.") from None
+        if read_json_cache(note) != plan:
+            _remove(folder)
+            write_json(note, dict(plan))
+        yield _kept_by(mapper, folder)
         _remove(folder)
-        write_json(note, dict(plan))
+        lock.unlink(missing_ok=True)
+        folder.rmdir()
+
+
+def _kept_by(mapper: Mapper, folder: Path) -> Mapper:
+    """A mapper that takes from a folder what is there, and keeps the rest in it."""
 
     def mapped(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[tuple[int, Result]]:
         missing, wanted = list[int](), list[Item]()
@@ -65,8 +80,7 @@ def keeping(
             write_bytes(_path(folder, missing[place]), pickle.dumps(result))
             yield missing[place], result
 
-    yield mapped
-    _remove(folder)
+    return mapped
 
 
 def _path(folder: Path, position: int) -> Path:
@@ -75,8 +89,6 @@ def _path(folder: Path, position: int) -> Path:
 
 def _remove(folder: Path) -> None:
     """Remove the results, then the plan: without it the folder would be somebody's."""
-    if folder.exists():
-        for path in folder.glob("[0-9]*.pickle"):
-            path.unlink()
-        (folder / "plan.json").unlink(missing_ok=True)
-        folder.rmdir()
+    for path in folder.glob("[0-9]*.pickle"):
+        path.unlink()
+    (folder / "plan.json").unlink(missing_ok=True)

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,8 @@ import polars as pl
 from tqdm import tqdm
 
 from ...atomic import read_json_cache, replacing, write_json
+from ...data.reading.kept import photos_hash
 from ...data.reading.mapping import Mapper
-from ...data.reading.photo_files import photo_stamp
 from ...progress import progress_stream
 from .answers import Question, answer_block
 from .engine import map_on_cores
@@ -51,14 +50,8 @@ def plan_of(
     question: Question,
 ) -> dict[str, Any]:  # plain values for JSON
     """What the blocks belong to."""
-    digest, archives = blake2b(digest_size=16), dict[str, str]()
-    for photo in photos:
-        file = photo.partition("::")[0]
-        if file not in archives:
-            archives[file] = photo_stamp(file)
-        digest.update(f"{photo}|{archives[file]}\n".encode("utf-8", "surrogateescape"))
     asked = {name: str(value) for name, value in question._asdict().items()}
-    return {"photos": len(photos), "hash": digest.hexdigest(), "block": BLOCK, "pillsnap": package_version()} | asked
+    return {"photos": len(photos), "hash": photos_hash(photos), "block": BLOCK, "pillsnap": package_version()} | asked
 
 
 @contextmanager

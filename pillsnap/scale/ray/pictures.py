@@ -97,6 +97,8 @@ def _endings(model: ColorModel) -> list[str]:
     """What the names of a photo's pictures end in."""
     network = load_model(model.path)
     if not isinstance(network, Nilut):
+        if model.style:
+            raise ScaleError(f"{model.path} is an adaptive LUT, which has no styles: leave out --style.")
         return [""]
     if model.style:
         style_weights(network, model.style)  # raises for a name that it has not
