@@ -70,6 +70,8 @@ def save_checkpoint(
 
 def _keep(path: Path, name: Path) -> None:
     """Give a file a second name, atomically."""
+    if name.exists() and name.samefile(path):  # killed before the new file had come: a rename would leave both names
+        return
     with replacing(name) as temporary:
         try:
             os.link(path, temporary)
