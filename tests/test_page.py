@@ -1358,18 +1358,23 @@ def test_text_is_pasted_into_the_search(browser: WebDriver, address: str) -> Non
     assert field.get_attribute("value") == "A10" and not browser.find_elements(By.ID, "drop-problem")
 
 
-@pytest.mark.parametrize("language", ["en", "ko"])
+@pytest.mark.parametrize("language, encoding", [("en", "cp949"), ("ko", "utf-16")])
 def test_pills_are_compared_with_a_prescription(
-    browser: WebDriver, tmp_path: Path, address: str, photo: Path, language: str
+    browser: WebDriver, tmp_path: Path, address: str, photo: Path, language: str, encoding: str
 ) -> None:
-    order = tmp_path / "order.csv"
-    order.write_text("line,code\n1,K-000030\n2,K-000101\n", encoding="utf-8")
+    order, long = tmp_path / "order.csv", tmp_path / "long.csv"
+    order.write_bytes("약품코드,약품명\nK-000030,예시정\nK-000101,다른정\nK-999999,또다른정\n".encode(encoding))
+    long.write_text("K-000030," * 3000, encoding="utf-8")
     visit(browser, address)
     browser.find_element(By.CSS_SELECTOR, f"[data-language={language}]").click()
     choose(browser, "combo")
     browser.find_element(By.ID, "expected-summary").click()
+    browser.find_element(By.ID, "expected-file").send_keys(str(long))
+    see(browser, "#expected-problem")
+    assert not browser.find_element(By.ID, "expected").get_attribute("value"), "no part of a list is taken"
     browser.find_element(By.ID, "expected-file").send_keys(str(order))
-    wait(browser, lambda: "K-000101" in browser.find_element(By.ID, "expected").get_attribute("value"))
+    wait(browser, lambda: "다른정" in browser.find_element(By.ID, "expected").get_attribute("value"))
+    assert not browser.find_element(By.ID, "expected-problem").is_displayed()
     send(browser, photo)
     see(browser, ".prescription")
     shown = texts(browser, ".prescription p")

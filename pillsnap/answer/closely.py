@@ -72,7 +72,7 @@ _AGAIN = 0.4  # overlap (IoU) with a box of the closer look that is the same pil
 def confirmed(
     pills: tuple[np.ndarray, np.ndarray],  # boxes and scores, as `Identifier.find`
     closer: tuple[np.ndarray, np.ndarray],  # the same of a closer look
-) -> tuple[np.ndarray, np.ndarray]:  # boxes and scores
+) -> tuple[np.ndarray, np.ndarray]:  # boxes and scores, best first
     """Leave out what is weak and is not seen again, and put the boxes of both looks together."""
     boxes: list[np.ndarray] = []
     scores: list[float] = []
@@ -86,7 +86,8 @@ def confirmed(
         elif score >= _STRONG:
             boxes.append(box)
             scores.append(float(score))
-    return np.array(boxes, np.float32).reshape(-1, 4), np.array(scores, np.float32)
+    order = np.argsort(-np.array(scores), kind="stable")
+    return np.array(boxes, np.float32).reshape(-1, 4)[order], np.array(scores, np.float32)[order]
 
 # %% ../../nbs/answer/24_closely.ipynb #63aceed6
 _CLOSER = 1.4  # side of the photo that is looked at again, as a multiple of the detector's

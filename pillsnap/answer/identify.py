@@ -236,6 +236,11 @@ class Identifier:
         self.read_imprint: Callable[[np.ndarray], str] | None = None
         self.outline = outline
 
+    @property
+    def drugs(self) -> list[Drug]:
+        """All drugs that it can name."""
+        return list(self.rules.class_map)
+
     def identify(
         self,
         image: np.ndarray,  # RGB, uint8, (height, width, 3)

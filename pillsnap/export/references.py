@@ -13,6 +13,7 @@ import polars as pl
 from ..answer.factory import load_identifier
 from ..answer.gallery.gallery_file import GALLERY_FILE, settle_gallery, write_gallery
 from ..answer.gallery.recognise import network_of
+from ..answer.imprint.setting import read_imprints
 from ..evaluation.references import gallery_of
 from ..runlog import decide
 from ..runtime.engines import DEFAULT_ENGINE
@@ -25,11 +26,13 @@ def write_trained(
     folder: Path,  # with classifier.onnx; gets gallery.npz
     manifest: pl.DataFrame,  # of the dataset that it was trained on
     max_pixels: int,  # width x height allowed
+    imprint: str,  # identify.imprint: auto or off
 ) -> None:
     """Write the gallery of the trained drugs of a calibrated classifier."""
     identifier = load_identifier(folder, engine=DEFAULT_ENGINE, detect=False)
     if identifier.rules.verdicts.similar is None:
         return
+    read_imprints(identifier, imprint)
     gallery = gallery_of(identifier, network_of(identifier), manifest, max_pixels)
     write_gallery(gallery, folder / GALLERY_FILE)
     what = f"{len(gallery.references)} references of {len(gallery.drugs)} drugs"

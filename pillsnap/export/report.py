@@ -239,7 +239,7 @@ def export_run(
         if trained.background is not None:
             shutil.copyfile(trained.background.file, work / SEGMENTER_FILE)
         if "classifier" in report["networks"] and report["formats"]["onnx"]["passed"]:
-            write_trained(work, dataset.manifest, settings.data.max_pixels)
+            write_trained(work, dataset.manifest, settings.data.max_pixels, settings.identify.imprint)
     except OSError as error:
         shutil.rmtree(work, ignore_errors=True)
         raise ExportError(

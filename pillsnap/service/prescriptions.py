@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from ..answer.classes import ClassMap
 from ..answer.closely import crop_closely
 from ..answer.identify import Identification, Identifier, Pill, PillCrops
 from ..answer.search.expected import Expected, read_expected
@@ -39,15 +38,17 @@ def classify_expected(
     text: str | None,  # list of expected drugs; None = nothing is expected
 ) -> tuple[Identification, dict[str, Any] | None]:  # the answer, and how it compares, as `schemas.PrescriptionResponse`
     """Classify the pills of a photo and compare them with a list of drugs."""
-    class_map = identifier.rules.class_map
-    expected = Expected() if text is None else read_expected(text, class_map)
+    drugs = identifier.drugs
+    expected = Expected() if text is None else read_expected(text, drugs)
     if not expected.counts:
         plain = identifier.classify_crops(crops, top_k)
         return replace(plain, notes=[*plain.notes, *expected.notes]), None
-    whole = identifier.classify_crops(crops, len(class_map))
+    whole = identifier.classify_crops(crops, len(drugs))
     read = _read(identifier, crops, whole, expected)
     compared = _response(
-        class_map, expected, [pill for pill in read if pill.box_confidence is not None or identifier.detect is None]
+        {drug.code: drug.name for drug in drugs},
+        expected,
+        [pill for pill in read if pill.box_confidence is not None or identifier.detect is None],
     )
     kept = [replace(pill, imprint=looked.imprint) for pill, looked in zip(whole.pills, read, strict=True)]
     weighed = [weigh(pill, expected, top_k) for pill in kept]
@@ -64,9 +65,9 @@ def _read(identifier: Identifier, crops: PillCrops, whole: Identification, expec
     return pills
 
 
-def _response(class_map: ClassMap, expected: Expected, pills: list[Pill]) -> dict[str, Any]:
+def _response(names: dict[str, str], expected: Expected, pills: list[Pill]) -> dict[str, Any]:
     def named(code: str) -> dict[str, str]:
-        return {"code": code, "name": class_map[class_map.index_of(code)].name}
+        return {"code": code, "name": names[code]}
 
     found = check_prescription(pills, expected)
     return {

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..classes import ClassMap
+from ..classes import ClassMap, Drug
 from ..factory import load_identifier
 from .gallery_file import GALLERY_FILE, read_gallery
 from .references import Gallery, GalleryError
@@ -48,6 +48,12 @@ class GalleryIdentifier(Identifier):
         self.search = Search(gallery)
         self.with_embeddings = True
         self.compare = self._compared
+
+    @property
+    def drugs(self) -> list[Drug]:
+        """All drugs that it can name: those of the classifier, then those that were enrolled."""
+        trained, enrolled = self.rules.class_map, self.search.gallery.drugs.values()
+        return [*trained, *(drug for drug in enrolled if drug.code not in trained)]
 
     def _compared(self, pill: Pill, grey: bool) -> Pill:
         matched, verdicts = self._matched(pill), self.rules.verdicts

@@ -104,7 +104,8 @@ class Gallery:
                     "take another photo, or say with --same that these drugs look the same."
                 )
             codes = tuple(sorted({*known_photo.codes, *reference.codes}))
-            kept[reference.photo] = replace(known_photo, codes=codes)
+            read = reference.imprint if known_photo.imprint is None else known_photo.imprint
+            kept[reference.photo] = replace(known_photo, codes=codes, imprint=read)
         together = self.drugs | {drug.code: drug for drug in drugs if drug.code not in self.drugs}
         return Gallery(self.network, together, tuple(kept.values()))
 

@@ -12,9 +12,10 @@ from dataclasses import replace
 import numpy as np
 
 from ..classes import Drug
-from ..identify import Candidate, Pill
+from ..identify import Pill
 from .joining import Reading
 from .reader import ImprintReader
+from ..order import rank
 from ..search.appearance import Sides, appearance_of
 from pillsnap.answer.search.imprints import (
     ALIKE,
@@ -32,7 +33,7 @@ from pillsnap.answer.search.imprints import (
 )
 
 # %% auto #0
-__all__ = ['Imprints', 'drug_imprints', 'ImprintRanking', 'rank']
+__all__ = ['READING_WEIGHT', 'Imprints', 'drug_imprints', 'ImprintRanking']
 
 # %% ../../../nbs/answer/imprint/03_ranking.ipynb #a9a54882
 _LIKELIHOODS = {  # of a reading, relative to one that is exact
@@ -88,7 +89,7 @@ def drug_imprints(
     return Imprints([appearance_of(drug).imprints for drug in drugs])
 
 # %% ../../../nbs/answer/imprint/03_ranking.ipynb #74bfa0b0
-_WEIGHT = 0.02  # of the logarithm of a likelihood, next to a cosine
+READING_WEIGHT = 0.02  # of the logarithm of a likelihood, next to a cosine
 
 
 class ImprintRanking:
@@ -98,10 +99,9 @@ class ImprintRanking:
         self,
         reader: ImprintReader,
         drugs: Sequence[Drug],  # of the class map
-        imprints: Imprints | None = None,  # of those drugs; None: what their labels say
     ) -> None:
         self.reader = reader
-        self._imprints = imprints or drug_imprints(drugs)
+        self._imprints = drug_imprints(drugs)
         self._numbers = {drug.code: number for number, drug in enumerate(drugs)}
 
     def __call__(
@@ -116,7 +116,7 @@ class ImprintRanking:
         fits = self._fits(pill, reading)
         weighed = [replace(candidate, evidence=fits(candidate.drug)) for candidate in pill.candidates]
         matches = sorted(
-            pill.matches, key=lambda match: -match.similarity - _WEIGHT * math.log(max(map(fits, match.drugs)))
+            pill.matches, key=lambda match: -match.similarity - READING_WEIGHT * math.log(max(map(fits, match.drugs)))
         )
         return replace(pill, candidates=rank(weighed), matches=tuple(matches), imprint=reading.text)
 
@@ -144,10 +144,3 @@ class ImprintRanking:
             return by_code.get(drug.code, float(_UNRECORDED ** _trust(reading)))
 
         return fit
-
-
-def rank(
-    candidates: Sequence[Candidate],
-) -> list[Candidate]:  # best first
-    """Sort candidates by their confidence and what else speaks for them."""
-    return sorted(candidates, key=lambda candidate: -candidate.confidence * candidate.evidence)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,9 +93,15 @@ def appearance_of(
         () if front is back is None else ((front, back),),
         words_in(attributes.get("colors", ""), "colour")[0],
         words_in(attributes.get("shape", ""), "shape")[0],
-        strongest(front_scores + back_scores),
+        strongest((*front_scores, *back_scores, *_scores_of(attributes))),
         lengths_in(attributes.get("length_mm", "")),
     )
+
+
+def _scores_of(attributes: Mapping[str, str]) -> tuple[str, ...]:
+    """Score lines that the labels have in fields of their own."""
+    texts = (attributes.get(name, "") for name in ("line_front", "line_back"))
+    return tuple(word for text in texts for word in words_in(text, "score line")[0])
 
 
 def strongest(

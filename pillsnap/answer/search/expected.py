@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from ..classes import ClassMap
+from ..classes import Drug
 
 # %% auto #0
 __all__ = ['LONGEST_LIST', 'Expected', 'read_expected']
@@ -29,15 +30,16 @@ class Expected:
 
 def read_expected(
     text: str,  # a list with commas, or the lines of an order
-    class_map: ClassMap,  # of the model
+    drugs: Sequence[Drug],  # that the model can name
 ) -> Expected:
     """Read a list of drugs; what can't be used is in the notes."""
     if len(text) > LONGEST_LIST:
         note = f"The list of expected drugs has {len(text):,} characters, more than {LONGEST_LIST:,}: it was not used."
         return Expected(notes=(note,))
-    names = _names(class_map)
+    names = _names(drugs)
     lines = [line for line in text.splitlines() if line.strip()]
-    items = lines if len(lines) > 1 else re.split(r"[,;]", text)
+    columns = lines.pop(0) if len(lines) > 1 and _names_columns(lines[0]) else ""
+    items = lines if len(lines) > 1 or columns else re.split(r"[,;]", text)
     counts: Counter[str] = Counter()
     unknown, repeated = [], []
     for item in filter(None, (item.strip() for item in items)):
@@ -46,14 +48,29 @@ def read_expected(
         for code, count in found.items():
             repeated += [code] if code in counts else []
             counts[code] = max(counts[code], count)
-    return Expected(dict(counts), tuple(unknown), tuple(_notes(counts, unknown, repeated)))
+    notes = [f"The first line of the list names its columns and was not read as a drug: {columns[:40]!r}."]
+    return Expected(dict(counts), tuple(unknown), (*notes[: bool(columns)], *_notes(counts, unknown, repeated)))
 
 
-def _names(class_map: ClassMap) -> dict[str, str]:
+_COLUMN = re.compile(
+    r"(line|no\.?|number|((k|edi|drug|product|item)[ _-]?)?(code|name)|edi|drug|product|item|quantity|qty|count|amount|"
+    r"dose|days|notes?|remarks?|.*(번호|순번|연번|코드|명|명칭|이름|수량|투여량|용량|횟수|일수|비고|구분))",
+    re.IGNORECASE,
+)
+
+
+def _names_columns(line: str) -> bool:
+    """Whether every field of a line is the name of a column."""
+    fields = [field.strip().strip('"') for field in re.split(r"[,;\t|]", line.lstrip("\ufeff"))]
+    return any(fields) and all(_COLUMN.fullmatch(field) for field in fields if field)
+
+
+def _names(drugs: Iterable[Drug]) -> dict[str, str]:
     """All names of the drugs, in capitals; an EDI code of two drugs is none."""
-    owners = Counter(edi for drug in class_map for edi in set(drug.edi_codes))
-    names = {edi.upper(): drug.code for drug in class_map for edi in drug.edi_codes if owners[edi] == 1}
-    return names | {drug.code.upper(): drug.code for drug in class_map}
+    drugs = list(drugs)
+    owners = Counter(edi for drug in drugs for edi in set(drug.edi_codes))
+    names = {edi.upper(): drug.code for drug in drugs for edi in drug.edi_codes if owners[edi] == 1}
+    return names | {drug.code.upper(): drug.code for drug in drugs}
 
 
 def _found(item: str, names: dict[str, str]) -> dict[str, int]:  # code -> pills; none where nothing is a drug

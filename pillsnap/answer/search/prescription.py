@@ -5,34 +5,41 @@
 # %% ../../../nbs/answer/search/10_prescription.ipynb #61450971
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..identify import Pill
+from ..order import rank
 from .expected import Expected
+from .imprints import plain
 from ..verdicts.reasons import ANOTHER_EXPECTED
+from ..verdicts.verdicts import AMBIGUOUS, UNKNOWN
 
 # %% auto #0
-__all__ = ['MATCHED', 'SURPLUS', 'WEIGHT', 'shares', 'unclear', 'Prescription', 'check_prescription', 'weigh']
+__all__ = ['MATCHED', 'SURPLUS', 'WEIGHT', 'likelihoods', 'shares', 'unclear', 'Prescription', 'check_prescription', 'weigh']
 
 # %% ../../../nbs/answer/search/10_prescription.ipynb #38089970
 MATCHED = 0.5  # share of an expected drug from which a pill is it
 SURPLUS = 0.1  # share of every expected drug below which a pill is none of them
+_SAYS_SO = 0.7  # how well an imprint fits a drug that it speaks for, 0 to 1: as it is, or with letters that look alike
+
+
+def likelihoods(
+    pill: Pill,  # with all drugs of the model as candidates
+) -> dict[str, float]:  # code -> confidence with what was read, the likeliest first
+    """How likely a pill is each drug."""
+    weights = {candidate.drug.code: candidate.confidence * candidate.evidence for candidate in pill.candidates}
+    scale = sum(candidate.confidence for candidate in pill.candidates) / max(sum(weights.values()), 1e-12)
+    return {code: weight * scale for code, weight in sorted(weights.items(), key=lambda item: -item[1])}
 
 
 def shares(
-    pill: Pill,  # with all drugs of the model as candidates, best first
+    likely: Mapping[str, float],  # of a pill, from `likelihoods`
     open_codes: Collection[str],  # expected drugs that no pill has been matched with yet
-) -> dict[str, tuple[float, float]]:  # code -> share and confidence, 0 to 1
+) -> dict[str, float]:  # code -> 0 to 1
     """How likely a pill is each open drug, next to the best of all others."""
-    weights = {candidate.drug.code: candidate.confidence * candidate.evidence for candidate in pill.candidates}
-    other = max((weight for code, weight in weights.items() if code not in open_codes), default=0.0)
-    scale = sum(candidate.confidence for candidate in pill.candidates) / max(sum(weights.values()), 1e-12)
-    return {
-        code: (weight / max(weight + other, 1e-12), weight * scale)
-        for code, weight in weights.items()
-        if code in open_codes
-    }
+    other = next((weight for code, weight in likely.items() if code not in open_codes), 0.0)
+    return {code: likely[code] / max(likely[code] + other, 1e-12) for code in open_codes if code in likely}
 
 
 def unclear(
@@ -40,7 +47,16 @@ def unclear(
     expected: Expected,
 ) -> bool:
     """Whether a pill may be an expected drug, and may be another one."""
-    return any(SURPLUS < share < 1 - SURPLUS for share, _ in shares(pill, expected.counts).values())
+    most = 1.0 if pill.verdict == UNKNOWN else 1 - SURPLUS
+    return any(SURPLUS < share <= most for share in shares(likelihoods(pill), expected.counts).values())
+
+
+def _may_be(pill: Pill, code: str) -> bool:
+    """Whether a pill can be matched with a drug: one that looks like none only where more than one letter says so."""
+    if pill.verdict != UNKNOWN:
+        return True
+    fits = {candidate.drug.code: candidate.evidence for candidate in pill.candidates}
+    return len(plain(pill.imprint or "")) > 1 and fits[code] >= _SAYS_SO
 
 # %% ../../../nbs/answer/search/10_prescription.ipynb #aff6a7f8
 @dataclass(frozen=True)
@@ -64,14 +80,15 @@ def check_prescription(
 ) -> Prescription:
     """Compare pills with the drugs that are expected."""
     counts, matched = dict(expected.counts), dict[int, str]()
-    while (best := _best_pair(pills, counts, matched)) is not None:
+    likely = [likelihoods(pill) for pill in pills]
+    while (best := _best_pair(pills, likely, counts, matched)) is not None:
         place, code = best
         matched[place] = code
         counts[code] -= 1
     open_codes = [code for code, count in counts.items() if count]
     surplus, doubtful = [], []
     for place in (place for place in range(len(pills)) if place not in matched):
-        maybe = tuple(code for code, (share, _) in shares(pills[place], open_codes).items() if share > SURPLUS)
+        maybe = tuple(code for code, share in shares(likely[place], open_codes).items() if share > SURPLUS)
         if maybe:
             doubtful.append((place, maybe))
         else:
@@ -81,15 +98,15 @@ def check_prescription(
 
 
 def _best_pair(
-    pills: Sequence[Pill], counts: dict[str, int], matched: dict[int, str]
+    pills: Sequence[Pill], likely: Sequence[dict[str, float]], counts: dict[str, int], matched: dict[int, str]
 ) -> tuple[int, str] | None:  # pill and code; None = no pair is likely enough
     open_codes = [code for code, count in counts.items() if count]
     pairs = [
-        (confidence, -place, code)
+        (likely[place][code], -place, code)
         for place, pill in enumerate(pills)
         if place not in matched
-        for code, (share, confidence) in shares(pill, open_codes).items()
-        if share >= MATCHED
+        for code, share in shares(likely[place], open_codes).items()
+        if share >= MATCHED and _may_be(pill, code)
     ]
     if not pairs:
         return None
@@ -116,14 +133,9 @@ def weigh(
     top_k: int,  # candidates that are kept
 ) -> Pill:
     """Put the expected drugs first among the candidates that are about as likely."""
-    first = pill.candidates[0]
-    candidates = pill.candidates
-    if not pill.identified or first.drug.code in expected.counts:
-        weights = dict.fromkeys(expected.counts, WEIGHT)
-        candidates = sorted(
-            candidates,
-            key=lambda candidate: -candidate.confidence * candidate.evidence * weights.get(candidate.drug.code, 1.0),
-        )
-    moved = candidates[0].drug.code != first.drug.code
-    kept = replace(pill, candidates=list(candidates[:top_k]), alike=min(pill.alike, top_k))
-    return kept.doubted(ANOTHER_EXPECTED) if moved else kept
+    candidates, reason, alike = pill.candidates, pill.reason, pill.alike
+    if pill.verdict == AMBIGUOUS:
+        candidates = rank(candidates, dict.fromkeys(expected.counts, WEIGHT))
+        if candidates[0].drug.code != pill.code:
+            reason, alike = ANOTHER_EXPECTED, max(alike, 2)
+    return replace(pill, candidates=list(candidates[:top_k]), reason=reason, alike=min(alike, top_k))

@@ -17,7 +17,7 @@ import polars as pl
 
 from ...answer.classes import ClassMap
 from ...answer.closely import crop_closely
-from ...answer.factory import load_identifier
+from ...answer.gallery.recognise import open_identifier
 from ...answer.identify import Identifier
 from ...answer.imprint.setting import read_imprints
 from ..errors import BenchError
@@ -29,8 +29,8 @@ from ...runtime.images import decode_image
 from ...service.prescriptions import classify_expected
 
 # %% auto #0
-__all__ = ['HANDFUL', 'Case', 'look_alike', 'cases_of', 'true_codes', 'said_rightly', 'handfuls_of', 'compare_handfuls',
-           'measure_handfuls']
+__all__ = ['HANDFUL', 'Case', 'look_alike', 'cases_of', 'true_codes', 'said_rightly', 'strangers_of', 'bent', 'handfuls_of',
+           'compare_handfuls', 'measure_handfuls']
 
 # %% ../../../nbs/bench/search/01_handfuls.ipynb #5f2164e3
 @dataclass(frozen=True)
@@ -111,6 +111,25 @@ def said_rightly(
         and not compared["doubtful"]
     )
 
+# %% ../../../nbs/bench/search/01_handfuls.ipynb #ff8dab4c
+def strangers_of(
+    run: Path,  # folder of a run on the sample
+) -> list[TruePhoto]:
+    """The photos of one pill of drugs that were not trained."""
+    manifest = dataset_of_run(run).manifest
+    return true_photos(manifest.filter((pl.col("split") == "unseen") & (pl.col("photo_kind") == "single")))
+
+
+def bent(
+    identifier: Identifier,  # exported model
+    photo: TruePhoto,  # from `strangers_of`
+) -> bool:
+    """Whether the pill is taken for the drug that looks most like it, where a list asks for that drug."""
+    crops = identifier.crop_pills(decode_image(Path(photo.image)), "single")
+    likeliest = identifier.classify_crops(crops, 1).pills[0].code
+    compared = classify_expected(identifier, crops, 1, likeliest)[1]
+    return compared is not None and bool(compared["matched"])
+
 # %% ../../../nbs/bench/search/01_handfuls.ipynb #de63f911
 HANDFUL = (2, 4)  # pills
 
@@ -151,15 +170,19 @@ def measure_handfuls(
     """How often an exported model says rightly how a handful compares with a list; `BenchError` without a model."""
     if not (run / "export" / "classifier.onnx").is_file():
         raise BenchError(f"There is no exported model in {run}: run `pillsnap export --run {run}`.")
-    photos = handfuls_of(run, split)
+    photos, strangers = handfuls_of(run, split), strangers_of(run)
     if not photos:
         raise BenchError(f"The {split} photos of {run} have no handful of trained drugs: name a run on the sample.")
-    identifier = read_imprints(load_identifier(run / "export", engine="onnxruntime"), Identify().imprint)
-    right = compare_handfuls(identifier, photos, seed)
-    answers = [answer for found in right.values() for answer in found]
-    return {
-        "handfuls": len(photos),
-        "lists": len(answers),
-        "right": round(sum(answers) / len(answers), 4),
-        "kinds": {kind: round(sum(found) / len(found), 4) for kind, found in right.items()},
-    }
+    identifier = open_identifier(run / "export", engine="onnxruntime")
+    values: dict[str, Any] = {"handfuls": len(photos), "strangers": len(strangers)}
+    for name in ("off", "auto"):
+        read_imprints(identifier, name)
+        right = compare_handfuls(identifier, photos, seed)
+        answers = [answer for found in right.values() for answer in found]
+        values[name] = {
+            "lists": len(answers),
+            "right": round(sum(answers) / len(answers), 4),
+            "kinds": {kind: round(sum(found) / len(found), 4) for kind, found in right.items()},
+            "strangers_matched": sum(bent(identifier, photo) for photo in strangers),
+        }
+    return {**values, **values[Identify().imprint]}

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from ...answer.factory import load_identifier
-from ...answer.identify import Identifier
+from ...answer.crops import crop_pill
+from ...answer.gallery.recognise import open_identifier
+from ...answer.identify import DETAIL, Identifier
 from ...answer.imprint.ranking import ImprintRanking
 from ...answer.imprint.reader import open_reader
 from ...answer.search.appearance import read_imprint
@@ -23,6 +24,7 @@ from ...answer.search.imprints import fold, plain, turned
 from ..errors import BenchError
 from ..report import goal, spread
 from ...data.moved import dataset_of_run
+from ...runtime.boxes import Box
 from ...runtime.images import decode_image
 
 # %% auto #0
@@ -88,8 +90,10 @@ def read_singles(
         crops = identifier.crop_pills(image, "single")
         identifier.refine = None
         pill = identifier.classify_crops(crops, len(identifier.rules.class_map)).pills[0]
+        identifier.refine = ranking
         begun = time.perf_counter()
-        ranked = ranking(pill, crops.details[0])
+        crop_pill(image, Box(*map(float, crops.boxes[0])), identifier.rules.margin, DETAIL)  # as a request makes it
+        ranked = identifier.look([pill], 0, crops, [0])
         milliseconds = (time.perf_counter() - begun) * 1000
         after = pill if pill.identified else ranked
         right = pill.code == single.code, after.code == single.code
@@ -104,7 +108,7 @@ def measure_imprints(
     """How well imprints are read; raises `BenchError` without photos, `ImprintUnavailable` as `open_reader`."""
     if not (run / "export" / "classifier.onnx").is_file():
         raise BenchError(f"There is no exported model in {run}: run `pillsnap export --run {run}`.")
-    identifier = load_identifier(run / "export", engine="onnxruntime")
+    identifier = open_identifier(run / "export", engine="onnxruntime")
     singles = singles_of(dataset_of_run(run).manifest, split)
     if not singles:
         raise BenchError(f"The {split} photos of {run} have no photo of one trained drug: name a run on the sample.")

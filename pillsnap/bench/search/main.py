@@ -177,17 +177,21 @@ def _imprints(run: Path | None, split: str) -> tuple[list[dict[str, Any]], dict[
 
 
 def _changes(options: Namespace) -> dict[str, tuple[list[dict[str, Any]], dict[str, Any]]]:
-    """What reading imprints changes: goals and values of phone photos and of trained drugs."""
-    folders, out, changes = folders_of(options), options.out.resolve() / "search", {}
+    """What reading imprints changes: goals, which may be missing, and values of phone photos and of trained drugs."""
+    folders, out = folders_of(options), options.out.resolve() / "search"
+    changes: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
+        "phones": ([goal(f"phone_{top}_gain", None, at_least=0.05) for top in ("top1", "top5")], {}),
+        "trained": ([goal("trained_change", None, at_least=0.0)], {}),
+    }
     try:
         reader = open_reader() if options.phone or folders else None
     except ImprintUnavailable:  # said before
-        return {}
+        return changes
     if reader and options.phone and options.studio:
         kept = KeptReadings(out / "readings-studio.json", reader)
         changes["phones"] = measure_phones(options.phone, options.studio, frozen_network(), reader, kept)
     if reader and folders:
-        changes["trained"] = measure_trained(folders, options.run, reader, out)
+        changes["trained"] = measure_trained(folders, options.run, out)
     return changes
 
 
@@ -237,9 +241,11 @@ def table(
             f"{name:12} {row['searches']:6} {row['found']:7.3f} {row['first_ten']:10.3f} {row['first']:7.3f} "
             f"{row['median_rank']:12g}"
         )
-    if report["handfuls"]:
-        kinds = ", ".join(f"{kind} {value:.3f}" for kind, value in report["handfuls"]["kinds"].items())
-        lines.append(f"{report['handfuls']['handfuls']} handfuls against lists of drugs: {kinds}")
+    for name in ("off", "auto") if report["handfuls"] else ():
+        row, handfuls = report["handfuls"][name], report["handfuls"]
+        kinds = ", ".join(f"{kind} {value:.3f}" for kind, value in row["kinds"].items())
+        bent = f"{row['strangers_matched']} of {handfuls['strangers']} drugs never trained matched"
+        lines.append(f"{handfuls['handfuls']} handfuls against lists, imprints {name}: {kinds}; {bent}")
     if report["imprints"]:
         for kind in ("printed", "debossed"):
             row = report["imprints"][kind]
@@ -247,10 +253,10 @@ def table(
     for name, row in report.get("trained", {}).items():
         read = f"{row['read']} of {row['pills']} pills read"
         lines.append(f"{name}: top-1 {row['without']:.3f} without imprints, {row['with']:.3f} with them, {read}")
-    if "phones" in report:
-        for name in ("without", "with"):
+    if report.get("phones"):
+        for name in ("without", "with", "cross_validated"):
             shares = ", ".join(f"{top} {share:.3f}" for top, share in report["phones"][name].items())
-            lines.append(f"{report['phones']['photos']} phone photos {name} imprints: {shares}")
+            lines.append(f"{report['phones']['photos']} phone photos, {name} imprints: {shares}")
     return "\n".join([*lines, "", *goal_lines(report["goals"])])
 
 

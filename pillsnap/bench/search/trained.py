@@ -6,108 +6,62 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
 
-from ...answer.classes import ClassMap
-from ...answer.crops import crop_pill
-from ...answer.factory import load_identifier
+from ...answer.gallery.recognise import GalleryIdentifier, open_identifier
 from ...answer.identify import Pill
-from ...answer.imprint.ranking import ImprintRanking, Imprints
-from ...answer.imprint.reader import ImprintReader
-from ...answer.search.appearance import appearance_of
+from ...answer.imprint.setting import read_imprints
 from ..networks import trained_network
 from ..report import goal
-from .references import KeptReadings
 from ...data.moved import dataset_of_run
 from ...evaluation.evaluate import evaluate_combo, held_out
-from ...runtime.boxes import Box
-from ...runtime.images import decode_image
 
 # %% auto #0
-__all__ = ['imprints_of', 'Timed', 'change_of', 'measure_trained']
-
-# %% ../../../nbs/bench/search/05_trained.ipynb #be7f1b46
-_PHOTOS = 4  # of each drug that are read
-_MARGIN, _SIDE = 0.12, 256  # of a crop, as in serving
-
-
-def imprints_of(
-    manifest: pl.DataFrame,  # of a run
-    class_map: ClassMap,
-    kept: KeptReadings,  # of its training photos
-) -> Imprints | None:  # None: the labels have them
-    """What the training photos of each drug say."""
-    if any(appearance_of(drug).imprints for drug in class_map):
-        return None
-    rows = manifest.filter((pl.col("split") == "train") & (pl.col("class_index") >= 0))
-    sides: list[list[tuple[str | None, str | None]]] = [[] for _ in class_map]
-    for _, part in rows.sort("image").group_by("class_index", maintain_order=True):
-        step = max(1, len(part) // _PHOTOS)
-        for image, index, *corners in part[::step][:_PHOTOS].select("image", "class_index", *_CORNERS).iter_rows():
-            sides[index].append((_text(image, Box(*corners), kept), None))
-    kept.save()
-    return Imprints(sides)
-
-
-_CORNERS = ("x1", "y1", "x2", "y2")
-
-
-def _text(image: str, box: Box, kept: KeptReadings) -> str:
-    """What one pill says."""
-    name = f"{image} {[round(side) for side in box]}"
-    return kept.text(name, lambda: crop_pill(decode_image(Path(image)), box, _MARGIN, _SIDE))
+__all__ = ['Refine', 'change_of', 'timed', 'measure_trained']
 
 # %% ../../../nbs/bench/search/05_trained.ipynb #d147871c
-class Timed:
-    """A second look at pills, and how long each took."""
-
-    def __init__(
-        self,
-        ranking: ImprintRanking,
-    ) -> None:
-        self.milliseconds: list[float] = []
-        self._ranking = ranking
-
-    def __call__(
-        self,
-        pill: Pill,
-        crop: np.ndarray,  # of the pill, RGB, uint8, square
-    ) -> Pill:
-        """Look as the ranking does."""
-        begun = time.perf_counter()
-        ranked = self._ranking(pill, crop)
-        self.milliseconds.append((time.perf_counter() - begun) * 1000)
-        return ranked
-
-
 def change_of(
     run: Path,  # folder of an exported run
-    reader: ImprintReader,
-    kept: KeptReadings,  # of its training photos
 ) -> dict[str, Any]:  # plain values for JSON
-    """Top-1 from the photo to the drug, without imprints and with them."""
-    identifier, dataset = load_identifier(run / "export", engine="onnxruntime"), dataset_of_run(run)
-    class_map = identifier.rules.class_map
-    ranking = ImprintRanking(reader, list(class_map), imprints_of(dataset.manifest, class_map, kept))
+    """Top-1 from the photo to the drug, without imprints and with them; raises `ImprintUnavailable`."""
+    identifier, dataset = open_identifier(run / "export", engine="onnxruntime"), dataset_of_run(run)
     photos = [photo for photo in held_out(dataset)[1] if min(photo.classes) >= 0]
-    top1, timed = {}, Timed(ranking)
-    for name, refine in (("without", None), ("with", timed)):
-        identifier.refine = refine
+    top1, milliseconds = {}, list[float]()
+    for name, choice in (("without", "off"), ("with", "auto")):
+        read_imprints(identifier, choice)
+        identifier.refine = None if identifier.refine is None else timed(identifier.refine, milliseconds)
         top1[name] = round(evaluate_combo(identifier, photos)["end_to_end_top1"], 4)
-    pills, read = sum(len(photo.classes) for photo in photos), timed.milliseconds
     return {
         **top1,
         "change": round(top1["with"] - top1["without"], 4),
         "photos": len(photos),
-        "pills": pills,
-        "read": len(read),
-        "p95_ms": round(float(np.percentile(read, 95)), 1) if read else None,
+        "pills": sum(len(photo.classes) for photo in photos),
+        "read": len(milliseconds),
+        "references": len(identifier.search.gallery.references) if isinstance(identifier, GalleryIdentifier) else 0,
+        "p95_ms": round(float(np.percentile(milliseconds, 95)), 1) if milliseconds else None,
     }
+
+
+Refine = Callable[[Pill, np.ndarray], Pill]
+
+
+def timed(
+    refine: Refine,  # a second look at a pill
+    milliseconds: list[float],  # gets how long each takes
+) -> Refine:
+    """The same look, which notes its time."""
+
+    def look(pill: Pill, crop: np.ndarray) -> Pill:
+        begun = time.perf_counter()
+        ranked = refine(pill, crop)
+        milliseconds.append((time.perf_counter() - begun) * 1000)
+        return ranked
+
+    return look
 
 
 # No checkpoint is chosen on the held-out photos, and none of them is left out.
@@ -117,6 +71,7 @@ _SETTINGS = (
     "data.leakage_check=off",
     "train.classifier.min_steps=300",
     "train.detector.min_steps=600",
+    "identify.imprint=auto",
 )
 _FOLDS = 2  # networks of each calibration
 
@@ -124,16 +79,13 @@ _FOLDS = 2  # networks of each calibration
 def measure_trained(
     folders: Mapping[str, Path],  # datasets by name
     sample: Path | None,  # exported run on the sample
-    reader: ImprintReader,
     out: Path,  # gets the runs that are trained
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:  # goals, and plain values for JSON
-    """The worst change of trained drugs."""
+    """The worst change of trained drugs; raises `ImprintUnavailable`."""
     runs = {
         name: trained_network(out / name, _SETTINGS, folder, folds=_FOLDS).parent for name, folder in folders.items()
     }
     runs |= {} if sample is None else {"sample": sample}
-    values = {
-        name: change_of(run, reader, KeptReadings(out / f"readings-{name}.json", reader)) for name, run in runs.items()
-    }
+    values = {name: change_of(run) for name, run in runs.items()}
     worst, pills = min(one["change"] for one in values.values()), sum(one["pills"] for one in values.values())
     return [goal("trained_change", worst, at_least=0.0, n=pills)], values

@@ -116,6 +116,8 @@ def _record(
         drug.colors,
         drug.print_front,
         drug.print_back,
+        drug.line_front,
+        drug.line_back,
         drug.company,
         drug.name_en,
         drug.company_en,

@@ -66,6 +66,8 @@ class DrugFacts(NamedTuple):
     colors: str  # comma-separated
     print_front: str
     print_back: str
+    line_front: str  # score line
+    line_back: str
     company: str
     name_en: str
     company_en: str
@@ -93,6 +95,8 @@ def _drug_facts(
     second_color: Any,
     print_front: Any,
     print_back: Any,
+    line_front: Any,
+    line_back: Any,
     company: Any,
     company_en: Any,
     form: Any,
@@ -109,6 +113,8 @@ def _drug_facts(
         colors=intern(", ".join(filter(None, (as_text(color), as_text(second_color))))),
         print_front=as_text(print_front),
         print_back=as_text(print_back),
+        line_front=as_text(line_front),
+        line_back=as_text(line_back),
         company=as_text(company),
         name_en=as_text(name_en),
         company_en=as_text(company_en),
@@ -132,6 +138,8 @@ class _Facts(msgspec.Struct, gc=False):
     color_class2: Any = None
     print_front: Any = None
     print_back: Any = None
+    line_front: Any = None
+    line_back: Any = None
     dl_company: Any = None
     dl_company_en: Any = None
     form_code_name: Any = None
@@ -264,6 +272,8 @@ def _common(facts: _Facts) -> tuple[int | None, int | None, Session, DrugFacts]:
         facts.color_class2,
         facts.print_front,
         facts.print_back,
+        facts.line_front,
+        facts.line_back,
         facts.dl_company,
         facts.dl_company_en,
         facts.form_code_name,

@@ -169,6 +169,8 @@ class PillRecord(NamedTuple):
     colors: str = ""  # colours of the pill, comma-separated
     print_front: str = ""  # imprint on the front
     print_back: str = ""  # imprint on the back
+    line_front: str = ""  # score line of the front, as written in the label: "-", "+"
+    line_back: str = ""  # score line of the back
     company: str = ""  # maker
     name_en: str = ""  # name in English
     company_en: str = ""  # maker in English
@@ -324,6 +326,8 @@ def record_schema() -> dict[str, Any]:  # column -> type
         "colors": pl.String,
         "print_front": pl.String,
         "print_back": pl.String,
+        "line_front": pl.String,
+        "line_back": pl.String,
         "company": pl.String,
         "name_en": pl.String,
         "company_en": pl.String,

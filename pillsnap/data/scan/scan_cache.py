@@ -39,7 +39,7 @@ __all__ = ['CACHE_VERSION', 'QUARANTINE_SCHEMA', 'shard_fingerprint', 'writing_b
            'pack_shard', 'ScanCache', 'merge_tables']
 
 # %% ../../../nbs/data/scan/00_scan_cache.ipynb #fbeb8e63
-CACHE_VERSION = 4  # increment when a reader returns something else for the same files
+CACHE_VERSION = 5  # increment when a reader returns something else for the same files
 
 
 def _stamp(file: os.DirEntry[str] | Path) -> str:

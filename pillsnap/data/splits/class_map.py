@@ -19,7 +19,8 @@ from ...runlog import Decision, decide
 __all__ = ['describe_drugs', 'report_names', 'make_class_map', 'read_class_map']
 
 # %% ../../../nbs/data/splits/02_class_map.ipynb #35b5f730
-_ATTRIBUTES = ("shape", "colors", "print_front", "print_back", "company", "name_en", "company_en", "form")
+_TEXTS = "shape", "colors", "print_front", "print_back", "line_front", "line_back", "company", "name_en", "company_en"
+_ATTRIBUTES = (*_TEXTS, "form", "length_mm")
 
 
 def _most_common(records: pl.LazyFrame, column: str) -> dict[str, str]:
@@ -43,7 +44,10 @@ def describe_drugs(
 ) -> list[Drug]:  # sorted by code
     """Name, codes and attributes of some drugs, from their labels."""
     own = records.filter(pl.col("code").is_in(pl.Series(sorted(set(codes)), dtype=pl.String).implode()))
-    own = own.with_columns(edi_codes=pl.col("edi_codes").list.join("\n"))
+    own = own.with_columns(
+        edi_codes=pl.col("edi_codes").list.join("\n"),
+        length_mm=pl.col("length_mm").round(2).cast(pl.String),  # "" of no label: null is left out
+    )
     values = {column: _most_common(own, column) for column in ("name", "edi_codes", *_ATTRIBUTES)}
     drugs = []
     for code in sorted(set(codes)):

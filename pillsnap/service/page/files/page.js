@@ -5,6 +5,7 @@ import { TEXT, WORDS } from "./texts.js";
 
 const AT_ONCE = 2;        // requests at the same time
 const BY_ITSELF = 3;      // times that a photo is sent again after a countdown
+const LIST = 20_000, ORDER = 100_000; // characters of a list of drugs, and bytes of its file
 const PATIENCE = 120_000; // milliseconds of silence until an answer counts as lost
 const MAY_CHANGE = [408, 425, 429, 502, 503, 504]; // statuses that the same photo may not get again
 const LONG_SIDE = 2560;   // pixels that are sent at most
@@ -221,12 +222,13 @@ function pill(answer, index, all, card) {
           facts(candidate))))));
 }
 
-function seen({ confidence: best, candidates, imprint: read }) { // what the search is filled with
-  const likely = candidates.filter(({ confidence: share }) => share >= best / 2);
+function seen({ verdict, confidence: best, candidates, imprint: read }) { // what the search is filled with
+  // What looks like no drug of the model has the colour and shape of none of them.
+  const likely = verdict === "unknown" ? [] : candidates.filter(({ confidence: share }) => share >= best / 2);
   const english = (text) => (text ?? "").split(",").map((word) => word.trim())
     .map((word) => WORDS.find(([korean]) => korean === word)?.[1] ?? word).filter(Boolean);
   const common = (name) => likely.map(({ details }) => english(details[name]))
-    .reduce((all, words) => all.filter((word) => words.includes(word)));
+    .reduce((all, words) => all?.filter((word) => words.includes(word)) ?? words, null) ?? [];
   // One letter is soon read into a shadow.
   return { imprint: read?.length > 1 ? read : "", colors: common("colors"), shapes: common("shape") };
 }
@@ -529,8 +531,9 @@ function parse(text) { // something between here and the server may answer with 
 function post(card, key) { // only XMLHttpRequest tells how much is sent
   const { sent, unseen } = card.prepared, form = new FormData(), request = new XMLHttpRequest();
   form.append("image", sent, card.name);
-  if (card.back && card.pipeline === "single") form.append("image_back", card.preparedBack.sent, card.back.name);
-  if (card.expected) form.append("expected", card.expected);
+  const turned = card.back && card.pipeline === "single";
+  if (turned) form.append("image_back", card.preparedBack.sent, card.back.name);
+  else if (card.expected) form.append("expected", card.expected); // a list is for all pills of one photo
   return new Promise((resolve) => {
     let clock = 0;
     const end = (answer) => { clearTimeout(clock); resolve(answer); };
@@ -757,9 +760,19 @@ for (const [button, action] of [["aim", aim], ["snap", snap], ["stop", close]])
 document.addEventListener("visibilitychange", () => { if (document.hidden) close(); });
 byId("expected-choose").addEventListener("click", () => byId("expected-file").click());
 byId("expected-file").addEventListener("change", async ({ target }) => {
-  byId("expected").value = (await target.files[0]?.text() ?? "").slice(0, 20_000);
+  const file = target.files[0], whole = file ? decoded(await file.slice(0, ORDER + 1).arrayBuffer()) : "";
+  const long = file && (file.size > ORDER || whole.length > LIST);
+  byId("expected-problem").hidden = !long;
+  if (file && !long) byId("expected").value = whole;
   target.value = "";
 });
+function decoded(bytes) { // text as spreadsheets of both countries write it
+  const [first, second] = new Uint8Array(bytes);
+  const wide = first === 0xff && second === 0xfe ? "utf-16le" : first === 0xfe && second === 0xff ? "utf-16be" : "";
+  if (wide) return new TextDecoder(wide).decode(bytes);
+  try { return new TextDecoder("utf-8", { fatal: true }).decode(bytes); } catch { /* cp949 */ }
+  return new TextDecoder("euc-kr").decode(bytes);
+}
 function take(event, { files }) { // what is dropped or pasted
   if (event.target.matches?.("input, textarea") && files.length === 0) return;
   event.preventDefault();
