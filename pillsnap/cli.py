@@ -344,6 +344,7 @@ OPTIONS = {  # of each command, in addition to the settings
             help="import takes the file of a register; a later edition takes the place of an earlier one",
         ),
         _option("file", nargs="?", type=Path, metavar="FILE", help="CSV, XLSX or JSON as the register publishes it"),
+        _option("--fewer", action="store_true", help="import an edition that has far fewer drugs than the last one"),
         _option("--catalog", type=Path, metavar="FILE", help="the catalogue (default: paths.catalog)"),
     ],
     "search": [

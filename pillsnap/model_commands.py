@@ -371,7 +371,7 @@ def catalog(arguments: Namespace) -> int:
     if arguments.what == "show":
         print(describe(read_catalog(path)))
         return 0
-    made, notes = import_register(arguments.file, path)
+    made, notes = import_register(arguments.file, path, arguments.fewer)
     print("\n".join([describe(made), f"written to {path}"]))
     print_last(notes)
     return 0
@@ -406,10 +406,17 @@ def search(arguments: Namespace) -> int:
 
 
 def _class_map(folder: Path | None, settings: Settings) -> ClassMap | None:
-    """The drugs of a model; those of the service's model where it has one."""
+    """The drugs of a model; those of the service's model where it has one that can be used."""
     from pillsnap.answer.factory import load_identifier
+    from pillsnap.runtime.session import ModelError
 
+    if folder is not None:
+        return load_identifier(folder, detect=False).rules.class_map
     served = load_environment(root_or_here(), settings.serve).model_path
-    if folder is None and (served is None or not (Path(served) / "classifier.onnx").is_file()):
+    if served is None or not (Path(served) / "classifier.onnx").is_file():
         return None
-    return load_identifier(Path(folder or served or ""), detect=False).rules.class_map
+    try:
+        return load_identifier(Path(served), detect=False).rules.class_map
+    except ModelError as error:
+        print_last([f"The labels of the model are not searched: {error}"])
+        return None

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
-from tiny_models import CONFIG, FOUND, KEY, RIGHT, photo_jpeg
+from tiny_models import CONFIG, FOUND, KEY, RIGHT, photo_jpeg, save_classifier, save_detector
 
 from pillsnap import cli
+from pillsnap.answer.classes import Drug
+from pillsnap.answer.gallery.recognise import network_of, open_identifier, with_gallery
+from pillsnap.answer.gallery.references import Gallery, Reference
+from pillsnap.answer.verdicts.verdicts import Verdicts
 from pillsnap.config.environment import Environment
 from pillsnap.config.load import load_settings
+from pillsnap.runtime.images import decode_image
 from pillsnap.serve import create_app
+from pillsnap.service.prescriptions import classify_expected
 
 WHITE, RED, BLUE = "K-000030", "K-000007", "K-000101"  # the photo has a white and a red pill
 
@@ -103,6 +110,36 @@ def test_two_pills_in_one_box_are_told_apart(client: TestClient, monkeypatch: py
     assert summary(answer(client, WHITE)["prescription"]) == ([WHITE], [], [1], [])
     response = client.post("/predict?pipeline=combo", headers=KEY, files={"image": photo_jpeg()}).json()
     assert len(response["pills"]) == 1, "without a list nobody looks twice"
+
+
+def test_a_pill_that_looks_like_no_drug_is_matched_with_none(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    identifier = client.app.state.service.loaded().identifier
+    strict = Verdicts(identified=1e9, known=1e9)  # every pill is unknown
+    monkeypatch.setattr(identifier, "rules", replace(identifier.rules, verdicts=strict))
+    found = answer(client, f"{WHITE},{RED}")
+    assert [pill["verdict"] for pill in found["pills"]] == ["unknown", "unknown"]
+    assert summary(found["prescription"]) == ([], [], [], [0, 1]) and not found["prescription"]["complete"]
+    said = [[drug["code"] for drug in one["drugs"]] for one in found["prescription"]["doubtful"]]
+    assert said == [[WHITE], [RED]], "a person decides"
+
+
+def test_an_enrolled_drug_is_expected_by_its_code(tmp_path: Path) -> None:
+    save_detector(tmp_path)
+    save_classifier(tmp_path, embeddings=True)
+    identifier = open_identifier(tmp_path)
+    seen = identifier.identify(decode_image(photo_jpeg()), "combo")
+    identifier.with_embeddings = True
+    crops = identifier.crop_pills(decode_image(photo_jpeg()), "combo")
+    new = Reference(("G-1",), "", identifier.embed(crops.crops[:1])[0], b"", "photo")
+    gallery = Gallery(network_of(identifier), {}, ()).added([Drug("G-1", "Enrolled")], [new])
+    together = with_gallery(identifier, gallery)
+    compared = classify_expected(together, crops, 3, f"G-1,{seen.pills[1].code}")[1]
+    assert compared is not None and compared["unknown"] == [], "it is a drug that can be named"
+    assert {"code": "G-1", "name": "Enrolled"} in compared["missing"] or compared["matched"][0]["code"] == "G-1"
+    other = classify_expected(identifier, crops, 3, "G-1,K-000030")[1]
+    assert other is not None and other["unknown"] == ["G-1"]
 
 
 def test_without_a_list_nothing_is_said(client: TestClient) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from fastapi.testclient import TestClient
 from tiny_models import CONFIG, KEY, RIGHT
 
 from pillsnap import cli
-from pillsnap.answer.search.catalog import import_register, read_catalog
+from pillsnap.answer.search.catalog import Catalog, import_register, read_catalog
 from pillsnap.answer.search.registers import MFDS_COLUMNS, read_register
 from pillsnap.answer.search.tables import MAX_BYTES
 from pillsnap.answer.search.words import SearchError
@@ -93,7 +95,58 @@ def test_half_a_download_changes_nothing(tmp_path: Path, kept: float) -> None:
         sentence(file, content[: int(len(content) * kept)])
         with pytest.raises(SearchError):
             import_register(file, catalog)
-        assert catalog.read_bytes() == before and len(list(tmp_path.iterdir())) == 2
+        assert catalog.read_bytes() == before and len(list(tmp_path.glob("[!.]*"))) == 2
+
+
+def test_a_register_that_ends_at_a_line_takes_the_place_of_no_whole_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, catalog = tmp_path / "register.csv", tmp_path / "catalog.json"
+    rows = [
+        f"{number},약{number}정,예시제약,A{number},,원형,하양,,-,,8.1,나정" for number in range(200000001, 200000021)
+    ]
+    file.write_text("\n".join([HEAD, *rows]), encoding="utf-8")
+    assert cli.main(["catalog", "import", str(file), "--catalog", str(catalog)]) == 0
+    before = catalog.read_bytes()
+    file.write_text("\n".join([HEAD, *rows[:12]]), encoding="utf-8")
+    assert cli.main(["catalog", "import", str(file), "--catalog", str(catalog)]) == 2
+    assert "has 12 drugs, and the edition in the catalogue has 20" in capsys.readouterr().err
+    assert catalog.read_bytes() == before
+    assert cli.main(["catalog", "import", str(file), "--fewer", "--catalog", str(catalog)]) == 0
+    assert len(read_catalog(catalog).records) == 12
+
+
+def test_a_damaged_model_of_the_service_leaves_the_catalogue_to_search(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "register.csv").write_text(REGISTER, encoding="utf-8")
+    (tmp_path / "classifier.onnx").write_bytes(b"no model")
+    monkeypatch.setenv("MODEL_PATH", str(tmp_path))
+    import_register(tmp_path / "register.csv", tmp_path / "catalog.json")
+    words = ["search", "--imprint", "A1", "--catalog", str(tmp_path / "catalog.json")]
+    assert cli.main(words) == 0
+    said = capsys.readouterr()
+    assert "하나정" in said.out and "The labels of the model are not searched" in said.err + said.out
+    assert cli.main([*words, "--model", str(tmp_path)]) == 2, "a model that was named is an error"
+
+
+def test_two_imports_at_once_lose_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, other, path = tmp_path / "register.csv", tmp_path / "tfda.json", tmp_path / "catalog.json"
+    file.write_text(REGISTER, encoding="utf-8")
+    item = {"id": "9", "zh": "錠", "en": "Tab", "mark1": "S", "mark2": None, "shape": [], "color": [], "score_mark": []}
+    other.write_text(json.dumps({"items": [item]}), encoding="utf-8")
+    read = read_catalog
+
+    def slowly(place: Path) -> Catalog:
+        found = read(place)
+        time.sleep(0.3)
+        return found
+
+    monkeypatch.setattr("pillsnap.answer.search.catalog.read_catalog", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(import_register, each, path) for each in (file, other)]:
+            done.result()
+    assert len(read(path).registers) == 2
 
 
 def test_files_that_are_no_register(tmp_path: Path) -> None:

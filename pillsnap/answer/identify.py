@@ -204,6 +204,7 @@ class PillCrops:
     details: Sequence[np.ndarray] = ()  # the first crops larger, RGB, uint8; none where nobody reads them
     masks: Sequence[PillMask] = ()  # of the boxes, on the decoded photo, where the background was taken away
     more: np.ndarray | None = None  # the one pill in further photos of its side, RGB, uint8, (k, size, size, 3)
+    turned: bool = False  # whether each crop is classified in four quarter turns, which takes four times as long
 
 
 class Identifier:
@@ -301,7 +302,7 @@ class Identifier:
     ) -> Identification:
         """Classify the cropped pills of a photo."""
         started = perf_counter()
-        logits, embeddings = self._outputs(crops.crops, crops.more)
+        logits, embeddings = self._outputs(crops.crops, crops.more, crops.turned)
         probabilities, sums = softmax(logits / self.rules.verdicts.temperature), self.rules.verdicts.scores(logits)
         verdicts = [self._verdict(cut, score, crops.grey) for cut, score in zip(sums, crops.scores, strict=True)]
         wanted = top_k if self.refine is None else max(top_k, _REFINED)
@@ -483,9 +484,13 @@ class Identifier:
         self,
         crops: np.ndarray,  # RGB, uint8, (n, size, size, 3)
         more: np.ndarray | None = None,  # as in PillCrops: the outputs are averaged over the photos of the one pill
+        turned: bool = False,  # as in PillCrops: the outputs of each crop are averaged over its turns
     ) -> tuple[np.ndarray, Sequence[np.ndarray | None]]:  # logits, (n, classes); embeddings, if wanted
         if more is not None:
             return self._averaged(np.concatenate([crops, more]))
+        if turned and len(crops):
+            each = [self._averaged(np.stack([np.rot90(crop, turns) for turns in range(4)])) for crop in crops]
+            return np.concatenate([logits for logits, _ in each]), [row for _, (row,) in each]
         computed = [self._compute(batch, self.with_embeddings) for batch in _batches(crops)]
         embeddings = [row for outputs in computed for row in outputs[1]] if self.with_embeddings else None
         empty = np.empty((0, len(self.rules.class_map)), np.float32)

@@ -43,7 +43,7 @@ def classify_expected(
     if not expected.counts:
         plain = identifier.classify_crops(crops, top_k)
         return replace(plain, notes=[*plain.notes, *expected.notes]), None
-    whole = identifier.classify_crops(crops, len(drugs))
+    whole = identifier.classify_crops(replace(crops, turned=True), len(drugs))
     read = _read(identifier, crops, whole, expected)
     compared = _response(
         {drug.code: drug.name for drug in drugs},

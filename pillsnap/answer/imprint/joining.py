@@ -56,9 +56,10 @@ def join_lines(
 
 
 def _once(word: str) -> str:
-    """The halves of a capsule say the same, and may be read as one line."""
+    """The halves of a capsule say the same, and may be read as one line; 2020 may be one number."""
     half = len(word) // 2
-    return word[:half] if half >= 2 and word[:half] == word[half:] else word
+    same = word[:half] == word[half:]
+    return word[:half] if same and (half > 2 or half == 2 and not word.isdigit()) else word
 
 
 def _between(first: float, second: float) -> float:  # degrees, 0 to 180

@@ -5,8 +5,11 @@
 # %% ../../../nbs/answer/search/04_catalog.ipynb #527c9021
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,21 +57,45 @@ def read_catalog(
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SearchError(f"The catalogue {path} can't be read ({error}): {advice}.") from error
 
+# %% ../../../nbs/answer/search/04_catalog.ipynb #dfb91279
+_LEAST = 0.9  # records of a new edition, as a share of those of the last one
+
 
 def import_register(
     file: Path,  # CSV, XLSX or JSON of a register
     path: Path,  # the catalogue; it is made where it is missing
+    fewer: bool = False,  # take an edition with far fewer drugs than the last one
 ) -> tuple[Catalog, list[str]]:  # the new catalogue, and sentences on what was left out
     """Put a register into the catalogue, in the place of an earlier edition of it; raises `SearchError`."""
-    reading, earlier = read_register(file), read_catalog(path)
-    kept = [record for record in earlier.records if record.source != reading.register]
-    records = [record.to_json() for record in (*kept, *reading.records.values())]
-    registers = earlier.registers | {
-        reading.register: {"file": file.name, "sha256": sha256(file), "records": len(reading.records)}
-    }
-    content = {"hash": hash_of(records), "registers": registers, "records": records}
-    write_text(path, json.dumps(content, ensure_ascii=False, separators=(",", ":")) + "\n")
-    return read_catalog(path), reading.notes()
+    reading = read_register(file)
+    with _locked(path):
+        earlier, count = read_catalog(path), len(reading.records)
+        before = earlier.registers.get(reading.register, {}).get("records", 0)
+        if count < _LEAST * before and not fewer:
+            raise SearchError(
+                f"{file} has {count:,} drugs, and the edition in the catalogue has {before:,}: download it again, or "
+                "take it as it is with --fewer."
+            )
+        kept = [record for record in earlier.records if record.source != reading.register]
+        records = [record.to_json() for record in (*kept, *reading.records.values())]
+        about = {"file": file.name, "sha256": sha256(file), "records": count}
+        registers = earlier.registers | {reading.register: about}
+        content = {"hash": hash_of(records), "registers": registers, "records": records}
+        write_text(path, json.dumps(content, ensure_ascii=False, separators=(",", ":")) + "\n")
+        return read_catalog(path), reading.notes()
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a catalogue against other imports; raises `SearchError` for a folder that can't be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path.with_name(f".{path.name}.lock"), "w", encoding="utf-8")
+    except OSError as error:
+        raise SearchError(f"The catalogue {path} can't be written ({error.strerror}): name another place.") from error
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def describe(

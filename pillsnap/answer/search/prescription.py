@@ -88,7 +88,7 @@ def check_prescription(
     open_codes = [code for code, count in counts.items() if count]
     surplus, doubtful = [], []
     for place in (place for place in range(len(pills)) if place not in matched):
-        maybe = tuple(code for code, share in shares(likely[place], open_codes).items() if share > SURPLUS)
+        maybe = tuple(code for code in open_codes if shares(likely[place], [code]).get(code, 0.0) > SURPLUS)
         if maybe:
             doubtful.append((place, maybe))
         else:
