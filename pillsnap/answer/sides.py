@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from .identify import Candidate, Identification, Identifier, Match, Pill, PillCrops
+from .identify import EVERY, Candidate, Identification, Identifier, Match, Pill, PillCrops
 from .verdicts.reasons import NONE_ALIKE, SIDE_UNKNOWN, SIDES_DISAGREE
 from .verdicts.verdicts import AMBIGUOUS, IDENTIFIED, NO_PILL, UNKNOWN
 
@@ -97,7 +97,7 @@ def classify_sides(
 ) -> Identification:
     """Name one pill from photos of its sides."""
     crops = [same_side(photos) for photos in sides if photos]
-    answers = [identifier.classify_crops(side, len(identifier.rules.class_map)) for side in crops]
+    answers = [identifier.classify_crops(side, EVERY) for side in crops]
     pill = fuse_pills([answer.pills[0] for answer in answers], top_k)
     steps = dict.fromkeys(step for answer in answers for step in answer.timings_ms)
     times = {step: round(sum(answer.timings_ms.get(step, 0.0) for answer in answers), 3) for step in steps}

@@ -161,7 +161,7 @@ def choose_verdicts(
     of_logits = choose_thresholds(scores, np.ones(len(answers), bool), answers, risk, missed)
     of_similarity = choose_thresholds(similarities, agrees, answers, risk, missed)
     if _passing(similarities, agrees & right, of_similarity[0]) < _passing(scores, right, of_logits[0]):
-        of_similarity = None, None
+        of_similarity = None, of_similarity[1]  # what looks like a reference is still known
     verdicts = Verdicts(
         round(temperature, 6),
         weights,

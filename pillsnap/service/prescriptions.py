@@ -10,7 +10,7 @@ from typing import Any
 
 from ..answer.classes import ClassMap
 from ..answer.closely import crop_closely
-from ..answer.identify import Identification, Identifier, Pill, PillCrops
+from ..answer.identify import EVERY, Identification, Identifier, Pill, PillCrops
 from ..answer.search.expected import Expected, read_expected
 from ..answer.search.prescription import check_prescription, unclear, weigh
 from ..runtime.images import Photo
@@ -44,7 +44,7 @@ def classify_expected(
     if not expected.counts:
         plain = identifier.classify_crops(crops, top_k)
         return replace(plain, notes=[*plain.notes, *expected.notes]), None
-    whole = identifier.classify_crops(crops, len(class_map))
+    whole = identifier.classify_crops(crops, EVERY)
     read = _read(identifier, crops, whole, expected)
     compared = _response(
         class_map, expected, [pill for pill in read if pill.box_confidence is not None or identifier.detect is None]
