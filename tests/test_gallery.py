@@ -26,6 +26,8 @@ from pillsnap.answer.gallery.references import Gallery, Reference
 from pillsnap.answer.verdicts.verdicts import Verdicts
 from pillsnap.config.environment import Environment
 from pillsnap.config.load import load_settings
+from pillsnap.data.moved import dataset_of_run
+from pillsnap.evaluation.references import chosen_rows
 from pillsnap.export.report import export_run
 from pillsnap.packaging.archive import make_archive, restore_archive
 from pillsnap.registry.release import pull_models, push_run
@@ -92,6 +94,30 @@ def test_galleries_are_merged(folder: Path, command: Callable, tmp_path: Path):
     status, out, _ = command("merge", tmp_path / "other.npz")
     assert status == 0 and json.loads(out)["drugs"] == 2
     assert {drug.name for drug in read_gallery(folder / GALLERY_FILE).drugs.values()} == {"Green", "Violet"}
+
+
+def test_merging_a_photo_of_another_drug_is_a_decision(folder: Path, command: Callable, tmp_path: Path):
+    photo = folder / "photos" / "Green" / "front.png"
+    command("enroll", "--name", "Green", "--code", "G", "--whole", photo)
+    shutil.move(folder / GALLERY_FILE, tmp_path / "other.npz")
+    command("enroll", "--name", "Generic green", "--code", "H", "--whole", photo)
+    before = (folder / GALLERY_FILE).read_bytes()
+    status, _, err = command("merge", tmp_path / "other.npz")
+    assert status == 2 and "The same photo is given for G and for H" in err and "--same" in err
+    assert (folder / GALLERY_FILE).read_bytes() == before
+    assert command("merge", "--same", tmp_path / "other.npz")[0] == 0
+    assert [item.codes for item in read_gallery(folder / GALLERY_FILE).references] == [("G", "H")]
+
+
+def test_folders_of_one_name_are_one_drug(folder: Path, command: Callable):
+    more = folder / "more" / "Green"
+    more.mkdir(parents=True)
+    (more / "back.png").write_bytes(plain_photo((42, 158, 61)))
+    assert command("enroll", folder / "photos", folder / "more", "--whole")[0] == 0
+    listed = command("list")[1]
+    assert "Green  (1 front, 1 back)" in listed and "Violet  (1 front)" in listed
+    status, _, err = command("enroll", folder / "photos", more / "back.png", "--whole")
+    assert status == 2 and "back.png has no folder with the name of its drug" in err
 
 
 def test_drugs_that_look_the_same_are_one_appearance(folder: Path, command: Callable):
@@ -325,6 +351,21 @@ def test_archive_and_store_carry_the_gallery(
     built = read_gallery(models / GALLERY_FILE)
     assert len(built.drugs) == 3 and {item.side for item in built.references} == {"front", "back"}
     assert len(built.references) == 12 and all(len(item.codes) == 1 for item in built.references)
+    manifest = dataset_of_run(trained_run).manifest.filter(photo_kind="single")
+    image, code = chosen_rows(manifest, 2).select("image", "code").row(0)
+    enroll = ["gallery", "enroll", "--model", str(models), "--name", "Other", "--code", "G-1", "--whole", str(image)]
+    capfd.readouterr()
+    assert cli.main(enroll) == 2 and f"The same photo is given for G-1 and for {code}" in capfd.readouterr().err
+    (models / GALLERY_FILE).unlink()
+    assert cli.main(enroll) == 0
+    assert cli.main([*words, "--data-root", str(tiny_data)]) == 2, "a photo that was enrolled as another drug"
+    assert f"The same photo is given for {code} and for G-1" in capfd.readouterr().err
+    assert cli.main([*words, "--same", "--data-root", str(tiny_data)]) == 0
+    assert (code, "G-1") in {tuple(sorted(item.codes)[::-1]) for item in read_gallery(models / GALLERY_FILE).references}
+    assert cli.main(["gallery", "remove", "--model", str(models), "G-1"]) == 0
+    assert {item.photo for item in read_gallery(models / GALLERY_FILE).references} == {
+        item.photo for item in built.references
+    }
     make_archive(models, tmp_path / "release.tar")
     served = restore_archive(tmp_path / "release.tar", tmp_path / "releases")
     assert served is not None and read_gallery(tmp_path / "releases" / "current" / "models" / GALLERY_FILE) is not None
