@@ -111,7 +111,9 @@ def test_everything_in_small(
     assert "enroll seconds" in capsys.readouterr().out
 
 
-def test_coverage_counts_only_with_few_wrong_answers(data: Path, product: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_coverage_counts_only_with_few_wrong_answers(
+    data: Path, product: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     identifier = load_identifier(product / "export", detect=False)
     options = Namespace(studio=data / "studio.zip", phone=data / "phone", lit=1)
     for wrong, expected in ((0.04, 0.6), (0.06, 0.0)):

@@ -51,7 +51,8 @@ def _flattened(logarithms: np.ndarray, most: float) -> np.ndarray:
 
     def shares(power: float) -> np.ndarray:
         values: np.ndarray = np.exp(power * (logarithms - logarithms.max()))
-        return values / values.sum()
+        values /= values.sum()
+        return values
 
     low, high = 0.0, 1.0
     if shares(high).max() <= most:

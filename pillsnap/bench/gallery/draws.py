@@ -145,7 +145,9 @@ def resampled(
         counts = np.bincount(generator.integers(len(names), size=len(names)), minlength=len(names))
         rows = [np.repeat(np.arange(len(own)), counts[own]) for own in numbers]
         again = [(scores[row], new[row], sources[row]) for (scores, new, sources), row in zip(draws, rows, strict=True)]
-        means.append([values.mean() for values in told_apart(again)])
+        areas, passed = told_apart(again)
+        if len(areas):
+            means.append((areas.mean(), passed.mean()))
     low, high = np.percentile(np.array(means), [2.5, 97.5], axis=0).round(4).tolist()
     return (low[0], high[0]), (low[1], high[1])
 
