@@ -259,11 +259,13 @@ def evaluate(arguments: Namespace) -> int:
     settings = settings_of_run(arguments)
     from pillsnap.evaluation.advisor import advise
     from pillsnap.evaluation.evaluate import evaluate_run
+    from pillsnap.evaluation.verdicts import with_verdicts
     from pillsnap.registry.follow import record_results
 
-    print_json(evaluate_run(arguments.run.resolve(), settings))
-    record_results(settings, arguments.run.resolve())
-    advise(arguments.run.resolve(), settings)
+    run = arguments.run.resolve()
+    print_json(with_verdicts(run, settings, evaluate_run(run, settings)))
+    record_results(settings, run)
+    advise(run, settings)
     return 0
 
 

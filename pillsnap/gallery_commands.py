@@ -5,6 +5,7 @@
 # %% ../nbs/28_gallery_commands.ipynb #e1fe7053
 from __future__ import annotations
 
+import unicodedata
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator
@@ -76,17 +77,27 @@ def photos_of_drugs(
     words: list[Path],  # photos of one drug, a folder with them, or a folder with a folder for each drug
     name: str | None,  # of the drug; None: the folders are named like the drugs
 ) -> dict[str, list[Path]]:  # name of the drug -> photos
-    """Group photos by drug; raises `SettingsError` for a missing name and for two names of one drug."""
+    """Group photos by drug; raises `SettingsError` for a missing name and for two names of one drug.
+
+    Folders of one name are of one drug, wherever they are.
+    """
     from pillsnap.service.client.client import find_photos
 
     folders = [word for word in words if word.is_dir()]
-    below = [path for folder in folders for path in sorted(folder.iterdir()) if path.is_dir()]
-    if below and name is None:
-        return {path.name: find_photos([path])[0] for path in below}
+    below = {folder: sorted(path for path in folder.iterdir() if path.is_dir()) for folder in folders}
+    nested = [path for paths in below.values() for path in paths]
+    if nested and name is None:
+        lone = [word for word in words if not below.get(word)]
+        if lone:
+            raise SettingsError(f"{lone[0]} has no folder with the name of its drug: enrol it on its own, with --name")
+        photos: dict[str, list[Path]] = {}
+        for path in nested:
+            photos.setdefault(unicodedata.normalize("NFC", path.name).strip(), []).extend(find_photos([path])[0])
+        return photos
     if name is None:
         raise SettingsError("the drug has no name: give one with --name, or a folder with a folder for each drug")
-    if below:
-        raise SettingsError(f"{below[0].parent} has a folder for each drug, which --name can't name: leave it out")
+    if nested:
+        raise SettingsError(f"{nested[0].parent} has a folder for each drug, which --name can't name: leave it out")
     return {name: find_photos(words)[0]}
 
 
@@ -111,6 +122,7 @@ def _enroll(words: list[Path], arguments: Namespace, settings: Settings) -> int:
 def _build(words: list[Path], arguments: Namespace, settings: Settings) -> int:
     from pillsnap.answer.gallery.gallery_file import locked_gallery
     from pillsnap.answer.gallery.recognise import gallery_for
+    from pillsnap.answer.gallery.references import Gallery
     from pillsnap.data.manifest import prepare_data
     from pillsnap.evaluation.references import chosen_rows
     from pillsnap.runtime.engines import choose_engine
@@ -134,7 +146,9 @@ def _build(words: list[Path], arguments: Namespace, settings: Settings) -> int:
         gallery = gallery_for(folder, identifier)
         drugs = {drug.code: gallery.drugs.get(drug.code, drug) for drug in dataset.class_map}
         shown = sorted({code for reference in references for code in reference.codes})
-        _write(gallery.added([drugs[code] for code in shown], references, same=True), folder)
+        # photos that the dataset has under several drugs are its own statement that these look the same
+        built = Gallery(gallery.network, {}, ()).added([drugs[code] for code in shown], references, same=True)
+        _write(gallery.merged(built, arguments.same), folder)
     return 0
 
 # %% ../nbs/28_gallery_commands.ipynb #418549e4
@@ -180,7 +194,7 @@ def _merge(words: list[Path], arguments: Namespace, settings: Settings) -> int:
     folder = model_folder(arguments, settings)
     with _opened(folder, settings) as (_, gallery):
         for word in words:
-            gallery = gallery.merged(read_gallery(word))
+            gallery = gallery.merged(read_gallery(word), arguments.same)
         _write(gallery, folder)
     return 0
 

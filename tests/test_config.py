@@ -244,6 +244,7 @@ def test_paths_are_absolute(tmp_path, monkeypatch):
         ("train.interleave_ratio=[1]", ["train.interleave_ratio", "[1]", "required"]),
         ("train.interleave_ratio=[1.5,1]", ["train.interleave_ratio", "1.5", "valid integer"]),
         ("model.detector.image_size=500", ["model.detector.image_size", "500", "multiple of 32"]),
+        ("model.classifier.embedding_size=256", ["model.classifier.embedding_size", "256", "at most 131: 125 numbers"]),
         ("data.test_fraction=0.9", ["data.test_fraction", "data.validation_fraction", "less than 1"]),
         ("data.combination_fraction=1.2", ["data.combination_fraction", "less than or equal to 1"]),
         ("stage=9", ["stage", "9", "1, 2, 3, 4"]),

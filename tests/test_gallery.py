@@ -19,18 +19,22 @@ from tiny_models import CONFIG, KEY, RIGHT, check_error, photo_jpeg, save_classi
 
 from pillsnap import cli
 from pillsnap.answer.classes import Drug
+from pillsnap.answer.gallery.enroll import make_reference
 from pillsnap.answer.gallery.gallery_file import GALLERY_FILE, read_gallery, write_gallery
 from pillsnap.answer.gallery.recognise import GalleryIdentifier, open_identifier
 from pillsnap.answer.gallery.references import Gallery, Reference
 from pillsnap.answer.verdicts.verdicts import Verdicts
 from pillsnap.config.environment import Environment
 from pillsnap.config.load import load_settings
+from pillsnap.data.moved import dataset_of_run
+from pillsnap.evaluation.references import chosen_rows
 from pillsnap.export.report import export_run
 from pillsnap.packaging.archive import make_archive, restore_archive
 from pillsnap.registry.release import pull_models, push_run
 from pillsnap.registry.store import open_store
 from pillsnap.registry.versions import promote
 from pillsnap.serve import create_app
+from pillsnap.service.inference.model_manager import load
 
 GREEN, VIOLET = (40, 160, 60), (140, 60, 160)
 ADMIN = "q7Wm2-Lk0vR_t8Yc5n-admin"
@@ -90,6 +94,30 @@ def test_galleries_are_merged(folder: Path, command: Callable, tmp_path: Path):
     status, out, _ = command("merge", tmp_path / "other.npz")
     assert status == 0 and json.loads(out)["drugs"] == 2
     assert {drug.name for drug in read_gallery(folder / GALLERY_FILE).drugs.values()} == {"Green", "Violet"}
+
+
+def test_merging_a_photo_of_another_drug_is_a_decision(folder: Path, command: Callable, tmp_path: Path):
+    photo = folder / "photos" / "Green" / "front.png"
+    command("enroll", "--name", "Green", "--code", "G", "--whole", photo)
+    shutil.move(folder / GALLERY_FILE, tmp_path / "other.npz")
+    command("enroll", "--name", "Generic green", "--code", "H", "--whole", photo)
+    before = (folder / GALLERY_FILE).read_bytes()
+    status, _, err = command("merge", tmp_path / "other.npz")
+    assert status == 2 and "The same photo is given for G and for H" in err and "--same" in err
+    assert (folder / GALLERY_FILE).read_bytes() == before
+    assert command("merge", "--same", tmp_path / "other.npz")[0] == 0
+    assert [item.codes for item in read_gallery(folder / GALLERY_FILE).references] == [("G", "H")]
+
+
+def test_folders_of_one_name_are_one_drug(folder: Path, command: Callable):
+    more = folder / "more" / "Green"
+    more.mkdir(parents=True)
+    (more / "back.png").write_bytes(plain_photo((42, 158, 61)))
+    assert command("enroll", folder / "photos", folder / "more", "--whole")[0] == 0
+    listed = command("list")[1]
+    assert "Green  (1 front, 1 back)" in listed and "Violet  (1 front)" in listed
+    status, _, err = command("enroll", folder / "photos", more / "back.png", "--whole")
+    assert status == 2 and "back.png has no folder with the name of its drug" in err
 
 
 def test_drugs_that_look_the_same_are_one_appearance(folder: Path, command: Callable):
@@ -189,6 +217,80 @@ def test_one_picture_of_several_drugs_names_none_of_them(folder: Path, monkeypat
         pill = client.post("/predict", **question).json()["pills"][0]
     assert pill["verdict"] == "ambiguous" and pill["reason"]["reason"] == "same_appearance"
     assert {drug["code"] for drug in pill["matches"][0]["drugs"]} == {"K-000030", "G-1"}
+    assert {one["code"] for one in pill["candidates"][: pill["alike"]]} == {"K-000030", "G-1"}
+
+
+def test_an_enrolled_drug_is_not_taken_for_a_trained_one(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    verdicts = Verdicts(identified=0.0, familiar=0.97, alike=0.1)  # the logits decide
+    monkeypatch.setattr(tiny_models, "RULES", replace(tiny_models.RULES, verdicts=verdicts))
+    save_classifier(folder, embeddings=True)
+    looks = {"red": (173, 92, 84), "brick": (188, 84, 66), "rust": (190, 84, 65), "white": (212, 207, 196)}
+    photos = {name: plain_photo(colour) for name, colour in looks.items()}
+    with service(folder) as client:
+
+        def ask(name: str, top_k: int = 5) -> dict:
+            files = {"image": photos[name]}
+            return client.post("/predict", headers=KEY, files=files, params={"top_k": top_k}).json()["pills"][0]
+
+        def enroll(name: str) -> None:
+            fields, files = {"name": name, "code": f"G-{name}", "whole": "true"}, [("images", ("1.png", photos[name]))]
+            assert client.post("/gallery", headers={"X-Admin-Key": ADMIN}, data=fields, files=files).status_code == 200
+
+        assert {ask(name)["verdict"] for name in looks} == {"identified"}, "the logits are certain of all"
+        enroll("brick")
+        brick = ask("brick")
+        assert brick["verdict"] == "ambiguous" and brick["reason"]["reason"] == "gallery_disagrees"
+        assert [one["code"] for one in brick["candidates"][: brick["alike"]]] == ["K-000007", "G-brick"]
+        for name, code in (("red", "K-000007"), ("white", "K-000030")):
+            assert (ask(name)["verdict"], ask(name)["code"]) == ("identified", code), "no enrolled drug looks like it"
+        enroll("rust")
+        both = ask("brick")
+        assert [one["code"] for one in both["candidates"][: both["alike"]]] == ["K-000007", "G-brick", "G-rust"]
+        for top_k in (1, 2):
+            few = ask("brick", top_k)
+            assert len(few["candidates"]) == few["alike"] == top_k and few["verdict"] == "ambiguous"
+
+
+def test_enrolled_look_alikes_are_both_candidates(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    verdicts = Verdicts(similar=0.97, familiar=0.8, alike=0.1)
+    monkeypatch.setattr(tiny_models, "RULES", replace(tiny_models.RULES, verdicts=verdicts))
+    save_classifier(folder, embeddings=True)
+    gallery, identifier = Gallery("classifier of 8", {}, ()), open_identifier(folder)
+    for code, colour, imprint in (("G-1", GREEN, "AB"), ("G-2", (42, 161, 61), "CD"), ("G-3", VIOLET, "AB")):
+        crop = np.full((64, 64, 3), colour, np.uint8)
+        gallery = gallery.added([Drug(code, code)], [make_reference(identifier, crop, [code], "front", code, imprint)])
+    write_gallery(gallery, folder / GALLERY_FILE)
+    with service(folder) as client:
+
+        def ask(colour: tuple[int, int, int]) -> dict:
+            return client.post("/predict", headers=KEY, files={"image": plain_photo(colour)}).json()["pills"][0]
+
+        green, violet = ask(GREEN), ask(VIOLET)
+    assert (violet["verdict"], violet["code"], violet["differ"]) == ("identified", "G-3", [])
+    assert green["verdict"] == "ambiguous" and green["alike"] == 2 and green["differ"] == ["imprint"]
+    assert [one["code"] for one in green["candidates"][:2]] == ["G-1", "G-2"] and len(green["candidates"]) == 5
+    assert 0.4 < green["candidates"][1]["confidence"] <= green["candidates"][0]["confidence"] < 0.6
+
+
+def test_the_log_says_what_decides(folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    few = {"known_photos": 3.0}
+    for verdicts, enrolled, said in (
+        (Verdicts(), False, "nothing is identified (not calibrated"),
+        (Verdicts(chosen_on=few), False, "nothing is identified (it was calibrated with too few photos)"),
+        (Verdicts(identified=1.0, chosen_on=few), False, "by the logits (calibrated on 3 photos)"),
+        (Verdicts(similar=0.9, familiar=0.5), False, "nothing is identified (only the gallery of the training photos"),
+        (Verdicts(similar=0.9, familiar=0.5), True, "by similarity (a reference of 0.9 or more is identified)"),
+    ):
+        monkeypatch.setattr(tiny_models, "RULES", replace(tiny_models.RULES, verdicts=verdicts))
+        save_classifier(folder, embeddings=True)
+        embedding = np.eye(128, dtype=np.float32)[0]
+        reference = Reference(("X",), "", embedding, b"", "1")
+        write_gallery(
+            Gallery("classifier of 8", {"X": Drug("X", "X")}, (reference,) if enrolled else ()), folder / GALLERY_FILE
+        )
+        caplog.clear()
+        load(folder, open_identifier)
+        assert [record.getMessage() for record in caplog.records if f"verdicts: {said}" in record.getMessage()], said
 
 
 def test_a_gallery_of_another_network_is_refused(folder: Path, command: Callable):
@@ -220,7 +322,9 @@ def test_a_drug_is_enrolled_while_serving(folder: Path):
         assert added.json()["drugs"] == [{"code": "G-1", "name": "Green", "references": 2, "sides": ["back", "front"]}]
         pill = client.post("/predict", **question).json()["pills"][0]
         match = pill["matches"][0]
-        assert not any("picture" in candidate for candidate in pill["candidates"]), "the gallery has no trained drug"
+        _, second, *others = pill["candidates"]
+        assert second["name"] == "Green" and second["picture"] == match["picture"] and pill["verdict"] == "ambiguous"
+        assert "picture" not in pill and not any("picture" in each for each in others), "it has no trained drug"
         assert match["drugs"][0]["name"] == "Green" and match["similarity"] > 0.9
         assert match["side"] in ("front", "back") and match["picture"].startswith("data:image/jpeg;base64,/9j/")
     assert isinstance(open_identifier(folder), GalleryIdentifier), "the next start serves it too"
@@ -247,6 +351,21 @@ def test_archive_and_store_carry_the_gallery(
     built = read_gallery(models / GALLERY_FILE)
     assert len(built.drugs) == 3 and {item.side for item in built.references} == {"front", "back"}
     assert len(built.references) == 12 and all(len(item.codes) == 1 for item in built.references)
+    manifest = dataset_of_run(trained_run).manifest.filter(photo_kind="single")
+    image, code = chosen_rows(manifest, 2).select("image", "code").row(0)
+    enroll = ["gallery", "enroll", "--model", str(models), "--name", "Other", "--code", "G-1", "--whole", str(image)]
+    capfd.readouterr()
+    assert cli.main(enroll) == 2 and f"The same photo is given for G-1 and for {code}" in capfd.readouterr().err
+    (models / GALLERY_FILE).unlink()
+    assert cli.main(enroll) == 0
+    assert cli.main([*words, "--data-root", str(tiny_data)]) == 2, "a photo that was enrolled as another drug"
+    assert f"The same photo is given for {code} and for G-1" in capfd.readouterr().err
+    assert cli.main([*words, "--same", "--data-root", str(tiny_data)]) == 0
+    assert (code, "G-1") in {tuple(sorted(item.codes)[::-1]) for item in read_gallery(models / GALLERY_FILE).references}
+    assert cli.main(["gallery", "remove", "--model", str(models), "G-1"]) == 0
+    assert {item.photo for item in read_gallery(models / GALLERY_FILE).references} == {
+        item.photo for item in built.references
+    }
     make_archive(models, tmp_path / "release.tar")
     served = restore_archive(tmp_path / "release.tar", tmp_path / "releases")
     assert served is not None and read_gallery(tmp_path / "releases" / "current" / "models" / GALLERY_FILE) is not None

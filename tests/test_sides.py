@@ -22,6 +22,7 @@ from pillsnap.config.load import load_settings
 from pillsnap.serve import create_app
 
 RED, WHITE, BLUE = COLOURS
+FIELDS = ("image", "image_back")
 
 
 def photo_of(colour: np.ndarray) -> bytes:
@@ -62,6 +63,18 @@ def test_a_clear_back_decides(client: TestClient) -> None:
     pill = client.post("/predict", headers=KEY, files=files).json()["pills"][0]
     assert pill["verdict"] == "ambiguous" and pill["reason"]["reason"] == "sides_disagree"
     assert "front and back" in pill["reason"]["en"] and "앞면" in pill["reason"]["ko"]
+
+
+def test_two_sides_are_no_more_certain_than_one(client: TestClient) -> None:
+    def ask(*sides: float) -> dict:
+        files = [(field, photo_of(share * RED + (1 - share) * WHITE)) for field, share in zip(FIELDS, sides)]
+        return client.post("/predict", headers=KEY, files=files).json()["pills"][0]
+
+    one, less, twice, both = ask(0.54), ask(0.52), ask(0.54, 0.54), ask(0.52, 0.54)
+    assert 0.5 < less["confidence"] < one["confidence"] < 0.95
+    for pill in (twice, both):
+        assert pill["code"] == one["code"] and pill["confidence"] == pytest.approx(one["confidence"], abs=1e-4)
+    assert ask(0.54, 0.46)["confidence"] < less["confidence"], "less certain where the sides disagree"
 
 
 def test_photos_of_one_side_are_averaged(client: TestClient) -> None:

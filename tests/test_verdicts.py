@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 import tiny_models
 from tiny_models import save_classifier
@@ -18,6 +19,7 @@ from pillsnap.answer.gallery.gallery_file import GALLERY_FILE, read_gallery
 from pillsnap.answer.gallery.recognise import open_identifier
 from pillsnap.answer.rules import ModelMismatch, Rules
 from pillsnap.answer.verdicts.verdicts import VERDICTS, Verdicts
+from pillsnap.atomic import sha256
 from pillsnap.data.moved import dataset_of_run
 from pillsnap.data.reading.photo_files import decode_photo
 from pillsnap.training.checkpoint import CALIBRATION_FILE, CheckpointError, load_trained
@@ -60,6 +62,36 @@ def test_a_calibrated_run_exports_its_thresholds(
     (run / CALIBRATION_FILE).write_text("{", encoding="utf-8")
     with pytest.raises(CheckpointError, match="calibrate the run again"):
         load_trained(run)
+
+
+@pytest.mark.parametrize("decides", ["logits", "similarity"])
+def test_evaluation_measures_verdicts_on_held_out_and_unseen_photos(
+    trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture, decides: str
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained_run, run)
+    manifest = pl.read_parquet(run / "manifest.parquet")
+    training = manifest.filter(split="train", photo_kind="single")
+    unseen = training.with_columns(
+        split=pl.lit("unseen"), class_index=pl.lit(-1, training["class_index"].dtype), code=pl.lit("K-999999")
+    ).head(3)
+    pl.concat([manifest, unseen]).write_parquet(run / "manifest.parquet")
+    thresholds = {"similar": -1.0, "familiar": -1.0} if decides == "similarity" else {"identified": -1e9}
+    verdicts = Verdicts(chosen_on={"risk": 0.01}, **thresholds)
+    calibration = {"weights_sha256": sha256(run / "best_classifier.pt"), "verdicts": verdicts.to_json()}
+    (run / CALIBRATION_FILE).write_text(json.dumps(calibration), encoding="utf-8")
+    assert cli.main(["evaluate", "--run", str(run)]) == 0
+    found = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))["verdicts"]
+    assert f'"decides": "{decides}"' in capsys.readouterr().out
+    held_out = manifest.filter(split="test", photo_kind="single").height
+    assert (found["decides"], found["known_photos"], found["unseen_photos"]) == (decides, held_out, 3)
+    assert 0 <= found["unknown_auroc"] <= 1 and 0 <= found["unknown_fpr95"] <= 1 and found["top1"] is not None
+    if decides == "logits":  # nothing is below such a threshold: whatever is detected is identified
+        assert found["identified_wrong"] <= found["coverage"] == 1 - found["called_unknown"]
+        (run / CALIBRATION_FILE).unlink()
+        assert cli.main(["evaluate", "--run", str(run)]) == 0
+        report = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
+        assert "verdicts" not in report, "a run that was not calibrated identifies nothing"
 
 
 def test_thresholds_decide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

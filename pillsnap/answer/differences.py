@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .classes import Drug
+from .identify import Match
 
 # %% auto #0
 __all__ = ['differences']
@@ -19,16 +20,30 @@ _LENGTH = 0.5  # mm that a person sees
 
 def differences(
     drugs: Sequence[Drug],  # that look alike
+    matches: Sequence[Match] = (),  # of the pill: what was read on references of drugs without recorded looks
 ) -> list[str]:  # of imprint, back, size, colour, shape
-    """Name what tells the drugs apart."""
+    """Name what tells the drugs apart, as far as it is known of at least two."""
     found = []
+    read = _read(matches)
     for name, shown in _MARKS.items():
-        values = {drug.attributes.get(name, "").strip().casefold() for drug in drugs}
-        if len(values) > 1 and "" not in values or shown in ("imprint", "back") and len(values) > 1:
+        values = {drug.attributes.get(name, "") for drug in drugs if drug.attributes}
+        values |= {read[drug.code, name] for drug in drugs if not drug.attributes and (drug.code, name) in read}
+        plain = {"".join(value.split()).casefold() for value in values}
+        if len(plain) > 1 and "" not in plain or shown in ("imprint", "back") and len(plain) > 1:
             found.append(shown)
     lengths = [length for drug in drugs if (length := _length(drug)) is not None]
     if len(lengths) == len(drugs) > 1 and max(lengths) - min(lengths) >= _LENGTH:
         found.insert(sum(shown in ("imprint", "back") for shown in found), "size")
+    return found
+
+
+def _read(matches: Sequence[Match]) -> dict[tuple[str, str], str]:
+    """What was read on the most similar reference, by drug and mark."""
+    found: dict[tuple[str, str], str] = {}
+    for match in matches:
+        if match.imprint is not None:
+            for drug in match.drugs:
+                found.setdefault((drug.code, "print_back" if match.side == "back" else "print_front"), match.imprint)
     return found
 
 

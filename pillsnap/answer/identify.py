@@ -28,8 +28,8 @@ from ..runtime.letterbox import letterbox, normalise
 from ..runtime.session import ModelError, all_outputs
 
 # %% auto #0
-__all__ = ['PIPELINES', 'DETAIL', 'MATCHES', 'MATCHES_REFINED', 'IdentifyError', 'Candidate', 'Match', 'Pill', 'Identification',
-           'percent', 'is_grey', 'softmax', 'PillCrops', 'Identifier']
+__all__ = ['PIPELINES', 'DETAIL', 'EVERY', 'MATCHES', 'MATCHES_REFINED', 'IdentifyError', 'Candidate', 'Match', 'Pill',
+           'Identification', 'percent', 'is_grey', 'softmax', 'PillCrops', 'Identifier']
 
 # %% ../../nbs/answer/03_identify.ipynb #06c0ff0c
 class IdentifyError(PillsnapError):
@@ -182,6 +182,7 @@ PIPELINES = ("single", "combo")
 DETAIL = 256  # side of a crop in which letters can be read, pixels
 _DETAILS = 8  # of a photo at most, which bounds the time that an answer takes
 _REFINED = 100  # candidates that a second look puts in another order
+EVERY = 1_000_000  # as top_k: all candidates
 MATCHES = 5  # appearances of a gallery that a pill is shown with
 MATCHES_REFINED = 50  # of which a second look chooses them
 _BATCH = 4  # crops per batch: on a CPU larger batches of a large network take much memory and save no time
@@ -319,17 +320,12 @@ class Identifier:
             started = perf_counter()
             pills = [self.compare(pill, crops.grey) for pill in pills]
             seconds["search"] = perf_counter() - started
+        if self.refine is None:
+            pills = [_cut(pill, top_k) for pill in pills]  # a gallery may have added candidates
         if self.refine is not None:
             started = perf_counter()
-            pills = [
-                replace(
-                    pill,
-                    candidates=pill.candidates[:top_k],
-                    alike=min(pill.alike, top_k),
-                    matches=pill.matches[:MATCHES],
-                )
-                for pill in self._refined(pills, crops, places)
-            ]
+            looked = self._refined(pills, crops, places)
+            pills = [_cut(replace(pill, matches=pill.matches[:MATCHES]), top_k) for pill in looked]
             seconds["imprint"] = perf_counter() - started
         milliseconds = {
             step: round(value * 1000, 3) for step, value in {**seconds, "total": sum(seconds.values())}.items()
@@ -554,6 +550,11 @@ class Identifier:
             alike = self.rules.verdicts.look_alikes([candidate.confidence for candidate in candidates])
         place = Box(*(round(float(value), 2) for value in box))
         return Pill(place, None if score is None else float(score), candidates, verdict, alike, reason)
+
+
+def _cut(pill: Pill, top_k: int) -> Pill:
+    """The pill with its first candidates."""
+    return replace(pill, candidates=pill.candidates[:top_k], alike=min(pill.alike, top_k))
 
 
 def _batches(

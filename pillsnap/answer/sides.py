@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from .identify import Candidate, Identification, Identifier, Match, Pill, PillCrops
+from .identify import EVERY, Candidate, Identification, Identifier, Match, Pill, PillCrops
 from .verdicts.reasons import NONE_ALIKE, SIDE_UNKNOWN, SIDES_DISAGREE
 from .verdicts.verdicts import AMBIGUOUS, IDENTIFIED, NO_PILL, UNKNOWN
 
@@ -33,8 +33,7 @@ def fuse_pills(
     drugs = {candidate.drug.code: candidate.drug for pill in seen for candidate in pill.candidates}
     found = [dict.fromkeys(drugs, _silent(pill)) | {each.drug.code: each for each in pill.candidates} for pill in seen]
     logarithms = np.array([sum(np.log(max(one[code].confidence, _LEAST)) for one in found) for code in drugs])
-    shares = np.exp(logarithms - logarithms.max())
-    shares /= shares.sum()
+    shares = _flattened(logarithms, max(pill.candidates[0].confidence for pill in seen))
     evidence = [float(np.prod([one[code].evidence for one in found])) for code in drugs]
     order = np.argsort(-shares * evidence, kind="stable")[:top_k]
     codes = list(drugs)
@@ -45,6 +44,23 @@ def fuse_pills(
     matches = sorted((match for pill in seen for match in pill.matches), key=lambda match: -match.similarity)
     fused = replace(seen[0], box=pills[0].box, candidates=candidates, matches=_best(matches))
     return replace(fused, verdict=verdict, reason=reason, alike=alike)
+
+
+def _flattened(logarithms: np.ndarray, most: float) -> np.ndarray:
+    """Shares of the drugs, (drugs,), whose largest is at most `most`: a power of what the logarithms give."""
+
+    def shares(power: float) -> np.ndarray:
+        values: np.ndarray = np.exp(power * (logarithms - logarithms.max()))
+        values /= values.sum()
+        return values
+
+    low, high = 0.0, 1.0
+    if shares(high).max() <= most:
+        return shares(high)
+    for _ in range(30):
+        middle = (low + high) / 2
+        low, high = (low, middle) if shares(middle).max() > most else (middle, high)
+    return shares(low)
 
 
 def _silent(pill: Pill) -> Candidate:
@@ -97,7 +113,7 @@ def classify_sides(
 ) -> Identification:
     """Name one pill from photos of its sides."""
     crops = [same_side(photos) for photos in sides if photos]
-    answers = [identifier.classify_crops(side, len(identifier.rules.class_map)) for side in crops]
+    answers = [identifier.classify_crops(side, EVERY) for side in crops]
     pill = fuse_pills([answer.pills[0] for answer in answers], top_k)
     steps = dict.fromkeys(step for answer in answers for step in answer.timings_ms)
     times = {step: round(sum(answer.timings_ms.get(step, 0.0) for answer in answers), 3) for step in steps}

@@ -96,6 +96,15 @@ class Dataloader(Section):
         return value
 
 # %% ../../nbs/config/00_training.ipynb #fcd0553e
+_EMBEDDING = 131  # numbers at most: 125 of the colours are added, and a gallery compares 256
+
+
+def _leave_room_for_colours(value: int) -> int:
+    if value > _EMBEDDING:
+        raise ValueError(f"must be at most {_EMBEDDING}: 125 numbers of the colours are added, and 256 is the limit")
+    return value
+
+
 class ClassifierModel(Section):
     """The network that classifies a pill."""
 
@@ -103,7 +112,7 @@ class ClassifierModel(Section):
     image_size: Annotated[int, Field(ge=32)] = 384
     pretrained: bool = True
     drop_rate: Fraction = 0.2
-    embedding_size: Annotated[int, Field(ge=2, le=256)] = 128
+    embedding_size: Annotated[int, Field(ge=2), AfterValidator(_leave_room_for_colours)] = 128
 
 
 def _fit_the_strides(value: int) -> int:

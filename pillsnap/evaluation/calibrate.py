@@ -32,7 +32,7 @@ from ..training.run import train
 
 # %% auto #0
 __all__ = ['Asked', 'ask', 'fit_temperature', 'fit_weights', 'choose_thresholds', 'choose_verdicts', 'calibration_error',
-           'figures_of', 'calibrate_run']
+           'verdict_rates', 'figures_of', 'calibrate_run']
 
 # %% ../../nbs/evaluation/08_calibrate.ipynb #bde207bf
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def choose_verdicts(
     of_logits = choose_thresholds(scores, np.ones(len(answers), bool), answers, risk, missed)
     of_similarity = choose_thresholds(similarities, agrees, answers, risk, missed)
     if _passing(similarities, agrees & right, of_similarity[0]) < _passing(scores, right, of_logits[0]):
-        of_similarity = None, None
+        of_similarity = None, of_similarity[1]  # what looks like a reference is still known
     verdicts = Verdicts(
         round(temperature, 6),
         weights,
@@ -199,20 +199,14 @@ def calibration_error(
     return float(sum(gaps))
 
 
-def figures_of(
-    answers: pl.DataFrame,  # from `choose_verdicts`
-    verdicts: Verdicts,
-    gallery: bool = True,  # there is a gallery of the trained drugs
+def verdict_rates(
+    told: pl.DataFrame,  # a row per pill: score, confidence, known, right, identified, unknown (the verdict)
 ) -> dict[str, float | None]:  # 0 to 1; None = there is no photo to measure it on
     """AUROC and false positives of unknown drugs, calibration error, and what is identified."""
     from sklearn.metrics import roc_auc_score
 
-    confidence, known, right = (answers[name].to_numpy() for name in ("confidence", "known", "right"))
-    score = answers["similarity" if gallery else "score"].to_numpy()
-    high, low = (verdicts.similar, verdicts.familiar) if gallery else (verdicts.identified, verdicts.known)
-    identified = score >= (np.inf if high is None else high)
-    if gallery:
-        identified &= answers["agrees"].to_numpy()
+    columns = ("score", "confidence", "known", "right", "identified", "unknown")
+    score, confidence, known, right, identified, unknown = (told[name].to_numpy() for name in columns)
     both = known.any() and not known.all()
 
     def share(values: np.ndarray) -> float | None:
@@ -224,10 +218,23 @@ def figures_of(
         "unknown_auroc": round(float(roc_auc_score(known, score)), 4) if both else None,
         "unknown_fpr95": share(score[~known] >= np.quantile(score[known], 0.05)) if both else None,
         "coverage": share(identified[known]),
-        "identified_wrong": share(identified[known] & ~right[known]),
+        "identified_wrong": share((identified & ~right)[known]),
         "unknown_identified": share(identified[~known]),
-        "called_unknown": share(score[known] < (-np.inf if low is None else low)),
+        "called_unknown": share(unknown[known]),
     }
+
+
+def figures_of(
+    answers: pl.DataFrame,  # from `choose_verdicts`
+    verdicts: Verdicts,
+    gallery: bool = True,  # there is a gallery of the trained drugs
+) -> dict[str, float | None]:  # as `verdict_rates`
+    """What the thresholds do on the photos that chose them."""
+    high, low = (verdicts.similar, verdicts.familiar) if gallery else (verdicts.identified, verdicts.known)
+    told = answers.with_columns(score=pl.col("similarity" if gallery else "score"))
+    passes = pl.col("agrees") if gallery else pl.lit(True)
+    cut = (pl.col("score") >= (np.inf if high is None else high)) & passes
+    return verdict_rates(told.with_columns(identified=cut, unknown=pl.col("score") < (-np.inf if low is None else low)))
 
 # %% ../../nbs/evaluation/08_calibrate.ipynb #4fc99459
 def calibrate_run(

@@ -65,6 +65,7 @@ class ReferenceRow(NamedTuple):
     y1: float
     x2: float
     y2: float
+    photo_kind: str = "single"  # or "combination": the photo shows other pills too
 
 
 def reference_rows(
@@ -81,11 +82,12 @@ def reference_of(
 ) -> Reference | None:  # None: there is nothing to see
     """The reference of a pill."""
     try:
-        data, corners = read_photo(row.image), list(row[3:])
+        data, corners = read_photo(row.image), list(row[3:7])
         photo = open_photo(data, max_pixels, name=row.image)
         box = photo.reduced(Box(*corners))
         crop = identifier.crops_of(photo.pixels, np.array([box]))[0]
-        digest = hashlib.sha256(data + repr(corners).encode()).hexdigest()
+        place = repr(corners).encode() if row.photo_kind == "combination" else b""  # else as where it is enrolled
+        digest = hashlib.sha256(data + place).hexdigest()
         side = row.side if row.side in ("front", "back") else ""
         return make_reference(identifier, crop, [row.code], side, digest, _imprint(row, identifier, photo.pixels, box))
     except (ImageError, GalleryError):

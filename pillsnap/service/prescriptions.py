@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..answer.closely import crop_closely
-from ..answer.identify import Identification, Identifier, Pill, PillCrops
+from ..answer.identify import EVERY, Identification, Identifier, Pill, PillCrops
 from ..answer.search.expected import Expected, read_expected
 from ..answer.search.prescription import check_prescription, unclear, weigh
 from ..runtime.images import Photo
@@ -43,7 +43,7 @@ def classify_expected(
     if not expected.counts:
         plain = identifier.classify_crops(crops, top_k)
         return replace(plain, notes=[*plain.notes, *expected.notes]), None
-    whole = identifier.classify_crops(replace(crops, turned=True), len(drugs))
+    whole = identifier.classify_crops(replace(crops, turned=True), EVERY)
     read = _read(identifier, crops, whole, expected)
     compared = _response(
         {drug.code: drug.name for drug in drugs},

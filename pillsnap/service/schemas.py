@@ -326,7 +326,7 @@ def _pill_response(pill: Pill) -> dict[str, Any]:
         "verdict": pill.verdict,
         "reason": _why_not(pill.reason) if pill.reason else None,
         "alike": pill.alike,
-        "differ": differences([candidate.drug for candidate in pill.candidates[: pill.alike]]),
+        "differ": differences([each.drug for each in pill.candidates[: pill.alike]], pill.matches),
         "imprint": pill.imprint,
         "candidates": candidates,
     }

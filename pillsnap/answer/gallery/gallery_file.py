@@ -152,7 +152,12 @@ def _aside(folder: Path, network: str) -> Path:
 def _together(first: Gallery, later: Gallery) -> Gallery:
     """Both galleries; a drug keeps the name that it has in the first."""
     drugs = [first.drugs.get(code, drug) for code, drug in later.drugs.items()]
-    return first.added(drugs, later.references, same=True)
+    together, before = first.added(drugs, later.references, same=True), {item.codes for item in first.references}
+    joined = {item.codes for item in together.references} - before - {item.codes for item in later.references}
+    for codes in sorted(joined):
+        why = "both galleries have the same photo: `pillsnap gallery remove` takes a drug away"
+        decide("gallery", f"{' and '.join(codes)} look the same", why, fallback=True)
+    return together
 
 
 def _set_aside(gallery: Gallery, folder: Path) -> None:

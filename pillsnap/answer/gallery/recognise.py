@@ -5,8 +5,9 @@
 # %% ../../../nbs/answer/gallery/04_recognise.ipynb #ffd89f5c
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ from ...runtime.boxes import Box
 from ...runtime.session import ModelError
 
 # %% auto #0
-__all__ = ['GalleryIdentifier', 'named', 'judged', 'contradicted', 'network_of', 'gallery_for', 'with_gallery', 'open_identifier']
+__all__ = ['GalleryIdentifier', 'named', 'judged', 'reconsidered', 'contradicted', 'network_of', 'gallery_for', 'with_gallery',
+           'open_identifier']
 
 # %% ../../../nbs/answer/gallery/04_recognise.ipynb #3c3fa68e
 _PICTURES = 20  # candidates that get a picture; no request has more
@@ -56,11 +58,14 @@ class GalleryIdentifier(Identifier):
         return [*trained, *(drug for drug in enrolled if drug.code not in trained)]
 
     def _compared(self, pill: Pill, grey: bool) -> Pill:
-        matched, verdicts = self._matched(pill), self.rules.verdicts
-        if verdicts.similar is not None and pill.verdict != NO_PILL:
-            trained = self.rules.class_map
+        matched, verdicts, trained = self._matched(pill), self.rules.verdicts, self.rules.class_map
+        if pill.verdict == NO_PILL:
+            return matched
+        if verdicts.similar is not None:
             matched = judged(named(matched, verdicts, trained), verdicts, trained, grey)
-        return contradicted(matched, self.search.gallery)
+        elif not matched.identified:
+            matched = reconsidered(matched, verdicts, trained)
+        return contradicted(matched, verdicts, self.search.gallery)
 
     def _matched(self, pill: Pill) -> Pill:
         assert pill.embedding is not None, "an identifier with a gallery computes embeddings"
@@ -83,15 +88,35 @@ def named(
     verdicts: Verdicts,  # with the thresholds of similarities
     trained: ClassMap,  # drugs of the classifier
 ) -> Pill:
-    """Put the drugs of the most similar reference first, where it is similar enough and none of them was trained."""
-    best = pill.matches[0]
-    if verdicts.verdict_of_similarity(best.similarity) == UNKNOWN or any(drug.code in trained for drug in best.drugs):
+    """Put enrolled drugs first where the most similar reference is of one, with those that look the same way like it.
+
+    Its cosine is shared by them in proportion to their cosines; the drugs of the classifier share what is left.
+    """
+    best, wanted = pill.matches[0], verdicts.similar
+    if not verdicts.resembles(best.similarity) or any(drug.code in trained for drug in best.drugs):
         return pill
-    confidence = float(np.clip(best.similarity, 0, 1))
-    share = confidence / len(best.drugs)
-    enrolled = [Candidate(drug, share, picture=best.picture) for drug in best.drugs]
+    as_asked = wanted if wanted is not None and best.similarity >= wanted else -1.0
+    shares: dict[str, tuple[float, Drug, Match]] = {}
+    for match in pill.matches:
+        if verdicts.resembles(match.similarity) and match.similarity >= as_asked:
+            for drug in match.drugs:
+                if drug.code not in trained:
+                    shares.setdefault(drug.code, (match.similarity / len(match.drugs), drug, match))
+    confidence, total = float(np.clip(best.similarity, 0, 1)), sum(share for share, _, _ in shares.values())
+    enrolled = [
+        Candidate(drug, confidence * share / total, picture=match.picture) for share, drug, match in shares.values()
+    ]
+    enrolled.sort(key=lambda candidate: -candidate.confidence)
     trained_ones = [replace(each, confidence=each.confidence * (1 - confidence)) for each in pill.candidates]
     return replace(pill, candidates=[*enrolled, *trained_ones])
+
+
+def _alike(pill: Pill, verdicts: Verdicts, trained: ClassMap) -> int:
+    """How many of the first candidates look alike: the enrolled ones, and drugs that the classifier thinks likely."""
+    enrolled = sum(candidate.drug.code not in trained for candidate in pill.candidates)
+    likely = [candidate.confidence for candidate in pill.candidates[enrolled:]]
+    count = enrolled + sum(confidence >= verdicts.alike for confidence in likely)
+    return min(len(pill.candidates), max(2, count))
 
 
 def judged(
@@ -109,23 +134,66 @@ def judged(
         return replace(pill, verdict=IDENTIFIED, reason="", alike=1)
     if verdict == IDENTIFIED and grey:
         reason = NO_COLOUR
-    alike = verdicts.look_alikes([candidate.confidence for candidate in pill.candidates])
-    return replace(pill, verdict=AMBIGUOUS, reason=reason, alike=alike)
+    return replace(pill, verdict=AMBIGUOUS, reason=reason, alike=_alike(pill, verdicts, trained))
+
+
+def reconsidered(
+    pill: Pill,  # with its matches; the logits don't identify it
+    verdicts: Verdicts,  # by which the logits decide
+    trained: ClassMap,  # drugs of the classifier
+) -> Pill:
+    """Name the enrolled drugs that look like a pill of which the classifier is not certain."""
+    found = named(pill, verdicts, trained)
+    if found.code in trained:
+        return pill
+    reason = LOOK_ALIKES if pill.verdict == UNKNOWN else pill.reason
+    return replace(found, verdict=AMBIGUOUS, reason=reason, alike=_alike(found, verdicts, trained))
 
 
 def contradicted(
     pill: Pill,  # with its matches
+    verdicts: Verdicts,  # with the similarity from which on a reference looks like a pill
     gallery: Gallery,
 ) -> Pill:  # ambiguous where it was identified and the gallery speaks against it
-    """Doubt a drug that looks less like the pill than another one, or exactly like others."""
-    codes = [drug.code for drug in pill.matches[0].drugs]
-    agrees = pill.code in codes
-    if not pill.identified or pill.code not in gallery.drugs or (agrees and len(codes) == 1):
+    """Doubt a drug that looks less like the pill than another one, or exactly like others.
+
+    A drug without references can't be compared: it is doubted where another one looks like the pill.
+    """
+    best = pill.matches[0]
+    agrees = any(drug.code == pill.code for drug in best.drugs)
+    if not pill.identified or (agrees and len(best.drugs) == 1):
         return pill
-    alike = [candidate for candidate in pill.candidates if candidate.drug.code in {pill.code, *codes}]
-    others = [candidate for candidate in pill.candidates if candidate not in alike]
+    if pill.code not in gallery.drugs and not verdicts.resembles(best.similarity):
+        return pill
+    closer = [best] if agrees else _closer(pill, verdicts)
+    questioned: dict[str, tuple[Drug, Match]] = {}
+    for match in closer:
+        for drug in match.drugs:
+            questioned.setdefault(drug.code, (drug, match))
+    found = _with_drugs(pill, questioned)
+    alike = [candidate for candidate in found.candidates if candidate.drug.code in {pill.code, *questioned}]
+    others = [candidate for candidate in found.candidates if candidate not in alike]
     reason = SAME_APPEARANCE if agrees else GALLERY_DISAGREES
-    return replace(pill, candidates=[*alike, *others]).doubted(reason, len(alike))
+    return replace(found, candidates=[*alike, *others]).doubted(reason, len(alike))
+
+
+def _closer(pill: Pill, verdicts: Verdicts) -> list[Match]:
+    """The references that look more like a pill than those of its drug: the best one, and all that look like it."""
+    found = list(takewhile(lambda match: all(drug.code != pill.code for drug in match.drugs), pill.matches))
+    return found[:1] + [match for match in found[1:] if verdicts.resembles(match.similarity)]
+
+
+def _with_drugs(pill: Pill, drugs: Mapping[str, tuple[Drug, Match]]) -> Pill:
+    """The candidates with drugs that aren't among them, none of which is likelier than the predicted one."""
+    known = {candidate.drug.code for candidate in pill.candidates}
+    new = [
+        Candidate(drug, float(np.clip(match.similarity, 0, pill.confidence)), picture=match.picture)
+        for code, (drug, match) in drugs.items()
+        if code not in known
+    ]
+    total = 1 + sum(candidate.confidence for candidate in new)
+    together = [pill.candidates[0], *new, *pill.candidates[1:]]
+    return replace(pill, candidates=[replace(each, confidence=each.confidence / total) for each in together])
 
 # %% ../../../nbs/answer/gallery/04_recognise.ipynb #3a204360
 def network_of(

@@ -34,7 +34,7 @@ class Reference:
     side: str  # one of SIDES
     embedding: np.ndarray  # float32 (size,), of length 1
     picture: bytes  # small JPEG of the crop
-    photo: str  # SHA-256 of the photo's file and its box, 64 hexadecimal digits
+    photo: str  # SHA-256 of the photo's file, and of the pill's box if it shows several; 64 hexadecimal digits
     imprint: str | None = None  # what is on it, as read once; "" = nothing legible, None = not read
 
 
@@ -126,11 +126,12 @@ class Gallery:
     def merged(
         self,
         other: Gallery,  # of the same network
+        same: bool = False,  # a photo is of other drugs there: they look the same
     ) -> Gallery:
-        """Add all drugs of another gallery; raises `GalleryError` for one of another network."""
+        """Add all drugs of another gallery; raises `GalleryError` for one of another network, and as `added`."""
         if other.network != self.network:
             raise GalleryError(
                 f"The galleries are of different networks ({self.network[:12]} and {other.network[:12]}): "
                 "enrol the photos again with one of them."
             )
-        return self.added(other.drugs.values(), other.references, same=True)
+        return self.added(other.drugs.values(), other.references, same)

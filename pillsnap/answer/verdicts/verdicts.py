@@ -33,6 +33,7 @@ AMBIGUOUS = "ambiguous"  # several drugs look like it
 UNKNOWN = "unknown"  # no drug of the model looks like it
 NO_PILL = "no_pill"  # nothing was detected, and the whole photo was looked at
 VERDICTS = (IDENTIFIED, AMBIGUOUS, UNKNOWN, NO_PILL)
+_FAMILIAR = 0.8  # similarity from which on a reference looks like a pill where no photos chose it
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Verdicts:
     identified: float | None = None  # lowest weighted sum that is identified; None = nothing is
     known: float | None = None  # a weighted sum below it is unknown; None = nothing is
     similar: float | None = None  # lowest similarity of a reference that is identified; None = the weighted sum decides
-    familiar: float | None = None  # without a reference of this similarity a pill is unknown; None = none is
+    familiar: float | None = None  # from this similarity on a reference looks like a pill; None = it was not chosen
     alike: float = 0.0  # confidence from which on a drug looks like an ambiguous pill, 0 to 1
     # On what they were chosen: photos and drugs of both kinds, risks; empty = they were not chosen.
     chosen_on: dict[str, float] = field(default_factory=dict, hash=False)
@@ -70,6 +71,13 @@ class Verdicts:
     ) -> str:  # one of VERDICTS
         """The verdict on a pill that was compared with a gallery."""
         return _cut(similarity, self.similar, self.familiar)
+
+    def resembles(
+        self,
+        similarity: float,  # cosine of a reference, -1 to 1
+    ) -> bool:
+        """Whether a reference looks like a pill, whatever decides on the verdict."""
+        return similarity >= (_FAMILIAR if self.familiar is None else self.familiar)
 
     def look_alikes(
         self,

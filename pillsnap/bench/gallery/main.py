@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
 
 from ...answer.factory import load_identifier
 from ...answer.identify import Identifier
@@ -22,7 +21,7 @@ from ..errors import BenchError
 from .draws import Measured, Pills, shots, unknowns
 from .networks import general_network, left_out_drugs, partial_network, product_run
 from .sets import embed_set
-from .speed import DRUGS, enroll_seconds, search_milliseconds, served_over_limit
+from .speed import DRUGS, enroll_seconds, large_photo, search_milliseconds, served_over_limit
 from .studio import ask_lit, ask_phones, enrolled_studio
 from .verdicts import Told, ask_verdicts, together, verdict_figures, worst
 from ..options import add_photos, benchmark_parser, folders_of
@@ -32,10 +31,11 @@ from ...data.moved import dataset_of_run
 from ...masks.cutouts import CutoutArchive
 from ...runlog import setup_logging
 from ...runtime.boxes import Box
+from ...runtime.images import decode_image
 
 # %% auto #0
 __all__ = ['PACKAGES', 'PARTS', 'SHOTS', 'UNKNOWN', 'COVERAGE', 'END_TO_END', 'LEFT_OUT', 'Part', 'parse', 'set_goals',
-           'measure_enrolled', 'sample_photos', 'ask_set', 'measure_verdicts', 'measure_studio', 'measure_speed',
+           'measure_enrolled', 'pill_photos', 'ask_set', 'measure_verdicts', 'measure_studio', 'measure_speed',
            'bench_gallery', 'table', 'main']
 
 # %% ../../../nbs/bench/gallery/06_main.ipynb #9c7bf675
@@ -108,12 +108,12 @@ def measure_enrolled(
     return [one for goals, _ in found.values() for one in goals], {name: values for name, (_, values) in found.items()}
 
 # %% ../../../nbs/bench/gallery/06_main.ipynb #4d9df4fd
-def sample_photos(
+def pill_photos(
     run: Path,  # folder of a run on the sample
-) -> list[PillPhoto]:  # of its unseen drugs
-    """Photos of drugs that only the sample's validation set has."""
-    manifest = dataset_of_run(run).manifest
-    rows = manifest.filter((pl.col("split") == "unseen") & (pl.col("photo_kind") == "single"))
+    split: str = "unseen",  # drugs that only the sample's validation set has; or test
+) -> list[PillPhoto]:
+    """Photos of one pill."""
+    rows = dataset_of_run(run).manifest.filter(split=split, photo_kind="single")
     columns = rows.select("image", "group", "code", "x1", "y1", "x2", "y2").rows()
     return [PillPhoto(Path(image), group, (Box(*box),), (code,)) for image, group, code, *box in columns]
 
@@ -148,13 +148,13 @@ def measure_verdicts(
     found = {name: ask_set(name, folder, options, work) for name, folder in folders.items()}
     sample = product_run("sample", None, options, work)
     calibrated = partial_network(sample, (), None, options, sample)
-    unseen = verdict_figures(ask_verdicts(calibrated, sample_photos(sample)))["untrained_identified"]
+    unseen = verdict_figures(ask_verdicts(calibrated, pill_photos(sample)))["untrained_identified"]
     figures = {name: part for name, (part, _) in found.items()}
     known = sum(part["known"] for part in figures.values())
     goals = [
         goal("identified_wrong", worst(figures, "identified_wrong"), at_most=0.01, n=known),
         goal("calibration_error", worst(figures, "calibration_error"), at_most=0.03, n=known),
-        goal("sample_untrained_identified", unseen and unseen["value"], at_most=0.01, n=len(sample_photos(sample))),
+        goal("sample_untrained_identified", unseen and unseen["value"], at_most=0.01, n=len(pill_photos(sample))),
     ]
     for name, (part, whole) in found.items():
         goals.append(goal(f"{name}_coverage", part["coverage"]["value"], at_least=COVERAGE[name], n=part["known"]))
@@ -197,7 +197,9 @@ def measure_speed(
 ) -> Part:
     """Time a search, an enrolment and the service."""
     size = identifier.embed(np.zeros((1, *[identifier.rules.classifier_size] * 2, 3), np.uint8)).shape[1]
-    searched, enrolling = search_milliseconds(options.embeddings, size), enroll_seconds(identifier, work)
+    whole, pills = load_identifier(product / "export"), pill_photos(product, "test")
+    photo = large_photo(whole, (decode_image(pill.path) for pill in pills))
+    searched, enrolling = search_milliseconds(options.embeddings, size), enroll_seconds(whole, photo, work)
     served = served_over_limit(product, work)
     goals = [
         goal("enroll_seconds", median_of(enrolling), at_most=1, n=len(enrolling), spread=spread(enrolling)),

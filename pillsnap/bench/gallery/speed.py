@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import cv2
@@ -14,17 +15,19 @@ import numpy as np
 
 from ...answer.classes import Drug
 from ...answer.factory import load_identifier
-from ...answer.gallery.enroll import PICTURE_SIZE, NamedPhoto, enrolled
+from ...answer.gallery.enroll import PICTURE_SIZE, NamedPhoto, crop_one_pill, enrolled
 from ...answer.gallery.gallery_file import GALLERY_FILE, write_gallery
 from ...answer.gallery.recognise import network_of
-from ...answer.gallery.references import Gallery, Reference
+from ...answer.gallery.references import Gallery, GalleryError, Reference
 from ...answer.gallery.search import Search
 from ...answer.identify import Identifier
+from ..errors import BenchError
 from ..serving.main import bench_serve
 from ..serving.main import parse as serving_options
 
 # %% auto #0
-__all__ = ['DRUGS', 'drawn_gallery', 'search_milliseconds', 'enroll_seconds', 'with_drawn_gallery', 'served_over_limit']
+__all__ = ['DRUGS', 'drawn_gallery', 'search_milliseconds', 'large_photo', 'enroll_seconds', 'with_drawn_gallery',
+           'served_over_limit']
 
 # %% ../../../nbs/bench/gallery/05_speed.ipynb #c4e10d05
 def drawn_gallery(
@@ -61,19 +64,35 @@ def search_milliseconds(
     return times
 
 
+def large_photo(
+    identifier: Identifier,  # its detector has to find the pill
+    photos: Iterable[np.ndarray],  # RGB, uint8, (height, width, 3), of one pill each
+) -> bytes:  # JPEG of 12 megapixels
+    """Enlarge the first photo whose pill is found; raises `BenchError` where there is none."""
+    for pixels in photos:
+        scale = np.sqrt(12e6 / (pixels.shape[0] * pixels.shape[1]))
+        large = cv2.resize(pixels, None, fx=scale, fy=scale, interpolation=cv2.INTER_LINEAR)
+        data: bytes = cv2.imencode(".jpg", large[..., ::-1])[1].tobytes()
+        try:
+            crop_one_pill(identifier, NamedPhoto("front.jpg", data), whole=False, max_pixels=65_000_000)
+            return data
+        except GalleryError:
+            continue
+    raise BenchError("The detector finds the pill of none of the photos that an enrolment could be timed with.")
+
+
 def enroll_seconds(
-    identifier: Identifier,
+    identifier: Identifier,  # with its detector
+    photo: bytes,  # from `large_photo`
     folder: Path,  # gets a gallery
     repeats: int = 5,
 ) -> list[float]:  # of each enrolment
-    """Time the enrolment of one photo of 12 megapixels, from its bytes to the written file."""
-    pixels = np.full((3000, 4000, 3), 90, np.uint8)
-    cv2.circle(pixels, (2000, 1500), 600, (230, 220, 200), -1)
-    data, times = cv2.imencode(".jpg", pixels)[1].tobytes(), []
+    """Time the enrolment of one photo, from its bytes to the written file."""
+    times = []
     for number in range(repeats):
         start = time.perf_counter()
-        photo = NamedPhoto("front.jpg", data)
-        gallery = enrolled(Gallery("drawn", {}, ()), identifier, Drug(f"G-{number}", "new"), [photo], whole=True)
+        photos = [NamedPhoto("front.jpg", photo)]
+        gallery = enrolled(Gallery("drawn", {}, ()), identifier, Drug(f"G-{number}", "new"), photos)
         write_gallery(gallery, folder / "enrolled.npz")
         times.append(time.perf_counter() - start)
     return times

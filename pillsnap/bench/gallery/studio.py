@@ -22,7 +22,8 @@ from ...runtime.boxes import Box
 from ...runtime.images import decode_image
 
 # %% auto #0
-__all__ = ['Studio', 'whole_crop', 'enrolled_studio', 'ranks_of', 'coverage_at', 'ask_phones', 'lit_photo', 'ask_lit']
+__all__ = ['WRONG', 'Studio', 'whole_crop', 'enrolled_studio', 'ranks_of', 'coverage_at', 'kept_coverage', 'ask_phones',
+           'lit_photo', 'ask_lit']
 
 # %% ../../../nbs/bench/gallery/04_studio.ipynb #c4e10c05
 @dataclass(frozen=True)
@@ -79,13 +80,14 @@ def ranks_of(
 
 # %% ../../../nbs/bench/gallery/04_studio.ipynb #c4e10c07
 _FOLDS = 5
+WRONG = 0.05  # of the answers that are given, at most
 
 
 def coverage_at(
     best: np.ndarray,  # (questions,) score of the answer
     right: np.ndarray,  # (questions,) whether it is right
     drugs: Sequence[str],  # true drug of each question
-    limit: float = 0.05,  # wrong answers of those that are given
+    limit: float = WRONG,  # wrong answers of those that are given
 ) -> tuple[float, float]:  # share of questions that are answered; wrong ones of them
     """Answer what is above a threshold that other drugs have chosen."""
     names = np.random.default_rng(0).permutation(sorted(set(drugs))).tolist()
@@ -94,10 +96,18 @@ def coverage_at(
     for number in range(_FOLDS):
         others = np.flatnonzero(fold != number)
         order = others[np.argsort(-best[others], kind="stable")]
-        wrong = np.cumsum(~right[order]) / np.arange(1, len(order) + 1)
+        wrong = (np.cumsum(~right[order]) + 1) / (np.arange(1, len(order) + 1) + 1)  # as if the next one was wrong
         kept = np.flatnonzero(wrong <= limit)
         given |= (fold == number) & (best >= (best[order[kept[-1]]] if len(kept) else np.inf))
     return float(given.mean()), float((~right[given]).mean()) if given.any() else 0.0
+
+
+def kept_coverage(
+    coverage: float,  # share of questions that are answered
+    wrong: float,  # wrong ones of them
+) -> float:
+    """The coverage, or 0 where more of the answers are wrong than the limit allows."""
+    return coverage if wrong <= WRONG else 0.0
 
 
 def ask_phones(
@@ -105,16 +115,17 @@ def ask_phones(
     studio: Studio,
     phone: Path,  # folder DRUG/NUMBER_SIDE.jpg
     archive: Path,  # ZIP with the studio photos
-) -> dict[str, Any]:  # photos, drugs, top1, top5, coverage, wrong
+) -> dict[str, Any]:  # photos, drugs, top1, top5, answered, wrong, coverage
     """Ask with phone photos; raises `BenchError` where none shows an enrolled drug."""
     pairs = list(phone_pairs(phone, archive))
     asked = identifier.embed(np.stack([whole_crop(identifier, taken) for _, taken, _ in pairs]))
     scores, drugs = studio.scores(asked), [drug for drug, _, _ in pairs]
     ranks = ranks_of(scores, np.searchsorted(studio.drugs, drugs).tolist())
-    coverage, wrong = coverage_at(scores.max(axis=1), ranks == 1, drugs)
+    answered, wrong = coverage_at(scores.max(axis=1), ranks == 1, drugs)
     shares = {f"top{top}": round(float((ranks <= top).mean()), 4) for top in (1, 5, 20)}
     kinds = {"photos": len(pairs), "drugs": len(set(drugs)), "folds": _FOLDS}
-    return {**kinds, **shares, "coverage": round(coverage, 4), "wrong": round(wrong, 4)}
+    told = {"answered": answered, "wrong": wrong, "coverage": kept_coverage(answered, wrong)}
+    return {**kinds, **shares, **{name: round(value, 4) for name, value in told.items()}}
 
 # %% ../../../nbs/bench/gallery/04_studio.ipynb #c4e10c09
 _SIDE = 256  # pixels of a drawn photo

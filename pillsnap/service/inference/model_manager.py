@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from ...answer.gallery.gallery_file import GALLERY_FILE
 from ...answer.identify import Identifier
 from ...answer.outlines import SEGMENTER_FILE, Outliner, find_outliner
 from ...answer.quality.judge import QUALITY_FILE, Judge, find_judge
@@ -28,7 +29,7 @@ from ..schemas import model_response
 LOGGER = logging.getLogger("pillsnap")
 
 # %% auto #0
-__all__ = ['LOGGER', 'LoadedModels', 'version_of', 'load', 'ModelManager', 'folder_inside']
+__all__ = ['LOGGER', 'LoadedModels', 'version_of', 'say_what_decides', 'load', 'ModelManager', 'folder_inside']
 
 # %% ../../../nbs/service/inference/02_model_manager.ipynb #b6a81b0f
 @dataclass(frozen=True)
@@ -53,7 +54,25 @@ def version_of(
             combined.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     return combined.hexdigest()[:12]
 
+# %% ../../../nbs/service/inference/02_model_manager.ipynb #83ce9bae
+def say_what_decides(
+    identifier: Identifier,
+) -> None:
+    """Log by what its answers are identified, or why nothing is."""
+    verdicts = identifier.rules.verdicts
+    if identifier.compare is not None and verdicts.similar is not None:
+        decide("verdicts", "by similarity", f"a reference of {verdicts.similar:.4g} or more is identified")
+    elif verdicts.identified is not None:
+        decide("verdicts", "by the logits", f"calibrated on {verdicts.chosen_on.get('known_photos', 0):g} photos")
+    elif verdicts.similar is not None:
+        why = f"only the gallery of the training photos was calibrated: put its {GALLERY_FILE} beside the models"
+        decide("verdicts", "nothing is identified", why, fallback=True)
+    elif verdicts.chosen_on:
+        decide("verdicts", "nothing is identified", "it was calibrated with too few photos", fallback=True)
+    else:
+        decide("verdicts", "nothing is identified", "not calibrated: `pillsnap calibrate`, then export")
 
+# %% ../../../nbs/service/inference/02_model_manager.ipynb #6548b599
 def load(
     folder: Path | None,  # with the files; None = not set
     opener: Callable[[Path], Identifier],  # opens them
@@ -65,8 +84,7 @@ def load(
         )
     identifier, grey = opener(Path(folder)), np.full((64, 64, 3), 114, np.uint8)
     identifier.identify(grey, "single")
-    if identifier.rules.verdicts.identified is None:
-        decide("verdicts", "nothing is identified", "not calibrated: `pillsnap calibrate`, then export")
+    say_what_decides(identifier)
     judge = find_judge(Path(folder))
     if judge is None:
         decide("photo quality", "not judged", f"there is no {QUALITY_FILE} beside the models")
