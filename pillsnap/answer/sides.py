@@ -34,7 +34,9 @@ def fuse_pills(
     found = [dict.fromkeys(drugs, _silent(pill)) | {each.drug.code: each for each in pill.candidates} for pill in seen]
     logarithms = np.array([sum(np.log(max(one[code].confidence, _LEAST)) for one in found) for code in drugs])
     shares = _flattened(logarithms, max(pill.candidates[0].confidence for pill in seen))
-    evidence = [float(np.prod([one[code].evidence for one in found])) for code in drugs]
+    # What was read on an unclear side moves nothing where another side is clear.
+    read = not any(pill.identified for pill in seen)
+    evidence = [float(np.prod([one[code].evidence for one in found])) if read else 1.0 for code in drugs]
     order = np.argsort(-shares * evidence, kind="stable")[:top_k]
     codes = list(drugs)
     pictures = {code: next((one[code].picture for one in found if one[code].picture), b"") for code in codes}
@@ -42,7 +44,7 @@ def fuse_pills(
     verdict, reason = _verdict(seen, candidates[0].drug.code)
     alike = min(max(2, min(pill.alike for pill in seen)), len(candidates)) if verdict == AMBIGUOUS else 1
     matches = sorted((match for pill in seen for match in pill.matches), key=lambda match: -match.similarity)
-    fused = replace(seen[0], box=pills[0].box, candidates=candidates, matches=_best(matches))
+    fused = replace(seen[0], box=pills[0].box, candidates=candidates, matches=_best(matches), imprint=_imprint(seen))
     return replace(fused, verdict=verdict, reason=reason, alike=alike)
 
 
@@ -78,6 +80,12 @@ def _verdict(pills: Sequence[Pill], code: str) -> tuple[str, str]:
     if any(pill.code != code for pill in pills if pill.identified):
         return AMBIGUOUS, SIDES_DISAGREE
     return (IDENTIFIED, "") if IDENTIFIED in verdicts else (AMBIGUOUS, pills[0].reason)
+
+
+def _imprint(pills: Sequence[Pill]) -> str | None:
+    """What was read on the sides, the front first; None = no side was read."""
+    read = [pill.imprint for pill in pills if pill.imprint is not None]
+    return " ".join(dict.fromkeys(filter(None, read))) if read else None
 
 
 def _best(matches: Sequence[Match]) -> tuple[Match, ...]:
