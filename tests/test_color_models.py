@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pillsnap import cli
+from pillsnap import cli, color
 from pillsnap.color.bench import bench_color
 from pillsnap.color.data.pairs import PairError
 from pillsnap.color.export import bake, export_adaptive
@@ -290,6 +290,27 @@ def test_wrong_words_end_with_one_sentence(
     assert run("color", *given, *more) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("pillsnap: ") and sentence in error
+
+
+# Names
+
+
+def test_the_names_of_the_guide_lie_in_one_module():
+    for name in color.__all__:
+        assert callable(getattr(color, name)) and name in dir(color)
+    assert color.NILUT is Nilut and color.get_model_info is get_model_info
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        color.Nothing  # noqa: B018
+
+
+def test_torch_is_loaded_with_the_first_name():
+    code = (
+        "import sys, pillsnap.color as color; print('torch' in sys.modules);"
+        "from pillsnap.color import ImagePairDataset, CubeDataset, NILUT, run_style_learning, get_model_info;"
+        "print('torch' in sys.modules, NILUT.__module__)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert found == "False\nTrue pillsnap.color.networks.nilut\n"
 
 
 def test_serving_needs_no_torch():
