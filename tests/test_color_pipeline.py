@@ -7,6 +7,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import polars as pl
 import pytest
 from PIL import Image
 from tiny_models import RULES, save_classifier, save_detector
@@ -20,6 +21,7 @@ from pillsnap.config.load import settings_as_yaml
 from pillsnap.config.schema import Settings, SettingsError
 from pillsnap.data.cache.crop_store import Crops, CropStore
 from pillsnap.data.cache.open import open_store
+from pillsnap.evaluation import references
 from pillsnap.runtime.boxes import Box
 from pillsnap.runtime.color.spaces import to_encoded, to_linear
 from pillsnap.training.checkpoint import CheckpointError, check_same_settings
@@ -160,6 +162,22 @@ def test_a_coloured_or_dark_table_is_no_light():
     for ground in ((74, 112, 160), (24, 24, 26), (250, 250, 250)):
         assert not notes_of(in_light((1.0, 1.0, 1.0), ground), NO_CORRECTION, BOX, SECOND)
     assert any(FAR in note for note in notes_of(in_light((0.03, 0.03, 0.03)), NO_CORRECTION)), "whole photo"
+
+
+@pytest.mark.parametrize("rule", COLOR_RULES)
+def test_references_see_the_light_without_the_other_pills(rule: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A reference has the colours that a request gives the same pill of the same photo."""
+    Image.fromarray(in_light((1.0, 0.9, 0.6))).save(tmp_path / "two.png")
+    corners = [dict(zip(("x1", "y1", "x2", "y2"), map(float, box), strict=True)) for box in (SECOND, BOX)]
+    known = {"image": str(tmp_path / "two.png"), "side": "front", "group": "g", "split": "train", "class_index": 0}
+    rows = [known | {"code": code, "photo_kind": "combination"} | box for code, box in zip("AB", corners, strict=True)]
+    made = []
+    monkeypatch.setattr(references, "make_reference", lambda identifier, crop, *facts: made.append(crop))
+    identifier = identifier_of(rule)
+    references.references_of(identifier, references.chosen_rows(pl.DataFrame(rows), 2), 10**6)
+    pixels, boxes = in_light((1.0, 0.9, 0.6)), np.array([SECOND, BOX], np.float32)
+    asked = identifier.crop_pills(pixels, "combo", pills=(boxes, np.ones(2, np.float32)))
+    assert np.array_equal(np.array(made), asked.crops)
 
 
 def test_a_classifier_whose_learned_rule_was_trained_anew_is_refused():
