@@ -18,12 +18,14 @@ from pillsnap import cli, color
 from pillsnap.color.bench import bench_color
 from pillsnap.color.data.pairs import PairError
 from pillsnap.color.export import bake, export_adaptive
+from pillsnap.color.networks import speed
 from pillsnap.color.networks.adaptive import AdaptiveLut
 from pillsnap.color.networks.files import get_model_info, load_model, save_model
 from pillsnap.color.networks.nilut import Nilut, style_weights
 from pillsnap.color.train import train_color
 from pillsnap.config.load import load_settings
 from pillsnap.config.schema import Settings, SettingsError
+from pillsnap.errors import PillsnapError
 from pillsnap.registry import model_info
 from pillsnap.registry.store import list_versions, open_store
 from pillsnap.runs import read_run, run_state
@@ -189,6 +191,34 @@ def test_three_styles_take_no_more_than_540_kilobytes(tmp_path: Path):
     assert model_info.get_model_info(tmp_path / "nilut.pt")["model_type"] == "nilut"
 
 
+FOREIGN = {
+    "a tensor": torch.zeros(3),
+    "a list": [1, 2],
+    "weights of something else": {"layer.weight": torch.zeros(3)},
+    "another type": {"model_type": "resnet"},
+    "a type that is no name": {"model_type": ["nilut"]},
+    "no configuration": {"model_type": "nilut", "state": {}},
+    "no weights": {"model_type": "nilut", "model_config": {"styles": ["a"], "hidden_dims": [8]}},
+    "weights of another size": {
+        "model_type": "adaptive_3dlut",
+        "model_config": {"n_basis": 1, "lut_size": 5, "image_size": 16},
+        "state": {"basis": torch.zeros(2)},
+    },
+    "weights that are none": {"model_type": "adaptive_3dlut", "model_config": {}, "state": [1]},
+    "a configuration that is none": {"model_type": "nilut", "model_config": 7, "state": {}},
+}
+
+
+@pytest.mark.parametrize("content", FOREIGN.values(), ids=FOREIGN)
+def test_a_foreign_or_damaged_file_is_one_sentence(content: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    torch.save(content, tmp_path / "file.pt")
+    for describe in (get_model_info, model_info.get_model_info):
+        with pytest.raises(PillsnapError, match="file.pt"):
+            describe(tmp_path / "file.pt")
+    assert run("color", "info", "--model", str(tmp_path / "file.pt")) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_a_baked_nilut_is_the_network(tmp_path: Path):
     torch.manual_seed(0)
     network = Nilut(["a", "b"]).eval()
@@ -214,6 +244,18 @@ def test_the_onnx_file_gives_the_colours_of_the_model(tmp_path: Path):
     with torch.inference_mode():
         expected = network.eval()(photo).numpy()
     assert np.abs(session.run(None, {"photos": photo.numpy()})[0] - expected).max() <= 1e-4
+
+
+def test_every_device_is_waited_for(monkeypatch: pytest.MonkeyPatch):
+    waited: list[str] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: waited.append(f"cuda {device.index}"))
+    monkeypatch.setattr(torch.mps, "synchronize", lambda: waited.append("mps"))
+    for name in ("cpu", "cuda:1", "mps"):
+        speed.wait_for(torch.device(name))
+    assert waited == ["cuda 1", "mps"]
+    monkeypatch.setattr(speed, "wait_for", lambda device: waited.append(device.type))
+    speed.time_model(AdaptiveLut(lut_size=5, image_size=16).eval(), (8, 8), iterations=2, warmup=1)
+    assert waited[2:] == ["cpu"] * 4, "before the first run, and after each"
 
 
 def test_the_gate_names_the_limit_that_is_missed(settings: Make, tmp_path: Path):

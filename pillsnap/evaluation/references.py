@@ -68,9 +68,7 @@ class ReferenceRow(NamedTuple):
     y1: float
     x2: float
     y2: float
-    boxes: Sequence[
-        Sequence[float]
-    ] = ()  # of all pills in the photo, which are no part of its light
+    boxes: Sequence[Sequence[float]] = ()  # of all pills in the photo, which are no part of its light
 
 
 def reference_rows(
