@@ -157,6 +157,47 @@ def test_a_run_is_neither_overwritten_nor_resumed_with_other_settings(settings: 
         train_color(adaptive, tmp_path / "run")
 
 
+def changed_cube(cubes: Path) -> None:
+    write_cube(Lut(grid=Grid(identity_table(9) * 0.5)), cubes / "warm.cube")
+
+
+def new_cube(cubes: Path) -> None:
+    write_cube(Lut(grid=Grid(identity_table(9) * 0.5)), cubes / "night.cube")
+
+
+@pytest.mark.parametrize("change", [changed_cube, new_cube])
+def test_a_run_is_not_resumed_with_other_luts(
+    change: Callable[[Path], None], settings: Make, cubes: Path, tmp_path: Path
+):
+    given = ["color.data_type=cube", f"color.cube_dir={cubes}"]
+    folder = train_color(settings(*given), tmp_path / "run")
+    train_color(settings(*given, "train.resume=last"), folder)
+    change(cubes)
+    with pytest.raises(CheckpointError, match="photos or LUTs that the run of .*last.pt began with have changed"):
+        train_color(settings(*given, "train.resume=last"), folder)
+
+
+@pytest.mark.parametrize(
+    "given", [[], ["color.model=adaptive_3dlut"], ["color.model=adaptive_3dlut", "color.data_type=phone"]]
+)
+def test_a_run_is_not_resumed_with_other_photos(given: list[str], settings: Make, pairs: Path, tmp_path: Path):
+    folder = train_color(settings(*given, data=pairs), tmp_path / "run")
+    train_color(settings(*given, "train.resume=last", data=pairs), folder)
+    Image.new("RGB", (64, 48), "red").save(pairs / "processed" / "3.png")
+    with pytest.raises(CheckpointError, match="photos or LUTs that the run of .*last.pt began with have changed"):
+        train_color(settings(*given, "train.resume=last", data=pairs), folder)
+
+
+def test_all_photos_without_a_partner_are_listed(settings: Make, pairs: Path, tmp_path: Path):
+    for number in range(25):
+        Image.new("RGB", (64, 48), "red").save(pairs / "raw" / f"alone{number}.png")
+    folder = train_color(settings(data=pairs), tmp_path / "run")
+    listed = (folder / "left_out.txt").read_text().splitlines()
+    assert len(listed) == 25
+    assert all(any(f"alone{number}.png has no partner" in line for line in listed) for number in range(25))
+    assert f"all 25 files are listed in {folder / 'left_out.txt'}" in (folder / "run.log").read_text()
+
+
 # Bad input
 
 
