@@ -305,6 +305,24 @@ def test_the_gate_names_the_limit_that_is_missed(settings: Make, tmp_path: Path)
     assert not report["passed"] and "gate.nilut_mb" in report["failures"][0]
 
 
+def test_photos_that_are_canonical_already_have_to_stay(settings: Make, photos: Path, tmp_path: Path):
+    """A NILUT under its style identity, and a phone model that has learned nothing yet, with and without --photos."""
+    torch.manual_seed(0)
+    changing = AdaptiveLut(lut_size=5, image_size=16)
+    save_model(Nilut(["a"]), tmp_path / "nilut.pt", {"data_type": "cube"})
+    save_model(AdaptiveLut(lut_size=5, image_size=16), tmp_path / "phone.pt", {"data_type": "phone"})
+    torch.nn.init.constant_(changing.basis, 5.0)
+    save_model(changing, tmp_path / "changing.pt", {"data_type": "phone"})
+    for name, passes in (("nilut", True), ("phone", True), ("changing", False)):
+        for folder in (None, photos):
+            report, _ = bench_color(tmp_path / f"{name}.pt", settings(), [(8, 8)], 1, folder, tmp_path / "reports")
+            (check,) = [item for item in report["checks"] if "canonical photos" in item["name"]]
+            assert check["figure"] is not None and (check["figure"] <= 1) == passes == report["passed"]
+            assert ("of the sample" in check["name"]) == (folder is None)
+    report, _ = bench_color(tmp_path / "phone.pt", settings(), [(8, 8)], 1, tmp_path / "none", tmp_path / "reports")
+    assert "there is no folder" in report["failures"][0] and "--photos" in report["failures"][0]
+
+
 # Command
 
 
