@@ -22,6 +22,8 @@ from pillsnap.color.networks import speed
 from pillsnap.color.networks.adaptive import AdaptiveLut
 from pillsnap.color.networks.files import get_model_info, load_model, save_model
 from pillsnap.color.networks.nilut import Nilut, style_weights
+from pillsnap.color.networks.statistics import Look, look_distance, look_of
+from pillsnap.color.style import changed, run_style_learning
 from pillsnap.color.train import train_color
 from pillsnap.config.load import load_settings
 from pillsnap.config.schema import Settings, SettingsError
@@ -368,6 +370,56 @@ def test_the_command_learns_a_look(tmp_path: Path, capsys: pytest.CaptureFixture
     Image.new("L", (40, 40)).save(tmp_path / "grey.png")
     assert run("color", "learn", "--references", str(tmp_path / "grey.png"), "--out", str(tmp_path / "no.pt")) == 2
     assert "one plain colour" in capsys.readouterr().err and not (tmp_path / "no.pt").exists()
+
+
+def drawn_photo(seed: int, gains: tuple[float, ...], lift: float) -> np.ndarray:
+    """Soft patches of colours in a light."""
+    rng = np.random.default_rng(seed)
+    patches = cv2.resize(rng.uniform(0.1, 0.9, (5, 5, 3)).astype(np.float32), (64, 64), interpolation=cv2.INTER_CUBIC)
+    grey = patches.mean(axis=2, keepdims=True)
+    return (255 * np.clip((grey + 0.6 * (patches - grey)) * gains + lift, 0, 1)).round().astype(np.uint8)
+
+
+@pytest.mark.parametrize("kind", ["nilut", "adaptive_3dlut"])
+def test_a_look_is_given_to_photos_that_were_never_seen(kind: str, tmp_path: Path):
+    paths = [tmp_path / f"{number}.png" for number in range(5)]
+    for number, path in enumerate(paths):
+        Image.fromarray(drawn_photo(number, (0.8, 0.6, 0.4), 0.12)).save(path)
+    small = {"epochs": 30, "lr": 3e-3, "lut_size": 9, "image_size": 32, "hidden_dims": (32, 32)}
+    seen: list[int] = []
+    result = run_style_learning(paths, tmp_path / "look.pt", kind, small, lambda done, total: seen.append(total))
+    assert result["references"] == 5 and result["held_out"] == 1 and seen[-1] == 240
+    assert result["distance_after"] <= result["distance_before"] / 2, "of what was held out"
+
+    def look(photos: torch.Tensor) -> Look:
+        return look_of(photos.movedim(1, -1).reshape(-1, 3))
+
+    def tensor(*pictures: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
+
+    wanted = look(tensor(*(np.asarray(Image.open(path)) for path in paths)))
+    unseen = tensor(*(drawn_photo(100 + number, (1.0, 1.0, 1.0), 0.0) for number in range(6)))
+    with torch.inference_mode():
+        toned = changed(load_model(tmp_path / "look.pt", kind), unseen)
+        before, after = (float(look_distance(look(photos), wanted)) for photos in (unseen, toned))
+    assert before > 10 and after <= before / 2
+
+
+@pytest.mark.parametrize("references, held", [(1, []), (2, [1]), (10, [2])])
+def test_references_that_are_held_out_are_not_trained_on(
+    references: int, held: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    paths = [tmp_path / f"{number}.png" for number in range(references)]
+    for number, path in enumerate(paths):
+        Image.fromarray(drawn_photo(number, (0.8, 0.6, 0.4), 0.12)).save(path)
+    used: list[torch.Tensor] = []
+    monkeypatch.setattr("pillsnap.color.style.recolored", lambda photos, generator: used.append(photos) or photos)
+    config = {"epochs": 4, "lut_size": 5, "image_size": 16}
+    result = run_style_learning(paths, tmp_path / "look.pt", config=config)
+    assert result["held_out"] == sum(held)
+    trained, measured = (set(map(bytes, torch.cat(part).numpy())) for part in (used[:-1], used[-1:]))
+    assert len(measured) == max(1, sum(held)) and len(trained) == max(1, references - sum(held))
+    assert bool(trained & measured) == (references == 1)
 
 
 @pytest.mark.parametrize(
