@@ -47,7 +47,9 @@ def data(tmp_path: Path) -> Path:
                 photo = pill(color, int(rng.integers(150, 210)), rng)
                 Image.fromarray(photo).save(root / "images" / split / f"{name}{copy}.png")
                 (root / "labels" / split / f"{name}{copy}.txt").write_text(f"{number} 0.5 0.5 0.52 0.52\n")
-    names = ", ".join(COLORS)
+    Image.fromarray(pill((40, 160, 60), 180, rng)).save(root / "images" / "val" / "unknown.png")
+    (root / "labels" / "val" / "unknown.txt").write_text("3 0.5 0.5 0.52 0.52\n")
+    names = ", ".join((*COLORS, "Unknown"))
     (root / "data.yaml").write_text(f"train: images/train\nval: images/val\nnames: [{names}]\n")
     with zipfile.ZipFile(tmp_path / "studio.zip", "w") as archive:
         for name, color in COLORS.items():
@@ -96,6 +98,14 @@ def test_everything_in_small(data: Path, capsys: pytest.CaptureFixture[str]):
     assert set(fitted) == set(served) == {"brightness", "color", "level", "pill", "white"}
     assert sum(fitted["brightness"]) == pytest.approx(1, abs=1e-3) == sum(served["color"])
     assert fitted["white"] != served["white"], "that of these studio photos"
+    draws = report["values"]["draws"]["tray"]
+    for name in ("light_loss", "as_is_gain", "over_simple"):
+        low, high = np.percentile([draw[name] for draw in draws], [25, 75])
+        item = goals[f"tray_{name}" if name == "light_loss" else name]
+        assert len(draws) == 2 and item["spread"] == pytest.approx(high - low, abs=2e-4)
+        assert item["n"] == 6, "the pill that no gallery has is no question"
+    for name, found in report["values"]["runs"].items():
+        assert len(found) == goals[name]["n"] and goals[name]["value"] == pytest.approx(np.median(found), abs=1e-3)
     low, high = report["values"]["intervals"]["tray"]["light_loss"]
     assert low <= goals["tray_light_loss"]["value"] <= high
     assert "nilut kilobytes" in capsys.readouterr().out

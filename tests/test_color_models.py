@@ -14,16 +14,20 @@ import pytest
 import torch
 from PIL import Image
 
-from pillsnap import cli
+from pillsnap import cli, color
 from pillsnap.color.bench import bench_color
 from pillsnap.color.data.pairs import PairError
 from pillsnap.color.export import bake, export_adaptive
+from pillsnap.color.networks import speed
 from pillsnap.color.networks.adaptive import AdaptiveLut
 from pillsnap.color.networks.files import get_model_info, load_model, save_model
 from pillsnap.color.networks.nilut import Nilut, style_weights
+from pillsnap.color.networks.statistics import Look, look_distance, look_of
+from pillsnap.color.style import changed, run_style_learning
 from pillsnap.color.train import train_color
 from pillsnap.config.load import load_settings
 from pillsnap.config.schema import Settings, SettingsError
+from pillsnap.errors import PillsnapError
 from pillsnap.registry import model_info
 from pillsnap.registry.store import list_versions, open_store
 from pillsnap.runs import read_run, run_state
@@ -155,6 +159,47 @@ def test_a_run_is_neither_overwritten_nor_resumed_with_other_settings(settings: 
         train_color(adaptive, tmp_path / "run")
 
 
+def changed_cube(cubes: Path) -> None:
+    write_cube(Lut(grid=Grid(identity_table(9) * 0.5)), cubes / "warm.cube")
+
+
+def new_cube(cubes: Path) -> None:
+    write_cube(Lut(grid=Grid(identity_table(9) * 0.5)), cubes / "night.cube")
+
+
+@pytest.mark.parametrize("change", [changed_cube, new_cube])
+def test_a_run_is_not_resumed_with_other_luts(
+    change: Callable[[Path], None], settings: Make, cubes: Path, tmp_path: Path
+):
+    given = ["color.data_type=cube", f"color.cube_dir={cubes}"]
+    folder = train_color(settings(*given), tmp_path / "run")
+    train_color(settings(*given, "train.resume=last"), folder)
+    change(cubes)
+    with pytest.raises(CheckpointError, match="photos or LUTs that the run of .*last.pt began with have changed"):
+        train_color(settings(*given, "train.resume=last"), folder)
+
+
+@pytest.mark.parametrize(
+    "given", [[], ["color.model=adaptive_3dlut"], ["color.model=adaptive_3dlut", "color.data_type=phone"]]
+)
+def test_a_run_is_not_resumed_with_other_photos(given: list[str], settings: Make, pairs: Path, tmp_path: Path):
+    folder = train_color(settings(*given, data=pairs), tmp_path / "run")
+    train_color(settings(*given, "train.resume=last", data=pairs), folder)
+    Image.new("RGB", (64, 48), "red").save(pairs / "processed" / "3.png")
+    with pytest.raises(CheckpointError, match="photos or LUTs that the run of .*last.pt began with have changed"):
+        train_color(settings(*given, "train.resume=last", data=pairs), folder)
+
+
+def test_all_photos_without_a_partner_are_listed(settings: Make, pairs: Path, tmp_path: Path):
+    for number in range(25):
+        Image.new("RGB", (64, 48), "red").save(pairs / "raw" / f"alone{number}.png")
+    folder = train_color(settings(data=pairs), tmp_path / "run")
+    listed = (folder / "left_out.txt").read_text().splitlines()
+    assert len(listed) == 25
+    assert all(any(f"alone{number}.png has no partner" in line for line in listed) for number in range(25))
+    assert f"all 25 files are listed in {folder / 'left_out.txt'}" in (folder / "run.log").read_text()
+
+
 # Bad input
 
 
@@ -189,6 +234,34 @@ def test_three_styles_take_no_more_than_540_kilobytes(tmp_path: Path):
     assert model_info.get_model_info(tmp_path / "nilut.pt")["model_type"] == "nilut"
 
 
+FOREIGN = {
+    "a tensor": torch.zeros(3),
+    "a list": [1, 2],
+    "weights of something else": {"layer.weight": torch.zeros(3)},
+    "another type": {"model_type": "resnet"},
+    "a type that is no name": {"model_type": ["nilut"]},
+    "no configuration": {"model_type": "nilut", "state": {}},
+    "no weights": {"model_type": "nilut", "model_config": {"styles": ["a"], "hidden_dims": [8]}},
+    "weights of another size": {
+        "model_type": "adaptive_3dlut",
+        "model_config": {"n_basis": 1, "lut_size": 5, "image_size": 16},
+        "state": {"basis": torch.zeros(2)},
+    },
+    "weights that are none": {"model_type": "adaptive_3dlut", "model_config": {}, "state": [1]},
+    "a configuration that is none": {"model_type": "nilut", "model_config": 7, "state": {}},
+}
+
+
+@pytest.mark.parametrize("content", FOREIGN.values(), ids=FOREIGN)
+def test_a_foreign_or_damaged_file_is_one_sentence(content: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    torch.save(content, tmp_path / "file.pt")
+    for describe in (get_model_info, model_info.get_model_info):
+        with pytest.raises(PillsnapError, match="file.pt"):
+            describe(tmp_path / "file.pt")
+    assert run("color", "info", "--model", str(tmp_path / "file.pt")) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_a_baked_nilut_is_the_network(tmp_path: Path):
     torch.manual_seed(0)
     network = Nilut(["a", "b"]).eval()
@@ -216,10 +289,40 @@ def test_the_onnx_file_gives_the_colours_of_the_model(tmp_path: Path):
     assert np.abs(session.run(None, {"photos": photo.numpy()})[0] - expected).max() <= 1e-4
 
 
+def test_every_device_is_waited_for(monkeypatch: pytest.MonkeyPatch):
+    waited: list[str] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: waited.append(f"cuda {device.index}"))
+    monkeypatch.setattr(torch.mps, "synchronize", lambda: waited.append("mps"))
+    for name in ("cpu", "cuda:1", "mps"):
+        speed.wait_for(torch.device(name))
+    assert waited == ["cuda 1", "mps"]
+    monkeypatch.setattr(speed, "wait_for", lambda device: waited.append(device.type))
+    speed.time_model(AdaptiveLut(lut_size=5, image_size=16).eval(), (8, 8), iterations=2, warmup=1)
+    assert waited[2:] == ["cpu"] * 4, "before the first run, and after each"
+
+
 def test_the_gate_names_the_limit_that_is_missed(settings: Make, tmp_path: Path):
     save_model(Nilut(["a"]), tmp_path / "nilut.pt")
     report, _ = bench_color(tmp_path / "nilut.pt", settings("gate.nilut_mb=0.1"), [(32, 32)], 1, out=tmp_path)
     assert not report["passed"] and "gate.nilut_mb" in report["failures"][0]
+
+
+def test_photos_that_are_canonical_already_have_to_stay(settings: Make, photos: Path, tmp_path: Path):
+    """A NILUT under its style identity, and a phone model that has learned nothing yet, with and without --photos."""
+    torch.manual_seed(0)
+    changing = AdaptiveLut(lut_size=5, image_size=16)
+    save_model(Nilut(["a"]), tmp_path / "nilut.pt", {"data_type": "cube"})
+    save_model(AdaptiveLut(lut_size=5, image_size=16), tmp_path / "phone.pt", {"data_type": "phone"})
+    torch.nn.init.constant_(changing.basis, 5.0)
+    save_model(changing, tmp_path / "changing.pt", {"data_type": "phone"})
+    for name, passes in (("nilut", True), ("phone", True), ("changing", False)):
+        for folder in (None, photos):
+            report, _ = bench_color(tmp_path / f"{name}.pt", settings(), [(8, 8)], 1, folder, tmp_path / "reports")
+            (check,) = [item for item in report["checks"] if "canonical photos" in item["name"]]
+            assert check["figure"] is not None and (check["figure"] <= 1) == passes == report["passed"]
+            assert ("of the sample" in check["name"]) == (folder is None)
+    report, _ = bench_color(tmp_path / "phone.pt", settings(), [(8, 8)], 1, tmp_path / "none", tmp_path / "reports")
+    assert "there is no folder" in report["failures"][0] and "--photos" in report["failures"][0]
 
 
 # Command
@@ -269,6 +372,56 @@ def test_the_command_learns_a_look(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "one plain colour" in capsys.readouterr().err and not (tmp_path / "no.pt").exists()
 
 
+def drawn_photo(seed: int, gains: tuple[float, ...], lift: float) -> np.ndarray:
+    """Soft patches of colours in a light."""
+    rng = np.random.default_rng(seed)
+    patches = cv2.resize(rng.uniform(0.1, 0.9, (5, 5, 3)).astype(np.float32), (64, 64), interpolation=cv2.INTER_CUBIC)
+    grey = patches.mean(axis=2, keepdims=True)
+    return (255 * np.clip((grey + 0.6 * (patches - grey)) * gains + lift, 0, 1)).round().astype(np.uint8)
+
+
+@pytest.mark.parametrize("kind", ["nilut", "adaptive_3dlut"])
+def test_a_look_is_given_to_photos_that_were_never_seen(kind: str, tmp_path: Path):
+    paths = [tmp_path / f"{number}.png" for number in range(5)]
+    for number, path in enumerate(paths):
+        Image.fromarray(drawn_photo(number, (0.8, 0.6, 0.4), 0.12)).save(path)
+    small = {"epochs": 30, "lr": 3e-3, "lut_size": 9, "image_size": 32, "hidden_dims": (32, 32)}
+    seen: list[int] = []
+    result = run_style_learning(paths, tmp_path / "look.pt", kind, small, lambda done, total: seen.append(total))
+    assert result["references"] == 5 and result["held_out"] == 1 and seen[-1] == 240
+    assert result["distance_after"] <= result["distance_before"] / 2, "of what was held out"
+
+    def look(photos: torch.Tensor) -> Look:
+        return look_of(photos.movedim(1, -1).reshape(-1, 3))
+
+    def tensor(*pictures: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
+
+    wanted = look(tensor(*(np.asarray(Image.open(path)) for path in paths)))
+    unseen = tensor(*(drawn_photo(100 + number, (1.0, 1.0, 1.0), 0.0) for number in range(6)))
+    with torch.inference_mode():
+        toned = changed(load_model(tmp_path / "look.pt", kind), unseen)
+        before, after = (float(look_distance(look(photos), wanted)) for photos in (unseen, toned))
+    assert before > 10 and after <= before / 2
+
+
+@pytest.mark.parametrize("references, held", [(1, []), (2, [1]), (10, [2])])
+def test_references_that_are_held_out_are_not_trained_on(
+    references: int, held: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    paths = [tmp_path / f"{number}.png" for number in range(references)]
+    for number, path in enumerate(paths):
+        Image.fromarray(drawn_photo(number, (0.8, 0.6, 0.4), 0.12)).save(path)
+    used: list[torch.Tensor] = []
+    monkeypatch.setattr("pillsnap.color.style.recolored", lambda photos, generator: used.append(photos) or photos)
+    config = {"epochs": 4, "lut_size": 5, "image_size": 16}
+    result = run_style_learning(paths, tmp_path / "look.pt", config=config)
+    assert result["held_out"] == sum(held)
+    trained, measured = (set(map(bytes, torch.cat(part).numpy())) for part in (used[:-1], used[-1:]))
+    assert len(measured) == max(1, sum(held)) and len(trained) == max(1, references - sum(held))
+    assert bool(trained & measured) == (references == 1)
+
+
 @pytest.mark.parametrize(
     "words, sentence",
     [
@@ -290,6 +443,27 @@ def test_wrong_words_end_with_one_sentence(
     assert run("color", *given, *more) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("pillsnap: ") and sentence in error
+
+
+# Names
+
+
+def test_the_names_of_the_guide_lie_in_one_module():
+    for name in color.__all__:
+        assert callable(getattr(color, name)) and name in dir(color)
+    assert color.NILUT is Nilut and color.get_model_info is get_model_info
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        color.Nothing  # noqa: B018
+
+
+def test_torch_is_loaded_with_the_first_name():
+    code = (
+        "import sys, pillsnap.color as color; print('torch' in sys.modules);"
+        "from pillsnap.color import ImagePairDataset, CubeDataset, NILUT, run_style_learning, get_model_info;"
+        "print('torch' in sys.modules, NILUT.__module__)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert found == "False\nTrue pillsnap.color.networks.nilut\n"
 
 
 def test_serving_needs_no_torch():

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import polars as pl
 import pytest
 from PIL import Image
 from tiny_models import RULES, save_classifier, save_detector
@@ -20,6 +21,7 @@ from pillsnap.config.load import settings_as_yaml
 from pillsnap.config.schema import Settings, SettingsError
 from pillsnap.data.cache.crop_store import Crops, CropStore
 from pillsnap.data.cache.open import open_store
+from pillsnap.evaluation import references
 from pillsnap.runtime.boxes import Box
 from pillsnap.runtime.color.spaces import to_encoded, to_linear
 from pillsnap.training.checkpoint import CheckpointError, check_same_settings
@@ -111,18 +113,71 @@ def test_the_learned_rule_corrects_each_side_of_a_mixed_light(photo: Path):
     assert np.abs(colors[0] - colors[1]).max() < 0.7 * apart.max()
 
 
+SECOND = Box(20, 20, 80, 60)
+FAR = "too coloured, too dark or too bright to trust the colours"
+
+
+def notes_of(image: np.ndarray, rule: str, *boxes: Box) -> list[str]:
+    found = np.array(boxes, np.float32).reshape(-1, 4), np.ones(len(boxes), np.float32)
+    return identifier_of(rule).crop_pills(image, "combo" if boxes else "single", pills=found).notes
+
+
+def in_light(gains: tuple[float, ...], ground: tuple[int, ...] = (190, 190, 190)) -> np.ndarray:
+    """A red pill and a white one."""
+    pixels = np.full((240, 320, 3), ground, np.uint8)
+    for (x1, y1, x2, y2), color in ((BOX, (190, 60, 40)), (SECOND, (225, 222, 215))):
+        middle, axes = (int(x1 + x2) // 2, int(y1 + y2) // 2), (int(x2 - x1) // 2, int(y2 - y1) // 2)
+        cv2.ellipse(pixels, middle, axes, 0, 0, 360, color, -1, cv2.LINE_AA)
+    return np.rint(255 * to_encoded(np.clip(to_linear(pixels / 255) * gains, 0, 1))).astype(np.uint8)
+
+
 @pytest.mark.parametrize(
-    "gains, noted", [((1.0, 1.0, 1.0), False), ((1.0, 0.35, 0.1), True), ((0.03, 0.03, 0.03), True)]
+    "gains, noted",
+    [
+        ((1.0, 1.0, 1.0), False),
+        ((1.18, 1.0, 0.78), False),
+        ((0.6, 0.6, 0.6), False),
+        ((1.0, 0.35, 0.1), True),
+        ((0.03, 0.03, 0.03), True),
+        ((0.01, 0.01, 0.01), True),
+        ((8.0, 8.0, 8.0), True),
+    ],
 )
+@each_rule
+def test_the_answer_says_when_the_light_was_far_from_the_studio(rule: str, gains: tuple[float, ...], noted: bool):
+    notes = notes_of(in_light(gains), rule, BOX, SECOND)
+    assert any(FAR in note for note in notes) == noted
+
+
+@each_rule
+def test_the_light_of_every_pill_counts(rule: str):
+    light, dark = in_light((1.0, 1.0, 1.0)), in_light((0.03, 0.03, 0.03))
+    dark[115:], dark[:, 135:] = light[115:], light[:, 135:]  # a shadow on the white pill alone
+    (note,) = notes_of(dark, rule, BOX, SECOND)
+    assert note.startswith(f"The light on 1 of 2 pills was {FAR}")
+    assert not notes_of(dark, rule, BOX)
+
+
+def test_a_coloured_or_dark_table_is_no_light():
+    for ground in ((74, 112, 160), (24, 24, 26), (250, 250, 250)):
+        assert not notes_of(in_light((1.0, 1.0, 1.0), ground), NO_CORRECTION, BOX, SECOND)
+    assert any(FAR in note for note in notes_of(in_light((0.03, 0.03, 0.03)), NO_CORRECTION)), "whole photo"
+
+
 @pytest.mark.parametrize("rule", COLOR_RULES)
-def test_the_answer_says_when_the_light_was_far_from_the_studio(
-    rule: str, gains: tuple[float, ...], noted: bool, photo: Path, monkeypatch: pytest.MonkeyPatch
-):
-    pixels = np.full((240, 320, 3), 190, np.uint8)
-    cv2.ellipse(pixels, (170, 120), (50, 40), 0, 0, 360, (190, 60, 40), -1, cv2.LINE_AA)
-    lit = np.rint(255 * to_encoded(to_linear(pixels / 255) * gains)).astype(np.uint8)
-    notes = identifier_of(rule).crop_pills(lit, "combo").notes
-    assert any(note.startswith("The light was too coloured or too dark") for note in notes) == noted
+def test_references_see_the_light_without_the_other_pills(rule: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A reference has the colours that a request gives the same pill of the same photo."""
+    Image.fromarray(in_light((1.0, 0.9, 0.6))).save(tmp_path / "two.png")
+    corners = [dict(zip(("x1", "y1", "x2", "y2"), map(float, box), strict=True)) for box in (SECOND, BOX)]
+    known = {"image": str(tmp_path / "two.png"), "side": "front", "group": "g", "split": "train", "class_index": 0}
+    rows = [known | {"code": code, "photo_kind": "combination"} | box for code, box in zip("AB", corners, strict=True)]
+    made = []
+    monkeypatch.setattr(references, "make_reference", lambda identifier, crop, *facts: made.append(crop))
+    identifier = identifier_of(rule)
+    references.references_of(identifier, references.chosen_rows(pl.DataFrame(rows), 2), 10**6)
+    pixels, boxes = in_light((1.0, 0.9, 0.6)), np.array([SECOND, BOX], np.float32)
+    asked = identifier.crop_pills(pixels, "combo", pills=(boxes, np.ones(2, np.float32)))
+    assert np.array_equal(np.array(made), asked.crops)
 
 
 def test_a_classifier_whose_learned_rule_was_trained_anew_is_refused():

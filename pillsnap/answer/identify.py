@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 
 from .classes import Drug
-from .color.balance import NO_CORRECTION, Balance, estimate_balances
+from .color.balance import NO_CORRECTION, Balance, balances_in
 from .color.histogram import with_colours
+from .color.surroundings import Surroundings, surroundings
+from .color.trust import untrusted
 from .crops import crop_pill, without_background, without_neighbours
 from .rules import ModelMismatch, Rules
 from .shapes.background import REMOVE
@@ -186,7 +188,7 @@ EVERY = 1_000_000  # as top_k: all candidates
 MATCHES = 5  # appearances of a gallery that a pill is shown with
 MATCHES_REFINED = 50  # of which a second look chooses them
 _BATCH = 4  # crops per batch: on a CPU larger batches of a large network take much memory and save no time
-_FAR_LIGHT = "The light was too coloured or too dark to trust the colours: take the photo again in daylight."
+_FAR_LIGHT = "was too coloured, too dark or too bright to trust the colours: take the photo again in daylight."
 
 
 @dataclass(frozen=True)
@@ -282,11 +284,12 @@ class Identifier:
         found = boxes
         boxes, scores, notes = _select(boxes, scores, pipeline, self.detect is not None)
         crops = self._crops(image, boxes, whole=pipeline == "single")
-        balance = self._correct(crops, image, found, boxes)
+        grey = is_grey(image)
+        around = surroundings(image, found) if len(crops) else None
+        balance = self._correct(crops, around, boxes)
         details = self._details(image, boxes, whole=pipeline == "single")
         masks = self._cut_out(crops, image, boxes)
-        grey = is_grey(image)
-        notes += [_GREY_NOTE] if grey else [_FAR_LIGHT] if balance.far else []
+        notes += [_GREY_NOTE] if grey else _light_notes(untrusted(image, around, _or_whole(boxes, crops)))
         seconds = {"detect": detected - started, "crop": perf_counter() - detected}
         width, height = size or image.shape[1::-1]
         if pipeline == "single" and not len(boxes):
@@ -423,15 +426,13 @@ class Identifier:
     def _correct(
         self,
         crops: np.ndarray,  # RGB, uint8, (n, size, size, 3); corrected in place
-        image: np.ndarray,  # RGB, uint8, (height, width, 3)
-        found: np.ndarray,  # all pills, which are no part of the light, pixels, (n, 4)
+        around: Surroundings | None,  # of the pills in the photo; None: it has none
         boxes: np.ndarray,  # of the crops, pixels, (n, 4); none for a crop of the whole photo
     ) -> Balance:  # of the first crop
         """Take the light out of the crops, as in the training."""
         if self.rules.color == NO_CORRECTION or not len(crops):
             return Balance()
-        whole = np.full((1, 4), np.nan)
-        balances = estimate_balances(image, self.rules.color, found, boxes if len(boxes) else whole)
+        balances = balances_in(around, self.rules.color, _or_whole(boxes, crops))
         for crop, balance in zip(crops, balances, strict=True):
             crop[:] = balance(crop)
         return balances[0]
@@ -455,10 +456,12 @@ class Identifier:
         self,
         image: np.ndarray,  # RGB, uint8, (height, width, 3)
         boxes: np.ndarray,  # x1 y1 x2 y2, pixels, (n, 4)
+        found: np.ndarray | None = None,  # all pills of the photo, no part of its light; None = the same
     ) -> np.ndarray:  # RGB, uint8, (n, size, size, 3)
         """Crop pills whose places are known, with the colours and the background that a request gives them."""
         crops = self._crops(image, boxes, whole=False)
-        self._correct(crops, image, boxes, boxes)
+        if self.rules.color != NO_CORRECTION:
+            self._correct(crops, surroundings(image, boxes if found is None else found), boxes)
         self._cut_out(crops, image, boxes)
         return crops
 
@@ -561,6 +564,21 @@ def _batches(
     crops: np.ndarray,  # (n, size, size, 3)
 ) -> list[np.ndarray]:
     return [crops[start : start + _BATCH] for start in range(0, len(crops), _BATCH)]
+
+
+def _or_whole(
+    boxes: np.ndarray,  # of the crops, pixels, (n, 4); none for a crop of the whole photo
+    crops: np.ndarray,  # (n, size, size, 3)
+) -> np.ndarray:  # (n, 4), with a row of NaN for the whole photo
+    return boxes if len(boxes) or not len(crops) else np.full((1, 4), np.nan)
+
+
+def _light_notes(far: Sequence[bool]) -> list[str]:
+    """Say that the light was far from the studio's, and on how many of the pills."""
+    if not any(far):
+        return []
+    where = "" if all(far) else f"on {sum(far)} of {len(far)} pills "
+    return [f"The light {where}{_FAR_LIGHT}"]
 
 
 def _joined(count: int) -> list[str]:

@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,18 @@ from ..config.schema import Settings
 from ..evaluation.checks import Check, judge
 from ..evaluation.gate import write_new
 from ..provenance import versions
+from ..runtime.boxes import Box
 from ..runtime.color.lut import identity_table
 from ..runtime.color.spaces import delta_e2000, to_lab
 from ..runtime.engines import this_machine
 from ..runtime.images import ImageError, decode_image
+from ..sample.plan import plan_sample
+from ..sample.write import draw_photo
 from ..training.device.hardware import choose_device
 
 # %% auto #0
-__all__ = ['parse_resolutions', 'identity_difference', 'canonical_difference', 'color_checks', 'bench_color', 'color_table']
+__all__ = ['parse_resolutions', 'identity_difference', 'canonical_photos', 'canonical_difference', 'color_checks', 'bench_color',
+           'color_table']
 
 # %% ../../nbs/color/04_bench.ipynb #b7a18804
 def parse_resolutions(
@@ -48,6 +53,8 @@ def parse_resolutions(
 
 # %% ../../nbs/color/04_bench.ipynb #d50a78ac
 _SMALL = 256  # longer side of a photo that is compared, pixels
+_DRAWN = 8  # photos of the sample
+_NEUTRAL = 2  # its lamp without a cast
 
 
 def _mean_delta_e(before: torch.Tensor, after: torch.Tensor) -> float:
@@ -75,40 +82,62 @@ def identity_difference(
         return _mean_delta_e(photos, network(photos, intensity))
 
 
+def canonical_photos(
+    folder: Path | None,  # with canonical photos; None: a few of the embedded sample are drawn
+) -> Iterator[tuple[np.ndarray, list[Box]]]:  # RGB, uint8, (height, width, 3); pills, where they are known
+    """Photos that are as they should be already; raises `ColorModelError` for a folder that there is not."""
+    if folder is None:
+        planned = [photo for photo in plan_sample() if photo.single and photo.view.light == _NEUTRAL]
+        for photo in planned[:: len(planned) // _DRAWN][:_DRAWN]:
+            pixels, boxes = draw_photo(photo)
+            yield pixels, [Box(x, y, x + width, y + height) for x, y, width, height in boxes]
+        return
+    if not folder.exists():
+        raise ColorModelError(f"there is no folder {folder}: name one with canonical photos after --photos")
+    for name, data in photo_bytes(folder):
+        try:
+            yield decode_image(data, name=name), []
+        except ImageError:
+            continue
+
+
 def canonical_difference(
     network: ColorModel,
-    folder: Path | None,  # with canonical photos
+    folder: Path | None,  # with canonical photos; None: a few of the embedded sample
     before: str = NO_CORRECTION,  # rule that takes the light out first, as in the training
     most: int = 100,  # photos that are compared
 ) -> float:  # mean dE2000
-    """How far the colours of canonical photos move; raises `ColorModelError` without photos."""
-    if folder is None:
-        raise ColorModelError("there are no canonical photos: name a folder with --photos")
+    """How far the colours of canonical photos move; raises `ColorModelError` without photos.
+
+    A NILUT leaves them as they are under its style `identity`.
+    """
     device, found = next(network.parameters()).device, []
-    for name, data in photo_bytes(folder):
-        try:
-            photo = decode_image(data, name=name)
-        except ImageError:
-            continue
+    for photo, pills in islice(canonical_photos(folder), most):
         scale = min(1.0, _SMALL / max(photo.shape[:2]))
         small = cv2.resize(photo, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-        given = small if before == NO_CORRECTION else estimate_balance(small, before)(small)
+        given = small if before == NO_CORRECTION else estimate_balance(small, before, np.array(pills) * scale)(small)
         original, pixels = (
             torch.from_numpy(photo).permute(2, 0, 1).unsqueeze(0).to(device).float() / 255 for photo in (small, given)
         )
-        found.append(_mean_delta_e(original, run_model(network, pixels)))
-        if len(found) == most:
-            break
+        found.append(_mean_delta_e(original, _kept(network, pixels)))
     if not found:
         raise ColorModelError(f"there is no photo in {folder} that can be read")
     return float(np.mean(found))
+
+
+def _kept(network: ColorModel, pixels: torch.Tensor) -> torch.Tensor:
+    """What a model makes of photos (n, 3, height, width) that it has to leave as they are."""
+    if not isinstance(network, Nilut):
+        return run_model(network, pixels)
+    with torch.inference_mode():
+        return transform(network, pixels, style_weights(network, IDENTITY))
 
 # %% ../../nbs/color/04_bench.ipynb #74b7d7cd
 def color_checks(
     model: Path,  # file
     network: ColorModel,  # read from it, on its device
     settings: Settings,  # gate is read
-    photos: Path | None,  # folder with canonical photos; None: they are missing, or nothing of them is expected
+    photos: Path | None,  # folder with canonical photos; None: a few of the sample, where they have to stay
     iterations: int,  # timed runs
 ) -> tuple[list[Check], list[str]]:  # checks, and sentences about what was not checked
     """Check all limits of a model."""
@@ -123,11 +152,11 @@ def color_checks(
         checks.append(
             identity("difference by style identity", measure=lambda: identity_difference(network, IDENTITY, 1))
         )
-    elif trained.get("data_type") == "phone" or photos is not None:
+    if isinstance(network, Nilut) or trained.get("data_type") == "phone" or photos is not None:
         before = trained.get("before", NO_CORRECTION)
-        checks.append(
-            identity("difference of canonical photos", measure=lambda: canonical_difference(network, photos, before))
-        )
+        shown = "" if photos is not None else " of the sample"
+        measure = partial(canonical_difference, network, photos, before)
+        checks.append(identity(f"difference of canonical photos{shown}", measure=measure))
     else:
         unchecked.append("Canonical photos were not checked: the model gives all photos the look of its pairs.")
     checks.append(identity("difference by intensity 0", measure=lambda: identity_difference(network, style, 0)))
@@ -149,7 +178,7 @@ def bench_color(
     settings: Settings,  # gate is read
     resolutions: Sequence[tuple[int, int]] = (TARGET,),  # width and height, pixels
     iterations: int = 10,  # timed runs
-    photos: Path | None = None,  # folder with canonical photos
+    photos: Path | None = None,  # folder with canonical photos; None: a few of the sample, where they have to stay
     out: Path = Path("reports"),  # gets benchmark_YYYYMMDD_HHMMSS.json
 ) -> tuple[dict[str, Any], Path]:  # report, and its file
     """Time a model and check its limits; raises `ColorModelError` or `CheckpointError` for a file that is none."""
@@ -182,7 +211,7 @@ def color_table(
     for check in report["checks"]:
         figure = "-" if check["figure"] is None else f"{check['figure']:.4g}"
         verdict = "yes" if check["passed"] else "NO"
-        lines.append(f"{check['name']:<32} {figure:>10} limit {check['limit']:g} {check['unit']:<3} passed: {verdict}")
+        lines.append(f"{check['name']:<44} {figure:>10} limit {check['limit']:g} {check['unit']:<3} passed: {verdict}")
     lines += report["not_checked"]
     for resolution, found in report["times"].items():
         lines.append(f"{resolution:<12} p50 {found['p50_ms']:.1f} ms, p95 {found['p95_ms']:.1f} ms")

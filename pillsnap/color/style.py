@@ -21,6 +21,7 @@ from .networks.files import MODELS, ColorModel, save_model
 from .networks.interpolate import roughness
 from .networks.nilut import Nilut, transform
 from .networks.statistics import Look, look_distance, look_of
+from .tasks.task import held_out
 from ..errors import PillsnapError
 from ..progress import progress_stream
 from ..runtime.color.spaces import to_lab
@@ -82,6 +83,7 @@ def _turned(chroma: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
 
 # %% ../../nbs/color/02_style.ipynb #9359b1ba
 _STEPS, _BATCH = 8, 8  # batches of an epoch, photos of a batch
+_KEPT = 0.2  # of the references; they tell how well the look is learned
 
 
 @dataclass(frozen=True)
@@ -175,21 +177,22 @@ def run_style_learning(
     model_type: Literal["adaptive_3dlut", "nilut"] = "adaptive_3dlut",
     config: Mapping[str, Any] | None = None,  # fields of `StyleConfig`
     on_step: Callable[[int, int], None] = lambda done, total: None,  # may raise, which ends it
-) -> dict[str, Any]:  # model_type, output_path, references, distance_before, distance_after (CIELAB units)
+) -> dict[str, Any]:  # model_type, output_path, references, held_out, distance_before, distance_after (CIELAB units)
     """Learn the look of reference photos; raises `ReferenceError` or `ImageError` for those that can't be used.
 
-    The distances are those of the looks of recoloured photos that were not trained on, to the look of the references.
+    The distances are those of photos that were not trained on, recoloured, to the look of all references.
     """
     if model_type not in MODELS:
         raise ReferenceError(f"There is no model of type {model_type!r}: use {' or '.join(MODELS)}.")
     chosen, device = StyleConfig.of(config or {}), choose_device()
     references = read_references(reference_images, chosen.image_size).to(device)
     look = look_of(references.permute(0, 2, 3, 1).reshape(-1, 3))
+    trained, kept = held_out(len(references), _KEPT, chosen.seed)
     torch.manual_seed(chosen.seed)
     network = _network(model_type, chosen).to(device)
-    _learn(network, references, look, chosen, on_step)
-    numbers = torch.arange(64) % len(references)
-    unseen = recolored(references[numbers].cpu(), torch.Generator().manual_seed(chosen.seed + 1)).to(device)
+    _learn(network, references[trained], look, chosen, on_step)
+    numbers = torch.arange(64) % len(kept)
+    unseen = recolored(references[kept][numbers].cpu(), torch.Generator().manual_seed(chosen.seed + 1)).to(device)
     with torch.inference_mode():
         before, after = (float(_distances(model, unseen, look).mean()) for model in (None, network.eval()))
     save_model(network, Path(output_path))
@@ -197,6 +200,7 @@ def run_style_learning(
         "model_type": model_type,
         "output_path": str(output_path),
         "references": len(references),
+        "held_out": len(set(kept) - set(trained)),
         "distance_before": round(before, 3),
         "distance_after": round(after, 3),
     }

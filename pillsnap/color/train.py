@@ -21,7 +21,7 @@ import pillsnap
 from ..atomic import write_text
 from .networks.files import model_content
 from .tasks.choose import make_task
-from .tasks.task import ColorTask
+from .tasks.task import ColorTask, list_left_out
 from ..config.plugins import pick
 from ..config.schema import Settings
 from ..progress import progress_stream
@@ -78,6 +78,7 @@ class ColorRun:
         """What last.pt holds."""
         progress = {name: getattr(self, name) for name in ("step", "evaluated", "best", "waited")}
         training = {**progress, "optimizer": self.optimizer.state_dict(), "settings": _fixed_settings(self.settings)}
+        training["data_hash"] = self.task.data_hash
         return {**model_content(self.task.network, self.trained()), "training": training}
 
     def restore(self, content: dict[str, Any], path: Path) -> None:
@@ -91,6 +92,11 @@ class ColorRun:
             raise CheckpointError(
                 f"The run of {path} was made with other settings ({'; '.join(differing)}): resume with those of the "
                 "first run, or start a new run in another folder."
+            )
+        if training.get("data_hash", self.task.data_hash) != self.task.data_hash:
+            raise CheckpointError(
+                f"The photos or LUTs that the run of {path} began with have changed: resume with those of the first "
+                "run, or start a new run in another folder."
             )
         self.task.network.load_state_dict(content["state"])
         self.optimizer.load_state_dict(training["optimizer"])
@@ -229,6 +235,7 @@ def train_color(
             run.restore(found[1], found[0])
         elif settings.train.resume == "last":
             decide("resume", "a new start", f"there is no checkpoint in {folder}", fallback=True)
+        list_left_out(run.task.left_out, folder)
         log.forget_after({run.task.name: run.step})
         _loop(run, log, watch)
     if folder.is_relative_to(settings.paths.run_root):

@@ -32,6 +32,7 @@ __all__ = ['references_per_side', 'chosen_rows', 'ReferenceRow', 'reference_rows
 # %% ../../nbs/evaluation/07_references.ipynb #ea496f82
 _PER_SIDE = 6  # references of a side of a drug
 _MOST = 40_000  # references in all
+_CORNERS = ("x1", "y1", "x2", "y2")
 
 
 def references_per_side(
@@ -44,7 +45,7 @@ def references_per_side(
 def chosen_rows(
     manifest: pl.DataFrame,  # of a dataset: split, class_index, code, side, group, image and box
     per_side: int,  # references of each side of a drug
-) -> pl.DataFrame:  # training rows, from different capture groups as far as there are some
+) -> pl.DataFrame:  # training rows, from different capture groups as far as there are some; boxes of all their pills
     """Choose the photos of each drug and side; where sides aren't known, a drug gets as many as for two."""
     rows = manifest.filter((pl.col("split") == "train") & (pl.col("class_index") >= 0))
     key = ["code", "side"]
@@ -52,7 +53,9 @@ def chosen_rows(
         combination=pl.col("photo_kind") == "combination", repeat=pl.col("image").cum_count().over([*key, "group"])
     ).sort(*key, "combination", "repeat", "group", "image")
     count = pl.when(pl.col("side").is_in(["front", "back"])).then(per_side).otherwise(2 * per_side)
-    return ranked.filter(pl.int_range(pl.len()).over(key) < count)
+    chosen = ranked.filter(pl.int_range(pl.len()).over(key) < count)
+    together = manifest.join(chosen, on="image", how="semi").group_by("image").agg(boxes=pl.concat_list(_CORNERS))
+    return chosen.join(together, on="image", how="left", maintain_order="left")
 
 # %% ../../nbs/evaluation/07_references.ipynb #5d75c7d5
 class ReferenceRow(NamedTuple):
@@ -66,6 +69,7 @@ class ReferenceRow(NamedTuple):
     x2: float
     y2: float
     photo_kind: str = "single"  # or "combination": the photo shows other pills too
+    boxes: Sequence[Sequence[float]] = ()  # of all pills in the photo, which are no part of its light
 
 
 def reference_rows(
@@ -82,10 +86,10 @@ def reference_of(
 ) -> Reference | None:  # None: there is nothing to see
     """The reference of a pill."""
     try:
-        data, corners = read_photo(row.image), list(row[3:7])
+        data, corners = read_photo(row.image), [row.x1, row.y1, row.x2, row.y2]
         photo = open_photo(data, max_pixels, name=row.image)
-        box = photo.reduced(Box(*corners))
-        crop = identifier.crops_of(photo.pixels, np.array([box]))[0]
+        box, *others = (photo.reduced(Box(*found)) for found in (corners, *row.boxes))
+        crop = identifier.crops_of(photo.pixels, np.array([box]), np.array([box, *others]))[0]
         place = repr(corners).encode() if row.photo_kind == "combination" else b""  # else as where it is enrolled
         digest = hashlib.sha256(data + place).hexdigest()
         side = row.side if row.side in ("front", "back") else ""

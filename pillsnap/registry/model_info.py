@@ -48,9 +48,9 @@ def _of_checkpoint(path: Path) -> dict[str, Any]:
 
     content = load_checkpoint(path)
     if "model_type" in content:  # a model of colours
-        found = {name: content[name] for name in ("model_type", "model_config")}
-        count = _count(tensor.shape for tensor in content["state"].values())
-        return {"format": "checkpoint", **found, "param_count": count}
+        from pillsnap.color.networks.files import described
+
+        return {"format": "checkpoint", **described(content, path)}
     networks = {
         name: content.get("tasks", {}).get(name, {}).get("network") or content.get(name)
         for name in ("classifier", "detector")
@@ -184,7 +184,7 @@ def get_model_info(
 ) -> dict[str, Any]:  # format, model_type, model_config, file_size_bytes, param_count
     """Describe a model file.
 
-    Raises `ModelInfoError` for other files, `CheckpointError` or `ExportError` for a damaged one.
+    Raises `ModelInfoError` for other files, `CheckpointError`, `ColorModelError` or `ExportError` for a damaged one.
     """
     path = Path(path)
     if not path.is_file():

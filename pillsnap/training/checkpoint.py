@@ -89,12 +89,14 @@ def load_checkpoint(
         with zipfile.ZipFile(path) as file:  # torch writes checksums and does not check them
             if file.testzip() is not None:
                 raise zipfile.BadZipFile
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        return content
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zipfile, the unpickler and torch each have exceptions of their own
         raise CheckpointError(
             f"The checkpoint {path} is damaged ({type(error).__name__}): take another one or train again."
         ) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is no checkpoint of pillsnap: name a file that training has saved.")
+    return content
 
 # %% ../../nbs/training/06_checkpoint.ipynb #fb1ff5ad
 def newest_checkpoint(

@@ -17,7 +17,8 @@ from ...runtime.boxes import Box
 from ...runtime.color.spaces import to_encoded, to_linear
 
 # %% auto #0
-__all__ = ['NO_CORRECTION', 'Rule', 'COLOR_RULES', 'grey_mean', 'gain_table', 'Balance', 'estimate_balances', 'estimate_balance']
+__all__ = ['NO_CORRECTION', 'Rule', 'COLOR_RULES', 'grey_mean', 'gain_table', 'Balance', 'estimate_balances', 'balances_in',
+           'estimate_balance']
 
 # %% ../../../nbs/answer/color/02_balance.ipynb #9ac97a89
 _GREY = 0.5  # linear light that the surroundings get
@@ -52,10 +53,6 @@ def gain_table(
     return table
 
 
-_FAR_CAST = 1.5  # beyond it, a channel has too few levels left
-_FAR_EXPOSURE = 3.0  # EV
-
-
 @dataclass(frozen=True)
 class Balance:
     """Factors of linear light that correct a photo."""
@@ -72,11 +69,6 @@ class Balance:
         """How much light was missing, EV; below 0 it was too much."""
         return float(np.log2(np.mean(self.gains)))
 
-    @property
-    def far(self) -> bool:
-        """Whether the light was so far from the studio's that the corrected colours can't be trusted."""
-        return self.cast > _FAR_CAST or self.exposure > _FAR_EXPOSURE
-
     def __call__(
         self,
         image: np.ndarray,  # RGB, uint8, (height, width, 3)
@@ -92,9 +84,18 @@ def estimate_balances(
     corrected: Sequence[Box] | np.ndarray | None = None,  # those that are corrected; None: all of them
 ) -> list[Balance]:  # of each pill; gains of 1 for a photo without surroundings
     """Estimate the correction of each pill."""
-    boxes = np.asarray(pills if corrected is None else corrected, np.float64).reshape(-1, 4)
     around = None if rule == NO_CORRECTION else surroundings(image, pills)
-    if around is None:
+    return balances_in(around, rule, pills if corrected is None else corrected)
+
+
+def balances_in(
+    around: Surroundings | None,  # of a photo; None: it has none
+    rule: str,  # key of COLOR_RULES, or NO_CORRECTION
+    corrected: Sequence[Box] | np.ndarray,  # x1 y1 x2 y2, pixels; a row with NaN stands for the whole photo
+) -> list[Balance]:  # of each pill
+    """Estimate the correction of each pill in surroundings that are known."""
+    boxes = np.asarray(corrected, np.float64).reshape(-1, 4)
+    if around is None or rule == NO_CORRECTION:
         return [Balance()] * len(boxes)
     return [_balance(around, rule, None if np.isnan(box).any() else Box(*box.tolist())) for box in boxes]
 

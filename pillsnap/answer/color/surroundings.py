@@ -15,12 +15,12 @@ from ...runtime.boxes import Box
 from ...runtime.color.spaces import to_linear
 
 # %% auto #0
-__all__ = ['LINEAR', 'Surroundings', 'surroundings']
+__all__ = ['CLIPPED', 'LINEAR', 'Surroundings', 'surroundings']
 
 # %% ../../../nbs/answer/color/00_surroundings.ipynb #8e7b9eec
 _SIDE = 256  # longer side of the small copy, pixels
 _MARGIN = 0.1  # fraction of a box's longer side that is left out around it
-_BLACK, _CLIPPED = 7, 250  # levels of the brightest channel
+_BLACK, CLIPPED = 7, 250  # levels of the brightest channel
 _EDGE = 0.1  # of the light; what changes less is noise, which has no colour of the light
 _INSIDE = 0.8  # axes of the ellipse, fraction of the box
 LINEAR = to_linear(np.arange(256) / 255).astype(np.float32)  # light of each level
@@ -63,12 +63,12 @@ class Surroundings:
     def unclipped(self) -> np.ndarray:
         """The same without pixels that are clipped, which no longer tell the ratio of the channels, if any are left."""
         pixels = self.small[self.seen]
-        kept = pixels.max(axis=1) < _CLIPPED
+        kept = pixels.max(axis=1) < CLIPPED
         return _light(pixels[kept] if kept.any() else pixels)
 
     def edges(self) -> np.ndarray:
         """How much the light changes from pixel to pixel, linear (n, 3), where it does and nothing is clipped."""
-        kept = (self.seen & (_brightest(self.small) < _CLIPPED)).astype(np.uint8)
+        kept = (self.seen & (_brightest(self.small) < CLIPPED)).astype(np.uint8)
         inside = cv2.erode(kept, np.ones((5, 5), np.uint8))[1:-1, 1:-1] > 0
         soft = cv2.GaussianBlur(cv2.LUT(self.small, LINEAR), (0, 0), 1)
         edges = cv2.magnitude(soft[1:-1, 2:] - soft[1:-1, :-2], soft[2:, 1:-1] - soft[:-2, 1:-1])
@@ -76,17 +76,31 @@ class Surroundings:
         found: np.ndarray = edges[inside & strong]
         return found
 
+    def inside(
+        self,
+        box: Box,  # of a pill, pixels of the photo
+    ) -> np.ndarray:  # RGB, uint8, (n, 3)
+        """Pixels of a pill: those in an ellipse in its box."""
+        part = self.near(box, 0)
+        y, x = (np.linspace(-1, 1, size) if size > 1 else np.zeros(1) for size in part.shape[:2])
+        inside: np.ndarray = part[y[:, None] ** 2 + x[None] ** 2 <= _INSIDE**2]
+        return inside if len(inside) else part.reshape(-1, 3)  # a box of two rows has no pixel in its ellipse
+
+    def near(
+        self,
+        box: Box,  # of a pill, pixels of the photo
+        reach: float,  # how far around the pill, fraction of the box's longer side
+    ) -> np.ndarray:  # RGB, uint8, (height, width, 3)
+        """A pill and what lies around it."""
+        part: np.ndarray = self.small[_span(np.asarray(box) * self.scale, reach)]
+        return part
+
     def pill(
         self,
         box: Box,  # pixels of the photo
     ) -> np.ndarray:  # median linear light (3,)
-        """How a pill itself looks: inside of an ellipse in its box."""
-        rows, columns = _span(np.asarray(box) * self.scale, 0)
-        part = self.small[rows, columns]
-        y, x = (np.linspace(-1, 1, size) if size > 1 else np.zeros(1) for size in part.shape[:2])
-        inside = part[y[:, None] ** 2 + x[None] ** 2 <= _INSIDE**2]
-        seen = inside if len(inside) else part.reshape(-1, 3)  # a box of two rows has no pixel in its ellipse
-        median: np.ndarray = np.median(_light(seen), axis=0)
+        """How a pill itself looks."""
+        median: np.ndarray = np.median(_light(self.inside(box)), axis=0)
         return median
 
 

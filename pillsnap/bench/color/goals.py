@@ -18,8 +18,8 @@ from .retrieval import Retrieval
 from ..report import goal, spread
 
 # %% auto #0
-__all__ = ['Means', 'VALUES', 'light_loss', 'as_is_gain', 'over_simple', 'retrieval_goals', 'intervals', 'quantiles',
-           'difference_goals', 'phone_goals']
+__all__ = ['Means', 'VALUES', 'light_loss', 'as_is_gain', 'over_simple', 'retrieval_goals', 'single_draws', 'intervals',
+           'quantiles', 'difference_goals', 'phone_goals']
 
 # %% ../../../nbs/bench/color/07_goals.ipynb #dc1756d3
 Means = Mapping[str, Mapping[str, float]]  # correction -> light -> top-1
@@ -51,21 +51,33 @@ def retrieval_goals(
 ) -> list[dict[str, Any]]:  # from `goal`
     """A loss for each dataset, and the smallest gain of all."""
     means = {name: each.top1() for name, each in found.items()}
-    count = sum(len(each.sources) for each in found.values())
+    counts = {name: int(each.known().sum()) for name, each in found.items()}
     goals = [
         goal(
             f"{name}_light_loss",
             round(light_loss(means[name]), 4),
             at_most=_LOSS[each.one_pill],
-            n=len(each.sources),
-            spread=spread(each.draws(LEARNED_RULE, AS_IS)),
+            n=counts[name],
+            spread=spread([light_loss(draw) for draw in each.draws()]),
         )
         for name, each in found.items()
     ]
     for value in (as_is_gain, over_simple):
-        smallest = round(min(value(each) for each in means.values()), 4)
-        goals.append(goal(value.__name__, smallest, at_least=0, n=count))
+        values = {name: value(each) for name, each in means.items()}
+        least = min(values, key=values.__getitem__)
+        spreads = spread([value(draw) for draw in found[least].draws()])
+        goals.append(goal(value.__name__, round(values[least], 4), at_least=0, n=sum(counts.values()), spread=spreads))
     return goals
+
+
+def single_draws(
+    found: Mapping[str, Retrieval],  # by name of the dataset
+) -> dict[str, list[dict[str, float]]]:  # dataset -> values of each draw
+    """What the spreads come from."""
+    return {
+        name: [{key: round(value(draw), 4) for key, value in VALUES.items()} for draw in each.draws()]
+        for name, each in found.items()
+    }
 
 
 def intervals(

@@ -19,7 +19,14 @@ from ...answer.color.learned import LEARNED, LEARNED_RULE
 from ...atomic import write_json
 from .corrections import CORRECTIONS
 from .differences import light_differences, phone_differences, phone_pairs
-from .goals import difference_goals, intervals, phone_goals, quantiles, retrieval_goals
+from pillsnap.bench.color.goals import (
+    difference_goals,
+    intervals,
+    phone_goals,
+    quantiles,
+    retrieval_goals,
+    single_draws,
+)
 from .phones import phone_ranks, studio_gallery
 from .pills import Embed, frozen_network
 from .retrieval import ask
@@ -108,6 +115,7 @@ def measure_photos(
     values = {
         "top1": {name: each.top1() for name, each in found.items()},
         "intervals": intervals(found),
+        "draws": single_draws(found),
         "lights": {
             name: {rule: {light: quantiles(each) for light, each in lights.items()} for rule, lights in rules.items()}
             for name, rules in moved.items()
@@ -161,7 +169,11 @@ def measure_models(
         goal("pillow_1080p_ratio", ratio, at_most=1.0, n=len(ratios), spread=spread(ratios)),
         goal("megapixels12_ms", milliseconds, at_most=450, n=len(large), spread=spread(large)),
     ]
-    return goals, {"pillow_1080p_ms": {name: round(float(np.median(found)), 2) for name, found in times.items()}}
+    runs = {"pillow_1080p_ratio": ratios, "megapixels12_ms": large}
+    return goals, {
+        "pillow_1080p_ms": {name: round(float(np.median(found)), 2) for name, found in times.items()},
+        "runs": {name: [round(value, 4) for value in found] for name, found in runs.items()},
+    }
 
 # %% ../../../nbs/bench/color/08_main.ipynb #a94d30be
 _SERVED = ("--clients", "1", "--starts", "1", "--soak-minutes", "0", "--color", LEARNED_RULE, "--peers")

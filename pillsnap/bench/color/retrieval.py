@@ -75,9 +75,21 @@ class Retrieval:
             for name, lights in self.answers.items()
         }
 
-    def draws(self, name: str, light: str) -> list[float]:
-        """Top-1 of each draw."""
-        return [float(value) for value in np.nanmean(self.answers[name][light], axis=1)]
+    def known(self) -> np.ndarray:  # bool (questions,)
+        """Questions whose drug some gallery has: all the others have no right answer."""
+        every = [found for lights in self.answers.values() for found in lights.values()]
+        return np.asarray(~np.isnan(every[0]).all(axis=0))
+
+    def draws(self) -> list[dict[str, dict[str, float]]]:  # of each draw, as `top1`
+        """Top-1 of everything with each gallery alone."""
+        count = len(next(iter(next(iter(self.answers.values())).values())))
+        return [
+            {
+                name: {light: float(np.nanmean(found[number])) for light, found in lights.items()}
+                for name, lights in self.answers.items()
+            }
+            for number in range(count)
+        ]
 
     def interval(
         self,
@@ -86,7 +98,7 @@ class Retrieval:
         seed: int = 0,
     ) -> tuple[float, float]:  # 95 % of the values lie between them
         """Bootstrap over source photos."""
-        rng, count = np.random.default_rng(seed), int(self.sources.max()) + 1
+        rng, count = np.random.default_rng(seed), len(np.unique(self.sources[self.known()]))
         sums = {
             name: {light: self._by_source(found, count) for light, found in lights.items()}
             for name, lights in self.answers.items()
@@ -103,9 +115,9 @@ class Retrieval:
         return round(float(low), 4), round(float(high), 4)
 
     def _by_source(self, found: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-        known = ~np.isnan(found).all(axis=0)
-        means = np.nanmean(found[:, known], axis=0)
-        return np.bincount(self.sources[known], means, count), np.bincount(self.sources[known], minlength=count)
+        known = self.known()
+        means, numbers = np.nanmean(found[:, known], axis=0), np.unique(self.sources[known], return_inverse=True)[1]
+        return np.bincount(numbers, means, count), np.bincount(numbers, minlength=count)
 
 
 def ask(

@@ -158,10 +158,12 @@ def measure_galleries(
         top1 = {key: lights[AS_IS] for key, lights in found.top1().items()}
         gain = top1[WITHOUT] - top1[WITH]
         low_high = found.interval(lambda means: means[WITHOUT][AS_IS] - means[WITH][AS_IS])
-        gains = [after - before for before, after in zip(found.draws(WITH, AS_IS), found.draws(WITHOUT, AS_IS))]
+        gains = [draw[WITHOUT][AS_IS] - draw[WITH][AS_IS] for draw in found.draws()]
         bound = _GAIN[found.one_pill]
         goals.append(
-            goal(f"{name}_cutout_gain", round(gain, 4), at_least=bound, n=len(found.sources), spread=spread(gains))
+            goal(
+                f"{name}_cutout_gain", round(gain, 4), at_least=bound, n=int(found.known().sum()), spread=spread(gains)
+            )
         )
         values[name] = {**{key: round(value, 4) for key, value in top1.items()}, "interval": low_high, "draws": draws}
     return goals, {"galleries": values}

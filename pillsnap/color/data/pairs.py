@@ -135,7 +135,11 @@ class ImagePairDataset:
         self.pairs = [pair for pair, _ in usable]
         self.styles = list(dict.fromkeys(pair.style for pair in self.pairs))
         self.style = torch.tensor([self.styles.index(pair.style) for pair in self.pairs])
-        self._pixels = [torch.from_numpy(np.stack([pixels[side] for _, pixels in usable])) for side in (0, 1)]
+        self.pixels = [torch.from_numpy(np.stack([pixels[side] for _, pixels in usable])) for side in (0, 1)]
+
+    def names(self) -> list[str]:
+        """Style and name of each pair."""
+        return [f"{pair.style}/{pair.name}" for pair in self.pairs]
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -145,7 +149,7 @@ class ImagePairDataset:
         number: int | list[int] | torch.Tensor,  # of the pair, or of several
     ) -> tuple[torch.Tensor, torch.Tensor]:  # float32 (..., 3, size, size) each, 0 to 1: before, after
         """Pixels of a pair."""
-        raw, processed = (pixels[number].movedim(-1, -3).float() / 255 for pixels in self._pixels)
+        raw, processed = (pixels[number].movedim(-1, -3).float() / 255 for pixels in self.pixels)
         return raw, processed
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

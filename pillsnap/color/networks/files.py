@@ -22,7 +22,7 @@ from ...training.checkpoint import load_checkpoint, save_checkpoint
 
 # %% auto #0
 __all__ = ['ColorModel', 'MODELS', 'ColorModelError', 'packed', 'model_content', 'save_model', 'build_model', 'trained_as',
-           'load_model', 'get_model_info']
+           'load_model', 'described', 'get_model_info']
 
 # %% ../../../nbs/color/networks/03_files.ipynb #009b29cb
 ColorModel = Nilut | AdaptiveLut
@@ -73,7 +73,7 @@ def build_model(
 ) -> ColorModel:  # in evaluation mode, on the CPU
     """Build a model from the content of a file; raises `ColorModelError`."""
     kind = content.get("model_type")
-    if kind not in MODELS:
+    if not isinstance(kind, str) or kind not in MODELS:
         raise ColorModelError(
             f"{path} is no model of colours: name a file that `pillsnap color train` has written, such as best.pt."
         )
@@ -107,17 +107,22 @@ def load_model(
     return network
 
 # %% ../../../nbs/color/networks/03_files.ipynb #7757cfba
+def described(
+    content: dict[str, Any],  # of a file
+    path: Path,  # of the file
+) -> dict[str, Any]:  # as `get_model_info`
+    """Describe the content of a file; raises `ColorModelError`."""
+    network = build_model(content, path)
+    return {
+        "model_type": network.model_type,
+        "model_config": network.config(),
+        "file_size_bytes": path.stat().st_size,
+        "param_count": sum(tensor.numel() for tensor in network.state_dict().values()),
+    }
+
+
 def get_model_info(
     path: Path | str,  # file of a model
 ) -> dict[str, Any]:  # model_type, model_config, file_size_bytes, param_count
     """Describe a file; raises `CheckpointError` or `ColorModelError`."""
-    path = Path(path)
-    content = load_checkpoint(path)
-    if content.get("model_type") not in MODELS:
-        build_model(content, path)  # raises the sentence
-    return {
-        "model_type": content["model_type"],
-        "model_config": content["model_config"],
-        "file_size_bytes": path.stat().st_size,
-        "param_count": sum(tensor.numel() for tensor in content["state"].values()),
-    }
+    return described(load_checkpoint(Path(path)), Path(path))

@@ -14,7 +14,7 @@ from .files import ColorModel
 from .nilut import Nilut, style_weights, transform
 
 # %% auto #0
-__all__ = ['TARGET', 'run_model', 'time_model']
+__all__ = ['TARGET', 'run_model', 'wait_for', 'time_model']
 
 # %% ../../../nbs/color/networks/05_speed.ipynb #831fa4fc
 TARGET = (1920, 1080)  # width and height of the photo whose time has a limit, pixels
@@ -33,6 +33,16 @@ def run_model(
         return result
 
 
+def wait_for(
+    device: torch.device,  # that was given work
+) -> None:
+    """Wait until a device has done its work; the CPU has when it returns."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
 def time_model(
     network: ColorModel,  # on its device
     resolution: tuple[int, int],  # width and height, pixels
@@ -44,11 +54,11 @@ def time_model(
     width, height = resolution
     photos = torch.rand(1, 3, height, width, device=device)
     times = []
+    wait_for(device)
     for number in range(warmup + iterations):
         start = time.perf_counter()
         run_model(network, photos)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        wait_for(device)
         if number >= warmup:
             times.append(1000 * (time.perf_counter() - start))
     median, slow = (float(value) for value in np.percentile(times, [50, 95]))

@@ -16,7 +16,7 @@ from ..data.studio import StudioLightDataset
 from ..networks.adaptive import AdaptiveLut
 from ..networks.interpolate import look_up, roughness
 from ..networks.statistics import mean_delta_e
-from .task import ColorTask, color_differences, data_folder, held_out, log_left_out, step_samples
+from .task import ColorTask, color_differences, content_hash, data_folder, held_out, step_samples
 from ...config.plugins import pick
 from ...config.schema import Settings
 
@@ -98,7 +98,8 @@ class PairedLutTask(AdaptiveTask):
 
     def _open(self) -> None:
         self.data = ImagePairDataset(data_folder(self.settings), self.settings.color.image_size)
-        log_left_out(self.data.left_out)
+        self.data_hash = content_hash(self.data.names(), self.data.pixels)
+        self.leave_out(self.data.left_out)
         if len(self.data.styles) > 1:
             raise PairError(
                 f"There are {len(self.data.styles)} styles in {data_folder(self.settings)}, and an adaptive LUT learns "
@@ -125,7 +126,8 @@ class PhoneTask(AdaptiveTask):
         chosen = self.settings.color
         pick({NO_CORRECTION: None, **COLOR_RULES}, chosen.before, "color.before")
         self.data = StudioLightDataset(data_folder(self.settings), chosen.image_size, before=chosen.before)
-        log_left_out(self.data.left_out)
+        self.data_hash = content_hash([], [self.data.photos])
+        self.leave_out(self.data.left_out)
         fraction = self.settings.data.validation_fraction
         self.train, self.validation = held_out(len(self.data), fraction, self.settings.seed)
         self.samples = len(self.train)

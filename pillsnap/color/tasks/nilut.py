@@ -12,7 +12,7 @@ from ..data.cubes import CubeDataset
 from ..data.pairs import ImagePairDataset
 from ..networks.nilut import Nilut
 from ..networks.statistics import mean_delta_e
-from .task import ColorTask, color_differences, data_folder, held_out, log_left_out, step_samples
+from .task import ColorTask, color_differences, content_hash, data_folder, held_out, step_samples
 from ...config.schema import Settings, SettingsError
 
 # %% auto #0
@@ -41,6 +41,7 @@ class CubeTask(NilutTask):
         if chosen.cube_dir is None:
             raise SettingsError("color.data_type is cube, which needs LUTs: name their folder with --cube-dir")
         self.data = CubeDataset(chosen.cube_dir)
+        self.data_hash = content_hash(self.data.styles, [self.data.targets])
         self.network = Nilut(self.data.styles, chosen.hidden_dims).to(device)
         self.samples, self.batch = len(self.data.colors), chosen.batch_colors
         colors, targets = self.data.draw(20_000, self.generator(2**31))
@@ -73,7 +74,8 @@ class PairedNilutTask(NilutTask):
         super().__init__(settings, device)
         chosen = settings.color
         self.data = ImagePairDataset(data_folder(settings), chosen.image_size)
-        log_left_out(self.data.left_out)
+        self.data_hash = content_hash(self.data.names(), self.data.pixels)
+        self.leave_out(self.data.left_out)
         self.network = Nilut(self.data.styles, chosen.hidden_dims).to(device)
         self.train, self.validation = held_out(len(self.data), settings.data.validation_fraction, settings.seed)
         self.samples, self.batch = len(self.train), chosen.batch_size

@@ -5,8 +5,9 @@
 # %% ../../../nbs/color/tasks/00_task.ipynb #815e67a5
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import ClassVar
@@ -14,13 +15,15 @@ from typing import ClassVar
 import numpy as np
 import torch
 
+from ...atomic import write_text
 from ..networks.files import ColorModel
 from ..networks.statistics import to_lab_tensor
 from ...config.schema import Settings, SettingsError
 from ...runlog import LOGGER, decide
 
 # %% auto #0
-__all__ = ['step_samples', 'held_out', 'ColorTask', 'log_left_out', 'data_folder', 'color_differences']
+__all__ = ['step_samples', 'held_out', 'ColorTask', 'log_left_out', 'list_left_out', 'content_hash', 'data_folder',
+           'color_differences']
 
 # %% ../../../nbs/color/tasks/00_task.ipynb #e5893abf
 @lru_cache(maxsize=4)
@@ -63,6 +66,8 @@ class ColorTask(ABC):
     network: ColorModel
     samples: int  # of an epoch
     batch: int  # samples of a step
+    data_hash: str  # from `content_hash`, of what is learned and what is held out
+    left_out: Sequence[str] = ()  # a sentence for each file that is not used
 
     def __init__(self, settings: Settings, device: torch.device):
         self.settings, self.device = settings, device
@@ -79,20 +84,53 @@ class ColorTask(ABC):
     def evaluate(self) -> dict[str, float]:
         """Metrics of the network as it is."""
 
+    def leave_out(
+        self,
+        sentences: Sequence[str],  # one for each file that is not used
+    ) -> None:
+        """Remember and log files that are not used."""
+        self.left_out = sentences
+        log_left_out(sentences)
+
     def generator(self, step: int) -> torch.Generator:
         """Random numbers of a step."""
         key = int(np.random.SeedSequence((self.settings.seed, step)).generate_state(1)[0])
         return torch.Generator().manual_seed(key)
 
 
+_SAID = 10  # files that are named in the log
+
+
 def log_left_out(
     left_out: Sequence[str],  # a sentence for each file
 ) -> None:
     """Warn of each file that is not used, and of many only of the first."""
-    for sentence in left_out[:10]:
+    for sentence in left_out[:_SAID]:
         LOGGER.warning("left out: %s", sentence)
     if left_out:
         decide("files left out", str(len(left_out)), left_out[0], fallback=True)
+
+
+def list_left_out(
+    left_out: Sequence[str],  # a sentence for each file
+    folder: Path,  # of the run; gets left_out.txt
+) -> None:
+    """Write the names of all files that are not used."""
+    if left_out:
+        path = folder / "left_out.txt"
+        write_text(path, "".join(f"{sentence}\n" for sentence in left_out))
+        LOGGER.warning("left out: all %d files are listed in %s", len(left_out), path)
+
+
+def content_hash(
+    names: Iterable[str],  # of what is learned
+    contents: Iterable[torch.Tensor | np.ndarray],  # pixels or colours
+) -> str:
+    """Hash of what a run learns from; a resumed run compares it."""
+    digest = hashlib.sha256("\n".join(names).encode("utf-8", "surrogatepass"))
+    for content in contents:
+        digest.update(np.ascontiguousarray(content).data)
+    return digest.hexdigest()[:16]
 
 
 def data_folder(

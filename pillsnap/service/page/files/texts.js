@@ -181,7 +181,9 @@ export const TEXT = {
       [/^(\d+) pills were found and only the clearest was named/,
         (count) => `알약 ${count}개가 보이지만 가장 뚜렷한 한 알만 답했습니다. 여러 알로 물으면 모두 답합니다.`],
       [/^There is no detector in this model/, () => "이 모델에는 알약을 찾는 기능이 없어 사진 전체를 알약 하나로 보았습니다."],
-      [/^The light was too coloured or too dark/, () => "빛의 색이 너무 강하거나 어두워 색을 믿을 수 없습니다. 햇빛에서 다시 찍어 주세요."],
+      [/^The light was too coloured/, () => "빛의 색이 너무 강하거나, 너무 어둡거나 밝아 색을 믿을 수 없습니다. 햇빛에서 다시 찍어 주세요."],
+      [/^The light on (\d+) of (\d+) pills was too coloured/, (far, all) =>
+        `알약 ${all}개 중 ${far}개는 빛의 색이 너무 강하거나, 너무 어둡거나 밝아 색을 믿을 수 없습니다. 햇빛에서 다시 찍어 주세요.`],
       [/^The photo has no colour/, () => "흑백 사진이라 알약의 색을 비교할 수 없습니다. 컬러로 찍어 주세요."],
       [/^The list of expected drugs is empty/, () => "있어야 할 약의 목록이 비어 있습니다. 코드를 쉼표로 나눠 써 주세요."],
       [/^The first line of the list names its columns and was not read as a drug: (.*)\.$/,
