@@ -39,12 +39,13 @@ class Asked:
     def rank(
         self,
         weight: float,  # of the imprint
+        most: int = MATCHES_REFINED,  # drugs that are put in another order, those that look most like it
     ) -> int:  # from 1 on
         """How early the right drug comes."""
         looks = 1 + int((self.similar > self.similar[self.place]).sum())
-        if looks > MATCHES_REFINED:
+        if looks > most:
             return looks
-        first = np.argpartition(-self.similar, min(MATCHES_REFINED, len(self.similar) - 1))[:MATCHES_REFINED]
+        first = np.argpartition(-self.similar, min(most, len(self.similar) - 1))[:most]
         scores = self.similar + weight * self.fits
         return 1 + int((scores[first] > scores[self.place]).sum())
 
@@ -113,9 +114,11 @@ def measure_phones(
     kept.save()
     ranks, weights = cross_validated(asked, seed=0)
     found = {name: np.array([one.rank(weight) for one in asked]) for name, weight in _ASKED.items()}
+    found["cross_validated"] = ranks
+    found |= {f"first_{most}": np.array([one.rank(READING_WEIGHT, most) for one in asked]) for most in _MORE}
     shares = {
         name: {f"top{top}": round(float((places <= top).mean()), 4) for top in (1, 5, 20)}
-        for name, places in {**found, "cross_validated": ranks}.items()
+        for name, places in found.items()
     }
     goals = [
         goal(f"phone_{top}_gain", round(shares["with"][top] - shares["without"][top], 4), at_least=0.05, n=len(asked))
@@ -127,3 +130,4 @@ def measure_phones(
 
 
 _ASKED = {"without": 0.0, "with": READING_WEIGHT}
+_MORE = (200, 1000)  # drugs to put in order, instead of those of an answer: what that would give
