@@ -37,7 +37,7 @@ class Lookup:
     ) -> Search:
         """Get what can be searched; raises `SearchError` for a damaged catalogue."""
         with self._lock:
-            state = (self._file_state(), class_map and class_map.hash)
+            state = (self._file_state(), class_map)  # the same drugs may have other labels
             if state != self._state:
                 labels = [appearance_of(drug) for drug in class_map or ()]
                 catalog = read_catalog(self._path) if self._path else Catalog()
