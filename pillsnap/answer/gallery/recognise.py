@@ -22,7 +22,7 @@ from ..identify import MATCHES, MATCHES_REFINED, Candidate, Identifier, Match, P
 from ..rules import ModelMismatch, Rules
 from ..shapes.masks import PillMask
 from ..verdicts.reasons import GALLERY_DISAGREES, LOOK_ALIKES, NO_COLOUR, NONE_ALIKE, SAME_APPEARANCE
-from ..verdicts.verdicts import AMBIGUOUS, IDENTIFIED, NO_PILL, UNKNOWN, Verdicts
+from ..verdicts.verdicts import AMBIGUOUS, FAMILIAR, IDENTIFIED, NO_PILL, UNKNOWN, Verdicts
 from ...runlog import decide
 from ...runtime.boxes import Box
 from ...runtime.session import ModelError
@@ -143,6 +143,8 @@ def reconsidered(
     trained: ClassMap,  # drugs of the classifier
 ) -> Pill:
     """Name the enrolled drugs that look like a pill of which the classifier is not certain."""
+    if pill.verdict == UNKNOWN and verdicts.familiar is not None:
+        verdicts = replace(verdicts, familiar=min(verdicts.familiar, FAMILIAR))
     found = named(pill, verdicts, trained)
     if found.code in trained:
         return pill

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 # %% auto #0
-__all__ = ['IDENTIFIED', 'AMBIGUOUS', 'UNKNOWN', 'NO_PILL', 'VERDICTS', 'features_of', 'Verdicts']
+__all__ = ['IDENTIFIED', 'AMBIGUOUS', 'UNKNOWN', 'NO_PILL', 'VERDICTS', 'FAMILIAR', 'features_of', 'Verdicts']
 
 # %% ../../../nbs/answer/verdicts/01_verdicts.ipynb #47cd2b22
 def features_of(
@@ -33,7 +33,7 @@ AMBIGUOUS = "ambiguous"  # several drugs look like it
 UNKNOWN = "unknown"  # no drug of the model looks like it
 NO_PILL = "no_pill"  # nothing was detected, and the whole photo was looked at
 VERDICTS = (IDENTIFIED, AMBIGUOUS, UNKNOWN, NO_PILL)
-_FAMILIAR = 0.8  # similarity from which on a reference looks like a pill where no photos chose it
+FAMILIAR = 0.8  # similarity from which on a reference looks like a pill where no photos chose it
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Verdicts:
         similarity: float,  # cosine of a reference, -1 to 1
     ) -> bool:
         """Whether a reference looks like a pill, whatever decides on the verdict."""
-        return similarity >= (_FAMILIAR if self.familiar is None else self.familiar)
+        return similarity >= (FAMILIAR if self.familiar is None else self.familiar)
 
     def look_alikes(
         self,
