@@ -13,7 +13,8 @@ from PIL import Image
 from tiny_models import RULES, save_classifier, save_detector
 
 from pillsnap.answer.color.balance import COLOR_RULES, NO_CORRECTION, Balance, estimate_balance, estimate_balances
-from pillsnap.answer.color.learned import LEARNED, LEARNED_RULE
+from pillsnap.answer.color.learned import LEARNED, LEARNED_RULE, light_features, mixed_color, pill_light
+from pillsnap.answer.color.surroundings import surroundings
 from pillsnap.answer.factory import load_identifier
 from pillsnap.answer.identify import Identifier
 from pillsnap.answer.rules import ModelMismatch, Rules
@@ -184,6 +185,25 @@ def test_a_classifier_whose_learned_rule_was_trained_anew_is_refused():
     value = replace(RULES, color=LEARNED_RULE).to_json()
     assert Rules.from_json(value).color == LEARNED_RULE and value["color_weights"] == LEARNED.to_json()
     value["color_weights"] = value["color_weights"] | {"level": -3.0}
+    with pytest.raises(ModelMismatch, match="learned has other numbers"):
+        Rules.from_json(value)
+
+
+def test_a_part_of_the_exposure_can_be_corrected(photo: Path, monkeypatch: pytest.MonkeyPatch):
+    """Half of it moves a photo half as far, with the same colour; files say so, and are refused where it differs."""
+    half = replace(LEARNED, strength=0.5)
+    around = surroundings(np.asarray(Image.open(photo)), [BOX])
+    assert around is not None
+    features, pill = light_features(around, BOX), pill_light(around, BOX)
+    whole, part, none = (
+        np.log2(mixed_color(features, replace(LEARNED, strength=strength), pill)) for strength in (1.0, 0.5, 0.0)
+    )
+    assert np.allclose(part, (whole + none) / 2) and np.ptp(whole - none) < 1e-9 and abs(whole - none).max() > 0.1
+    assert np.array_equal(mixed_color(features, LEARNED, pill), 2**whole), "all of it is what nobody chooses"
+    monkeypatch.setattr("pillsnap.answer.rules.LEARNED", half)
+    value = replace(RULES, color=LEARNED_RULE).to_json()
+    assert value["color_weights"] == LEARNED.to_json() | {"strength": 0.5} and Rules.from_json(value)
+    monkeypatch.undo()
     with pytest.raises(ModelMismatch, match="learned has other numbers"):
         Rules.from_json(value)
 

@@ -66,11 +66,13 @@ class LightWeights:
     level: float  # log2 of the linear light that the studio would have shown
     pill: float = 0.0  # weight of the pill's own brightness in the exposure, 0 to 1
     white: float = -1.24  # log2 of linear light: brightest channel of a pill in the studio
+    strength: float = 1.0  # fraction of the exposure that is corrected, 0 to 1; the colour always is as a whole
 
     def to_json(self) -> dict[str, object]:
         """Convert to plain values."""
         mixture = {"brightness": list(self.brightness), "color": list(self.color), "level": self.level}
-        return {**mixture, "pill": self.pill, "white": self.white}
+        strength = {} if self.strength == 1 else {"strength": self.strength}  # files are older than it
+        return {**mixture, "pill": self.pill, "white": self.white, **strength}
 
 
 LEARNED = LightWeights(
@@ -96,7 +98,7 @@ def mixed_color(
     if pill is not None:
         own = float((pill - cast).max()) - weights.white
         exposure += float(np.clip(weights.pill * (own - exposure), -_MOST, _MOST))
-    color: np.ndarray = 2 ** (cast + exposure)
+    color: np.ndarray = 2 ** (cast + weights.strength * exposure)
     return color
 
 
