@@ -13,8 +13,8 @@ from .report import is_met
 # %% auto #0
 __all__ = ['Report', 'Rows', 'TABLES', 'markdown', 'machine_text', 'value_of', 'demo_rows', 'demo_rows_korean',
            'demo_seconds_rows', 'loader_rows', 'label_rows', 'training_rows', 'accuracy_rows', 'engine_rows',
-           'server_rows', 'goal_rows', 'service_rows', 'search_rows', 'outline_rows', 'quality_rows', 'color_rows',
-           'rules_rows', 'color_phone_rows', 'scale_rows']
+           'server_rows', 'goal_rows', 'service_rows', 'search_rows', 'search_detail_rows', 'outline_rows',
+           'quality_rows', 'color_rows', 'rules_rows', 'color_phone_rows', 'scale_rows']
 
 # %% ../../nbs/bench/03_tables.ipynb #47c96541
 Report = Mapping[str, Any]
@@ -283,6 +283,26 @@ def search_rows(
         rows.append([f"p50 / p95 of {count:,} records", "", f"{times['p50']:.1f} / {times['p95']:.1f} ms", "", "", ""])
     return rows
 
+
+def search_detail_rows(
+    report: Report,  # of the search benchmark
+) -> Rows:
+    """Lists of drugs, and what reading imprints changes."""
+    handfuls, phones = report["handfuls"], report["phones"]
+    rows = [["what", "number", "without imprints", "with imprints"]]
+    off, on = handfuls["off"], handfuls["auto"]
+    rows.append(
+        ["lists for handfuls, all said rightly", f"{off['lists']}", f"{off['right']:.3f}", f"{on['right']:.3f}"]
+    )
+    matched = (f"{each['strangers_matched']}" for each in (off, on))
+    rows.append(["drugs never trained, matched with the drug on the list", f"{handfuls['strangers']}", *matched])
+    for name, row in report["trained"].items():
+        rows.append([f"{name}: top-1, end to end", f"{row['pills']:,}", f"{row['without']:.3f}", f"{row['with']:.3f}"])
+    for top in ("top1", "top5"):
+        values = (f"{phones[name][top]:.3f}" for name in ("without", "with"))
+        rows.append([f"phones among studio photos: top-{top[3:]}", f"{phones['photos']}", *values])
+    return rows
+
 # %% ../../nbs/bench/03_tables.ipynb #2df8cef1
 _OUTLINES = {
     "sample_map": "rendered pills, from the photo on: mask mAP@0.5:0.95",
@@ -386,6 +406,8 @@ TABLES: dict[str, tuple[str, Callable[[Report], Rows]]] = {  # name -> report, f
     "servers": ("serve", server_rows),
     "service": ("serve", service_rows),
     "search": ("search", search_rows),
+    "search-goals": ("search", goal_rows),
+    "search-details": ("search", search_detail_rows),
     "color": ("color", color_rows),
     "color-phones": ("color", color_phone_rows),
     "color-goals": ("color", goal_rows),
