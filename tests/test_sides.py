@@ -58,7 +58,7 @@ def test_a_clear_back_decides(client: TestClient) -> None:
         answer = client.post("/predict", headers=KEY, files=files, params={"top_k": 2}).json()
         pill = answer["pills"][0]
         assert len(answer["pills"]) == 1 and pill["verdict"] == "identified" and pill["name"] == name
-        assert len(pill["candidates"]) == 2 and len(answer["notes"]) == 1
+        assert len(pill["candidates"]) == 2 and sum("no detector" in note for note in answer["notes"]) == 1
     files = {"image": photo_of(RED), "image_back": photo_of(BLUE)}
     pill = client.post("/predict", headers=KEY, files=files).json()["pills"][0]
     assert pill["verdict"] == "ambiguous" and pill["reason"]["reason"] == "sides_disagree"

@@ -41,7 +41,7 @@ def _read(matches: Sequence[Match]) -> dict[tuple[str, str], str]:
     """What was read on the most similar reference, by drug and mark."""
     found: dict[tuple[str, str], str] = {}
     for match in matches:
-        if match.imprint is not None:
+        if match.imprint is not None and match.side:  # of an unknown side nobody knows what to compare it with
             for drug in match.drugs:
                 found.setdefault((drug.code, "print_back" if match.side == "back" else "print_front"), match.imprint)
     return found

@@ -16,11 +16,12 @@ __all__ = ['rank']
 
 # %% ../../nbs/answer/25_order.ipynb #3d7073ed
 def rank(
-    candidates: Sequence[Candidate],  # in the order that they have
-    weights: Mapping[str, float] | None = None,  # code -> factor of what else speaks for a drug; others have 1
+    candidates: Sequence[Candidate],  # in the order that they have, which has their evidence where weights are given
+    weights: Mapping[str, float] | None = None,  # code -> factor of what else speaks for a drug; None: their evidence
 ) -> list[Candidate]:  # best first
-    """Sort candidates by their confidence, their evidence and their weight."""
-    confidences = [candidate.confidence for candidate in reversed(candidates)]
-    standing = np.maximum.accumulate(confidences)[::-1] if confidences else np.empty(0)
-    factors = [each.evidence * (weights or {}).get(each.drug.code, 1.0) for each in candidates]
-    return [candidates[place] for place in np.argsort(-standing * np.array(factors), kind="stable")]
+    """Sort candidates by their confidence and what else speaks for them."""
+    known = [1.0 if weights is None else candidate.evidence for candidate in candidates]
+    new = [each.evidence if weights is None else weights.get(each.drug.code, 1.0) for each in candidates]
+    strengths = [each.confidence * factor for each, factor in zip(candidates, known, strict=True)]
+    standing = np.maximum.accumulate(strengths[::-1])[::-1] if strengths else np.empty(0)
+    return [candidates[place] for place in np.argsort(-standing * np.array(new), kind="stable")]

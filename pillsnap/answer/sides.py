@@ -33,7 +33,7 @@ def fuse_pills(
     drugs = {candidate.drug.code: candidate.drug for pill in seen for candidate in pill.candidates}
     found = [dict.fromkeys(drugs, _silent(pill)) | {each.drug.code: each for each in pill.candidates} for pill in seen]
     logarithms = np.array([sum(np.log(max(one[code].confidence, _LEAST)) for one in found) for code in drugs])
-    shares = _flattened(logarithms, max(pill.candidates[0].confidence for pill in seen))
+    shares = _flattened(logarithms, max(each.confidence for pill in seen for each in pill.candidates))
     # What was read on an unclear side moves nothing where another side is clear.
     read = not any(pill.identified for pill in seen)
     evidence = [float(np.prod([one[code].evidence for one in found])) if read else 1.0 for code in drugs]

@@ -256,7 +256,8 @@ def goal_rows(
     rows = [[title, "measured", "goal"]]
     for item in report["goals"]:
         bound = f"at least {item['at_least']:g}" if "at_least" in item else f"at most {item['at_most']:g}"
-        rows.append([item["name"].replace("_", " "), f"{item['value']:.4g}", bound])
+        measured = "not measured" if item["value"] is None else f"{item['value']:.4g}"
+        rows.append([item["name"].replace("_", " "), measured, bound])
     return rows
 
 
@@ -287,18 +288,19 @@ def search_rows(
 def search_detail_rows(
     report: Report,  # of the search benchmark
 ) -> Rows:
-    """Lists of drugs, and what reading imprints changes."""
-    handfuls, phones = report["handfuls"], report["phones"]
+    """Lists of drugs, and what reading imprints changes, as far as they were measured."""
+    handfuls, phones = report["handfuls"] or {}, report["phones"]
     rows = [["what", "number", "without imprints", "with imprints"]]
-    off, on = handfuls["off"], handfuls["auto"]
-    rows.append(
-        ["lists for handfuls, all said rightly", f"{off['lists']}", f"{off['right']:.3f}", f"{on['right']:.3f}"]
-    )
-    matched = (f"{each['strangers_matched']}" for each in (off, on))
-    rows.append(["drugs never trained, matched with the drug on the list", f"{handfuls['strangers']}", *matched])
+    if "auto" in handfuls:
+        right, matched = ([handfuls[name][key] for name in ("off", "auto")] for key in ("right", "strangers_matched"))
+        lists = f"{handfuls['auto']['lists']}"
+        rows.append(["lists for handfuls, all said rightly", lists, *(f"{share:.3f}" for share in right)])
+        asked = f"{handfuls['strangers']}"
+        rows.append(["drugs never trained, matched with the drug on the list", asked, *map(str, matched)])
     for name, row in report["trained"].items():
-        rows.append([f"{name}: top-1, end to end", f"{row['pills']:,}", f"{row['without']:.3f}", f"{row['with']:.3f}"])
-    for top in ("top1", "top5"):
+        values = ("-" if row[key] is None else f"{row[key]:.3f}" for key in ("without", "with"))
+        rows.append([f"{name}: top-1, end to end", f"{row['pills']:,}", *values])
+    for top in ("top1", "top5") if phones else ():
         values = (f"{phones[name][top]:.3f}" for name in ("without", "with"))
         rows.append([f"phones among studio photos: top-{top[3:]}", f"{phones['photos']}", *values])
     return rows

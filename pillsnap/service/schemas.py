@@ -38,7 +38,8 @@ class DrugResponse(BaseModel):
     edi_codes: list[str] = Field(description="codes of the health insurance, none to several", examples=[["649900030"]])
     maker: str | None = Field(description="null = the training data does not say", examples=["Example Pharma"])
     details: dict[str, str] = Field(
-        description="what the training data says: shape, colors, form, print_front, print_back, name_en, company_en",
+        description="what the training data says: shape, colors, form, print_front, print_back, line_front, line_back, "
+        "length_mm, name_en, company_en",
         examples=[{"shape": "round", "print_front": "P 30"}],
     )
 

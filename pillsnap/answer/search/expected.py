@@ -36,15 +36,16 @@ def read_expected(
     if len(text) > LONGEST_LIST:
         note = f"The list of expected drugs has {len(text):,} characters, more than {LONGEST_LIST:,}: it was not used."
         return Expected(notes=(note,))
-    names = _names(drugs)
+    names, text = _names(drugs), text.lstrip("\ufeff")
     lines = [line for line in text.splitlines() if line.strip()]
     columns = lines.pop(0) if len(lines) > 1 and _names_columns(lines[0]) else ""
     items = lines if len(lines) > 1 or columns else re.split(r"[,;]", text)
     counts: Counter[str] = Counter()
-    unknown, repeated = [], []
+    unknown: list[str] = []
+    repeated: list[str] = []
     for item in filter(None, (item.strip() for item in items)):
-        found = _found(item, names)
-        unknown += [] if found else [item[:40]]
+        found, strange = _found(item, names, _place_of_quantity(columns))
+        unknown += strange if found else [item[:40]]
         for code, count in found.items():
             repeated += [code] if code in counts else []
             counts[code] = max(counts[code], count)
@@ -61,7 +62,7 @@ _COLUMN = re.compile(
 
 def _names_columns(line: str) -> bool:
     """Whether every field of a line is the name of a column."""
-    fields = [field.strip().strip('"') for field in re.split(r"[,;\t|]", line.lstrip("\ufeff"))]
+    fields = _fields(line)
     return any(fields) and all(_COLUMN.fullmatch(field) for field in fields if field)
 
 
@@ -73,15 +74,35 @@ def _names(drugs: Iterable[Drug]) -> dict[str, str]:
     return names | {drug.code.upper(): drug.code for drug in drugs}
 
 
-def _found(item: str, names: dict[str, str]) -> dict[str, int]:  # code -> pills; none where nothing is a drug
+def _fields(line: str) -> list[str]:
+    return [field.strip().strip('"').strip() for field in re.split(r"[,;\t|]", line)]
+
+
+def _place_of_quantity(columns: str) -> int | None:  # None: there is no such column
+    """Which column has the numbers of pills."""
+    names = ("quantity", "qty", "count", "amount", "수량")
+    return next((place for place, name in enumerate(_fields(columns)) if name.lower() in names), None)
+
+
+def _found(
+    item: str, names: dict[str, str], place: int | None
+) -> tuple[dict[str, int], list[str]]:  # code -> pills, none where nothing is a drug; fields that should be a drug
     """The drugs of one item: the whole of it, or all of its fields that are one; a drug with two codes is one."""
     found: dict[str, int] = {}
-    for part in (item, *re.split(r"[,;\t|]", item)):
-        name, _, number = part.strip().strip('"').partition("*")
-        name = re.sub(r"^K-?(\d{1,6})$", lambda match: f"K-{int(match[1]):06d}", name.strip().upper())
-        if name in names and re.fullmatch(r"|[1-9]\d?", number.strip()):
+    fields, strange = _fields(item), []
+    for part in dict.fromkeys((item.strip('"'), *fields)):
+        name, _, number = (text.strip() for text in part.upper().partition("*"))
+        name = name if name in names else re.sub(r"^K-?(\d{1,6})$", lambda match: f"K-{int(match[1]):06d}", name)
+        if name in names and re.fullmatch(r"|[1-9]\d?", number):
             found.setdefault(names[name], int(number or 1))
-    return found
+        elif part in fields and re.match(r"K-?\d{1,6}\b", part, re.IGNORECASE):
+            strange.append(part[:40])
+    number = fields[place] if place is not None and place < len(fields) else ""
+    if re.fullmatch(r"[1-9]\d?", number):
+        found = {code: max(count, int(number)) for code, count in found.items()}
+    elif number:
+        strange.append(f"{number[:20]} of {item[:40]}")
+    return found, strange
 
 
 def _notes(counts: Counter[str], unknown: list[str], repeated: list[str]) -> list[str]:

@@ -137,5 +137,6 @@ def weigh(
     if pill.verdict == AMBIGUOUS:
         candidates = rank(candidates, dict.fromkeys(expected.counts, WEIGHT))
         if candidates[0].drug.code != pill.code:
-            reason, alike = ANOTHER_EXPECTED, max(alike, 2)
+            places = [candidate.drug.code for candidate in candidates]
+            reason, alike = ANOTHER_EXPECTED, max(alike, 1 + places.index(pill.code))
     return replace(pill, candidates=list(candidates[:top_k]), reason=reason, alike=min(alike, top_k))

@@ -77,7 +77,8 @@ class Verdicts:
         similarity: float,  # cosine of a reference, -1 to 1
     ) -> bool:
         """Whether a reference looks like a pill, whatever decides on the verdict."""
-        return similarity >= (FAMILIAR if self.familiar is None else self.familiar)
+        chosen = min(FAMILIAR, 1.0 if self.similar is None else self.similar)
+        return similarity >= (chosen if self.familiar is None else self.familiar)
 
     def look_alikes(
         self,

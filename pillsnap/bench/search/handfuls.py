@@ -177,6 +177,8 @@ def measure_handfuls(
     values: dict[str, Any] = {"handfuls": len(photos), "strangers": len(strangers)}
     for name in ("off", "auto"):
         read_imprints(identifier, name)
+        if name == "auto" and identifier.refine is None:  # rapidocr is missing, or the model was not calibrated
+            continue
         right = compare_handfuls(identifier, photos, seed)
         answers = [answer for found in right.values() for answer in found]
         values[name] = {
@@ -185,4 +187,4 @@ def measure_handfuls(
             "kinds": {kind: round(sum(found) / len(found), 4) for kind, found in right.items()},
             "strangers_matched": sum(bent(identifier, photo) for photo in strangers),
         }
-    return {**values, **values[Identify().imprint]}
+    return {**values, **values.get(Identify().imprint, values["off"])}

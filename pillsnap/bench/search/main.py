@@ -241,7 +241,9 @@ def table(
             f"{name:12} {row['searches']:6} {row['found']:7.3f} {row['first_ten']:10.3f} {row['first']:7.3f} "
             f"{row['median_rank']:12g}"
         )
-    for name in ("off", "auto") if report["handfuls"] else ():
+    for name in ("off", "auto"):
+        if name not in (report["handfuls"] or {}):
+            continue
         row, handfuls = report["handfuls"][name], report["handfuls"]
         kinds = ", ".join(f"{kind} {value:.3f}" for kind, value in row["kinds"].items())
         bent = f"{row['strangers_matched']} of {handfuls['strangers']} drugs never trained matched"
@@ -252,7 +254,8 @@ def table(
             lines.append(f"{row['photos']} {kind} imprints: {row['exact']} exact, {row['alike']} with look-alikes")
     for name, row in report.get("trained", {}).items():
         read = f"{row['read']} of {row['pills']} pills read"
-        lines.append(f"{name}: top-1 {row['without']:.3f} without imprints, {row['with']:.3f} with them, {read}")
+        found = "none" if row["with"] is None else f"{row['with']:.3f}"
+        lines.append(f"{name}: top-1 {row['without']:.3f} without imprints, {found} with them, {read}")
     if report.get("phones"):
         for name in ("without", "with", "cross_validated"):
             shares = ", ".join(f"{top} {share:.3f}" for top, share in report["phones"][name].items())

@@ -27,17 +27,20 @@ __all__ = ['Refine', 'change_of', 'timed', 'measure_trained']
 def change_of(
     run: Path,  # folder of an exported run
 ) -> dict[str, Any]:  # plain values for JSON
-    """Top-1 from the photo to the drug, without imprints and with them; raises `ImprintUnavailable`."""
+    """Top-1 from the photo to the drug, without imprints and with them, where they are read at all."""
     identifier, dataset = open_identifier(run / "export", engine="onnxruntime"), dataset_of_run(run)
     photos = [photo for photo in held_out(dataset)[1] if min(photo.classes) >= 0]
-    top1, milliseconds = {}, list[float]()
-    for name, choice in (("without", "off"), ("with", "auto")):
-        read_imprints(identifier, choice)
-        identifier.refine = None if identifier.refine is None else timed(identifier.refine, milliseconds)
-        top1[name] = round(evaluate_combo(identifier, photos)["end_to_end_top1"], 4)
+    read_imprints(identifier, "off")
+    without, milliseconds = evaluate_combo(identifier, photos)["end_to_end_top1"], list[float]()
+    read_imprints(identifier, "auto")
+    reads = identifier.refine is not None
+    if identifier.refine is not None:
+        identifier.refine = timed(identifier.refine, milliseconds)
+    found = evaluate_combo(identifier, photos)["end_to_end_top1"] if reads else None
     return {
-        **top1,
-        "change": round(top1["with"] - top1["without"], 4),
+        "without": round(without, 4),
+        "with": None if found is None else round(found, 4),
+        "change": None if found is None else round(found - without, 4),
         "photos": len(photos),
         "pills": sum(len(photo.classes) for photo in photos),
         "read": len(milliseconds),
@@ -81,11 +84,12 @@ def measure_trained(
     sample: Path | None,  # exported run on the sample
     out: Path,  # gets the runs that are trained
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:  # goals, and plain values for JSON
-    """The worst change of trained drugs; raises `ImprintUnavailable`."""
+    """The worst change of trained drugs; missing where a model reads nothing."""
     runs = {
         name: trained_network(out / name, _SETTINGS, folder, folds=_FOLDS).parent for name, folder in folders.items()
     }
     runs |= {} if sample is None else {"sample": sample}
     values = {name: change_of(run) for name, run in runs.items()}
-    worst, pills = min(one["change"] for one in values.values()), sum(one["pills"] for one in values.values())
+    changes, pills = [one["change"] for one in values.values()], sum(one["pills"] for one in values.values())
+    worst = None if None in changes else min(changes)
     return [goal("trained_change", worst, at_least=0.0, n=pills)], values

@@ -319,6 +319,8 @@ function result(card) {
   return [
     advice(card.answer),
     comparison(card.answer),
+    card.expected && card.back && card.pipeline === "single"
+      ? make("p", { class: "notes" }, say("expected_one_side")) : null,
     pills.length ? make("ol", { class: "pills" }, pills.map((one, index, all) => pill(one, index, all, card)))
       : make("div", { class: "notes nothing" }, make("b", {}, say("nothing")), make("p", {}, say("nothing_about"))),
     hint ? recommendation(card, hint) : null,

@@ -57,6 +57,7 @@ export const TEXT = {
     expected: "Compare with a prescription", expected_codes: "Expected drugs", expected_file: "Take them from a file",
     expected_about: "K-codes or EDI codes with commas, *2 for two pills of one drug; or the lines of an order. " +
       "They are sent with the next photo.",
+    expected_one_side: "The list was not compared: it is for all pills of one photo.",
     expected_long: "This file is longer than a list of expected drugs may be (20,000 characters): it was not taken.",
     expected_complete: "Every pill is expected, and every expected one is there.",
     expected_open: "The pills and the list do not agree, or it is not certain.", or: " or ",
@@ -132,6 +133,7 @@ export const TEXT = {
     key_wanted: "API 키가 없거나 맞지 않습니다. 여기에 입력해 주세요.", key_odd: "키에 쓸 수 없는 문자가 있습니다. 키를 다시 복사해 주세요.",
     expected: "처방과 비교", expected_codes: "있어야 할 약", expected_file: "파일에서 가져오기",
     expected_about: "K-코드나 EDI 코드를 쉼표로 나눠 쓰고, 같은 약 두 알은 *2를 붙입니다. 처방 목록의 줄도 됩니다. 다음 사진과 함께 보냅니다.",
+    expected_one_side: "목록은 사진 한 장의 모든 알약과 비교하는 것이라 두 면 사진에는 쓰지 않았습니다.",
     expected_long: "파일이 목록의 한도(2만 자)보다 길어서 가져오지 않았습니다.",
     expected_complete: "모든 알약이 목록에 있고 빠진 약이 없습니다.",
     expected_open: "알약과 목록이 맞지 않거나 확실하지 않습니다.", or: " 또는 ",
