@@ -50,7 +50,9 @@ def read_expected(
             repeated += [code] if code in counts else []
             counts[code] = max(counts[code], count)
     notes = [f"The first line of the list names its columns and was not read as a drug: {columns[:40]!r}."]
-    return Expected(dict(counts), tuple(unknown), (*notes[: bool(columns)], *_notes(counts, unknown, repeated)))
+    if unread := [field for field in _fields(columns) if _UNREAD.search(field)]:
+        notes.append(f"Not read in the list, where each code is one pill and K-000030*2 two: {', '.join(unread)}.")
+    return Expected(dict(counts), tuple(unknown), (*notes[: 2 * bool(columns)], *_notes(counts, unknown, repeated)))
 
 
 _COLUMN = re.compile(
@@ -58,6 +60,9 @@ _COLUMN = re.compile(
     r"dose|days|notes?|remarks?|.*(번호|순번|연번|코드|명|명칭|이름|수량|투여량|용량|횟수|일수|비고|구분))",
     re.IGNORECASE,
 )
+
+
+_UNREAD = re.compile(r"dose|days|투여량|용량|횟수|일수", re.IGNORECASE)
 
 
 def _names_columns(line: str) -> bool:

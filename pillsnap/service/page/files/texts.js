@@ -190,6 +190,8 @@ export const TEXT = {
       [/^The list of expected drugs is empty/, () => "있어야 할 약의 목록이 비어 있습니다. 코드를 쉼표로 나눠 써 주세요."],
       [/^The first line of the list names its columns and was not read as a drug: (.*)\.$/,
         (line) => `목록의 첫 줄은 열의 이름이라 약으로 읽지 않았습니다: ${line}`],
+      [/^Not read in the list, where each code is one pill and K-000030\*2 two: (.*)\.$/,
+        (names) => `목록에서 읽지 않은 열(코드 하나를 한 알로, K-000030*2를 두 알로 봅니다): ${names}`],
       [/^The list of expected drugs has/, () => "있어야 할 약의 목록이 너무 길어 쓰지 않았습니다."],
       [/^No drug of this model, and therefore not checked: (.*)\.$/, (items) => `이 모델에 없어 확인하지 않은 약: ${items}`],
       [/^(\S+) is in the list of expected drugs more than once/,
