@@ -13,7 +13,7 @@ from threading import Event, Thread
 from typing import Any
 
 from celery import Celery, bootsteps
-from celery.signals import celeryd_init
+from celery.signals import celeryd_init, worker_init
 from celery.worker import state
 
 from ..config.environment import load_environment
@@ -132,6 +132,11 @@ def _start(sender: Any = None, **options: Any) -> None:
         raise SystemExit(1) from error
 
 
+def _alone(sender: Any = None, **options: Any) -> None:
+    """Workers need nothing of each other, leases part the jobs: and gossip logs a traceback when Redis stops."""
+    sender.options.update(without_gossip=True, without_mingle=True)
+
+
 def _app() -> Celery:
     try:
         return make_app(open_runner())
@@ -142,3 +147,4 @@ def _app() -> Celery:
 
 app = _app()
 celeryd_init.connect(_start)
+worker_init.connect(_alone)
