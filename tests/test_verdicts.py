@@ -47,6 +47,7 @@ def test_a_calibrated_run_exports_its_thresholds(
     assert len(report["answers"]["score"]) == chosen["known_photos"] + chosen["unknown_photos"]
     assert not all(report["answers"]["known"]), "a drug was left out"
     assert load_trained(run).rules.verdicts == Verdicts.from_json(report["verdicts"])
+    assert report["verdicts"]["turned"], "as the setting says"
     report["verdicts"] |= {"similar": 0.9, "familiar": 0.5}  # as where similarity tells more than the logits
     (run / CALIBRATION_FILE).write_text(json.dumps(report), encoding="utf-8")
     assert cli.main(["export", "--run", str(run)]) == 0

@@ -306,12 +306,12 @@ class Identifier:
     ) -> Identification:
         """Classify the cropped pills of a photo."""
         started = perf_counter()
-        logits, embeddings = self._outputs(crops.crops, crops.more, crops.turned)
+        logits, embeddings = self._outputs_of(crops)
         probabilities, sums = softmax(logits / self.rules.verdicts.temperature), self.rules.verdicts.scores(logits)
         verdicts = [self._verdict(cut, score, crops.grey) for cut, score in zip(sums, crops.scores, strict=True)]
         wanted = top_k if self.refine is None else max(top_k, _REFINED)
         pills = [
-            replace(self._pill(box, score, row, judged, wanted), embedding=embedding)
+            replace(self._pill(box, score, row, judged, wanted), embedding=embedding if self.with_embeddings else None)
             for box, score, row, judged, embedding in zip(
                 crops.boxes, crops.scores, probabilities, verdicts, embeddings, strict=True
             )
@@ -469,41 +469,36 @@ class Identifier:
         self,
         crops: np.ndarray,  # RGB, uint8, (n, size, size, 3)
     ) -> np.ndarray:  # float32, (n, classes)
-        """Compute the logits of crops."""
-        return np.concatenate([self._compute(batch, embeddings=False)[0] for batch in _batches(crops)])
+        """Compute the logits of crops, as a request does."""
+        return self._outputs(crops, self.rules.verdicts.turned, embeddings=False)[0]
 
     def embed(
         self,
         crops: np.ndarray,  # RGB, uint8, (n, size, size, 3)
+        turned: bool | None = None,  # the mean of four quarter turns; None = as a request does
     ) -> np.ndarray:  # float32, (n, embedding size), of length 1
         """Compute the embeddings of crops; raises `ModelMismatch` for a classifier that has none."""
-        return np.concatenate([self._compute(batch, embeddings=True)[1] for batch in _batches(crops)])
+        return self._outputs(crops, self.rules.verdicts.turned if turned is None else turned, embeddings=True)[1]
 
     def _outputs(
         self,
         crops: np.ndarray,  # RGB, uint8, (n, size, size, 3)
-        more: np.ndarray | None = None,  # as in PillCrops: the outputs are averaged over the photos of the one pill
-        turned: bool = False,  # as in PillCrops: the outputs of each crop are averaged over its turns
-    ) -> tuple[np.ndarray, Sequence[np.ndarray | None]]:  # logits, (n, classes); embeddings, if wanted
-        if more is not None:
-            return self._averaged(np.concatenate([crops, more]))
+        turned: bool,  # average each crop over its quarter turns
+        embeddings: bool,  # compute them too
+    ) -> tuple[np.ndarray, np.ndarray]:  # logits, (n, classes); embeddings, (n, their size), or (n, 0)
         if turned and len(crops):
-            each = [self._averaged(np.stack([np.rot90(crop, turns) for turns in range(4)])) for crop in crops]
-            return np.concatenate([logits for logits, _ in each]), [row for _, (row,) in each]
-        computed = [self._compute(batch, self.with_embeddings) for batch in _batches(crops)]
-        embeddings = [row for outputs in computed for row in outputs[1]] if self.with_embeddings else None
+            each = [_averaged(*self._outputs(_turns(crop), False, embeddings)) for crop in crops]
+            return np.concatenate([logits for logits, _ in each]), np.concatenate([rows for _, rows in each])
+        computed = [self._compute(batch, embeddings) for batch in _batches(crops)]
         empty = np.empty((0, len(self.rules.class_map)), np.float32)
-        return np.concatenate([empty, *(outputs[0] for outputs in computed)]), embeddings or [None] * len(crops)
+        found = [outputs[1] for outputs in computed] if embeddings and computed else [np.empty((len(crops), 0))]
+        return np.concatenate([empty, *(outputs[0] for outputs in computed)]), np.concatenate(found)
 
-    def _averaged(
-        self,
-        crops: np.ndarray,  # of one pill, RGB, uint8, (n, size, size, 3)
-    ) -> tuple[np.ndarray, Sequence[np.ndarray | None]]:  # as `_outputs`, of one pill
-        logits, embeddings = self._outputs(crops)
-        known = [row for row in embeddings if row is not None]
-        together = np.mean(known, axis=0) if known else None
-        direction = None if together is None else together / max(float(np.linalg.norm(together)), 1e-12)
-        return logits.mean(axis=0, keepdims=True), [direction]
+    def _outputs_of(self, crops: PillCrops) -> tuple[np.ndarray, np.ndarray]:
+        """Logits and embeddings of the pills; of all photos of the one pill together, where there are more."""
+        photos = crops.crops if crops.more is None else np.concatenate([crops.crops, crops.more])
+        outputs = self._outputs(photos, crops.turned or self.rules.verdicts.turned, self.with_embeddings)
+        return outputs if crops.more is None else _averaged(*outputs)
 
     def _compute(
         self,
@@ -553,6 +548,20 @@ class Identifier:
             alike = self.rules.verdicts.look_alikes([candidate.confidence for candidate in candidates])
         place = Box(*(round(float(value), 2) for value in box))
         return Pill(place, None if score is None else float(score), candidates, verdict, alike, reason)
+
+
+def _turns(crop: np.ndarray) -> np.ndarray:  # (4, size, size, 3)
+    """A crop in four quarter turns."""
+    return np.stack([np.rot90(crop, turns) for turns in range(4)])
+
+
+def _averaged(
+    logits: np.ndarray,  # of photos of one pill, (n, classes)
+    embeddings: np.ndarray,  # of the same, (n, size)
+) -> tuple[np.ndarray, np.ndarray]:  # of the pill, (1, classes); (1, size), of length 1
+    """The mean of what the network gives."""
+    together = embeddings.mean(axis=0, keepdims=True)
+    return logits.mean(axis=0, keepdims=True), together / max(float(np.linalg.norm(together)), 1e-12)
 
 
 def _cut(pill: Pill, top_k: int) -> Pill:

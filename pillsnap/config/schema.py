@@ -86,9 +86,10 @@ class Identify(Section):
     nms_iou: Fraction = 0.5
     risk: Fraction = 0.01
     missed: Fraction = 0.05
+    turned: bool = True
     single_scale: Annotated[float, Field(ge=0.1, le=1)] = 0.5
     color: str = "none"  # or a key of COLOR_RULES
-    imprint: Literal["auto", "off"] = "off"
+    imprint: Literal["auto", "off"] = "auto"
     background: Literal["keep", "remove"] = "keep"
     segmenter: PosixPath | None = None
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -259,9 +259,11 @@ def calibrate_run(
         )
         train(chosen, place, dataset=fold.dataset)
         identifier, largest = identifier_of(load_trained(place)), settings.data.max_pixels
+        identifier.rules = replace(identifier.rules, verdicts=Verdicts(turned=settings.identify.turned))
         search = Search(gallery_of(identifier, f"fold {number}", fold.dataset.manifest, largest))
         asked += [ask(identifier, search, rows, largest) for rows in (fold.known, fold.unknown)]
     verdicts, answers = choose_verdicts(asked, settings.identify.risk, settings.identify.missed)
+    verdicts = replace(verdicts, turned=settings.identify.turned)
     if verdicts.identified is None and verdicts.similar is None:
         reason = f"too few photos for a risk of {settings.identify.risk:g}: more folds or a higher risk may help"
         decide("verdicts", "nothing will be identified", reason, fallback=True)

@@ -30,11 +30,9 @@ def reference_embedding(
     crop: np.ndarray,  # RGB, uint8, (size, size, 3)
 ) -> np.ndarray:  # float32 (size,), of length 1
     """The mean embedding of a crop in four quarter turns; raises `GalleryError` for a crop without any feature."""
-    turned = identifier.embed(np.stack([np.rot90(crop, turns) for turns in range(4)])).sum(axis=0)
-    length = float(np.linalg.norm(turned))
-    if not length > 0:
+    embedding: np.ndarray = identifier.embed(crop[None], turned=True)[0].astype(np.float32)
+    if not embedding.any():
         raise GalleryError("A photo shows an even surface without a pill: take another one, from closer.")
-    embedding: np.ndarray = (turned / length).astype(np.float32)
     return embedding
 
 

@@ -49,6 +49,7 @@ class Verdicts:
     alike: float = 0.0  # confidence from which on a drug looks like an ambiguous pill, 0 to 1
     # On what they were chosen: photos and drugs of both kinds, risks; empty = they were not chosen.
     chosen_on: dict[str, float] = field(default_factory=dict, hash=False)
+    turned: bool = False  # whether they are for the mean answer to a crop in four quarter turns
 
     def scores(
         self,

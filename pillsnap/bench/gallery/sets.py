@@ -39,16 +39,15 @@ def embed_set(
     rows = table.sort("image", "x1", "y1")
     if not len(rows):
         raise BenchError(f"{root} has no labelled pill: name a data set with boxes.")
-    turned = []
+    asked, enrolled = [], []
     for (image,), pills in rows.group_by("image", maintain_order=True):
         photo = decode_photo(str(image))
         boxes = np.array([photo.reduced(Box(*corners)) for corners in pills.select("x1", "y1", "x2", "y2").rows()])
-        for crop in identifier.crops_of(photo.pixels, boxes):
-            turned.append(identifier.embed(np.stack([np.rot90(crop, turns) for turns in range(4)])))
-    vectors = np.stack(turned)
-    means = vectors.sum(axis=1)
-    means /= np.linalg.norm(means, axis=1, keepdims=True)
-    return Pills(rows["code"].to_numpy(), rows["group"].to_numpy(), vectors[:, 0], means.astype(np.float32))
+        crops = identifier.crops_of(photo.pixels, boxes)
+        asked.append(identifier.embed(crops))
+        enrolled.append(identifier.embed(crops, turned=True))
+    codes, sources = rows["code"].to_numpy(), rows["group"].to_numpy()
+    return Pills(codes, sources, np.concatenate(asked), np.concatenate(enrolled))
 
 
 def unpack_reference(
