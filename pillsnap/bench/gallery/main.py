@@ -16,6 +16,7 @@ import numpy as np
 
 from ...answer.factory import load_identifier
 from ...answer.identify import Identifier
+from ...answer.imprint.reader import ImprintUnavailable, open_reader
 from ...atomic import write_json
 from ..errors import BenchError
 from .draws import Measured, Pills, shots, unknowns
@@ -26,6 +27,7 @@ from .studio import ask_lit, ask_phones, enrolled_studio
 from .verdicts import Told, ask_verdicts, together, verdict_figures, worst
 from ..options import add_photos, benchmark_parser, folders_of
 from ..report import goal, goal_lines, median_of, report_head, run_benchmark, spread
+from ..search.references import KeptReadings
 from ...color.data.pills import PillPhoto, read_photos
 from ...data.moved import dataset_of_run
 from ...masks.cutouts import CutoutArchive
@@ -171,7 +173,7 @@ def measure_verdicts(
 # %% ../../../nbs/bench/gallery/06_main.ipynb #4d9df4fe
 def measure_studio(
     identifier: Identifier,  # the general network
-    options: Namespace,  # studio, phone and lit are read
+    options: Namespace,  # studio, phone, lit and out are read
 ) -> Part:
     """Studio photos against other photos."""
     archive = CutoutArchive(options.studio)
@@ -183,10 +185,20 @@ def measure_studio(
     ]
     if options.phone is None:
         return goals, {"lit": lit}
-    phones = ask_phones(identifier, studio, options.phone, options.studio)
+    phones = ask_phones(identifier, studio, options.phone, options.studio, _readings(options.out))
+    answered = phones | phones.get("with_imprints", {})  # as answers do, where imprints can be read
     for name, least in (("top1", 0.60), ("top5", 0.80), ("coverage", 0.30)):
-        goals.append(goal(f"phone_{name}", phones[name], at_least=least, n=phones["photos"]))
+        goals.append(goal(f"phone_{name}", answered[name], at_least=least, n=phones["photos"]))
     return goals, {"lit": lit, "phones": phones, "enrolled": len(studio.drugs)}
+
+
+def _readings(out: Path) -> KeptReadings | None:
+    """What the studio photos say; the benchmark of the search keeps it in the same place."""
+    try:
+        return KeptReadings(out.resolve() / "search" / "readings-studio.json", open_reader())
+    except ImprintUnavailable as error:
+        print(f"pillsnap: {error}", file=sys.stderr)
+        return None
 
 
 def measure_speed(

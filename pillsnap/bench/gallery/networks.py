@@ -16,6 +16,7 @@ import numpy as np
 from ...answer.factory import load_identifier
 from ...answer.gallery.recognise import with_gallery
 from ...answer.identify import Identifier
+from ...answer.verdicts.verdicts import Verdicts
 from .sets import unpack_reference
 from ..networks import trained_network
 from ...config.load import load_settings
@@ -54,7 +55,9 @@ def general_network(
     """Train on the studio photos, or take the network of an earlier run."""
     data = unpack_reference(options.studio, work / "studio")
     fixed = (*GENERAL, f"train.classifier.epochs={options.epochs}")
-    return load_identifier(trained_network(work / "general", fixed, data, options.overrides), detect=False)
+    identifier = load_identifier(trained_network(work / "general", fixed, data, options.overrides), detect=False)
+    identifier.rules = replace(identifier.rules, verdicts=Verdicts(turned=True))  # as a product that was calibrated
+    return identifier
 
 
 def product_run(

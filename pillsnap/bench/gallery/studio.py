@@ -15,8 +15,11 @@ import numpy as np
 
 from ...answer.gallery.enroll import reference_embedding
 from ...answer.identify import Identifier
+from ...answer.imprint.ranking import READING_WEIGHT
 from ..color.differences import phone_pairs
 from ..color.lights import LIGHTS, in_light
+from ..search.phones import with_imprints
+from ..search.references import KeptReadings
 from ...masks.cutouts import Cutout, CutoutArchive, MaskError
 from ...runtime.boxes import Box
 from ...runtime.images import decode_image
@@ -115,17 +118,28 @@ def ask_phones(
     studio: Studio,
     phone: Path,  # folder DRUG/NUMBER_SIDE.jpg
     archive: Path,  # ZIP with the studio photos
-) -> dict[str, Any]:  # photos, drugs, top1, top5, answered, wrong, coverage
+    kept: KeptReadings | None = None,  # of the studio photos, with its reader; None = nothing is read
+) -> dict[str, Any]:  # photos, drugs, top1, top5, top20, answered, wrong, coverage; perhaps the first with imprints
     """Ask with phone photos; raises `BenchError` where none shows an enrolled drug."""
     pairs = list(phone_pairs(phone, archive))
     asked = identifier.embed(np.stack([whole_crop(identifier, taken) for _, taken, _ in pairs]))
     scores, drugs = studio.scores(asked), [drug for drug, _, _ in pairs]
     ranks = ranks_of(scores, np.searchsorted(studio.drugs, drugs).tolist())
     answered, wrong = coverage_at(scores.max(axis=1), ranks == 1, drugs)
-    shares = {f"top{top}": round(float((ranks <= top).mean()), 4) for top in (1, 5, 20)}
+    shares = _shares(ranks)
     kinds = {"photos": len(pairs), "drugs": len(set(drugs)), "folds": _FOLDS}
     told = {"answered": answered, "wrong": wrong, "coverage": kept_coverage(answered, wrong)}
-    return {**kinds, **shares, **{name: round(value, 4) for name, value in told.items()}}
+    found = {**kinds, **shares, **{name: round(value, 4) for name, value in told.items()}}
+    if kept is not None:
+        asked_more = with_imprints(pairs, studio.drugs.tolist(), scores, CutoutArchive(archive), kept.read, kept)
+        kept.save()
+        found["with_imprints"] = _shares(np.array([one.rank(READING_WEIGHT) for one in asked_more]))
+    return found
+
+
+def _shares(ranks: np.ndarray) -> dict[str, float]:
+    """How many right drugs are among the first."""
+    return {f"top{top}": round(float((ranks <= top).mean()), 4) for top in (1, 5, 20)}
 
 # %% ../../../nbs/bench/gallery/04_studio.ipynb #c4e10c09
 _SIDE = 256  # pixels of a drawn photo

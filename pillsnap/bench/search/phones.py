@@ -24,7 +24,7 @@ from .references import KeptReadings, Read, close_crop
 from ...masks.cutouts import CutoutArchive
 
 # %% auto #0
-__all__ = ['WEIGHTS', 'Asked', 'ask_phones', 'best_weight', 'cross_validated', 'measure_phones']
+__all__ = ['WEIGHTS', 'Asked', 'ask_phones', 'with_imprints', 'best_weight', 'cross_validated', 'measure_phones']
 
 # %% ../../../nbs/bench/search/04_phones.ipynb #1fe7c246
 @dataclass(frozen=True)
@@ -59,12 +59,24 @@ def ask_phones(
 ) -> list[Asked]:
     """Look at each phone photo, and read it and all studio photos."""
     names, scores = phone_scores(pairs, studio_gallery(studio, embed), CORRECTIONS[NO_CORRECTION], embed)
-    archive, asked = CutoutArchive(studio), []
+    return with_imprints(pairs, names.tolist(), scores, CutoutArchive(studio), read, kept)
+
+
+def with_imprints(
+    pairs: Sequence[tuple[str, np.ndarray, np.ndarray]],  # from `phone_pairs`
+    names: Sequence[str],  # of the drugs
+    scores: np.ndarray,  # cosine of each photo and drug, (photos, drugs)
+    archive: CutoutArchive,  # studio photos
+    read: Read,
+    kept: KeptReadings,  # of the studio photos
+) -> list[Asked]:
+    """Read each phone photo and all studio photos."""
+    asked = []
     imprints = Imprints([[(text, None) for text in _sides(archive, str(name), kept)] for name in names])
     for (drug, taken, _), row in zip(pairs, scores, strict=True):
         reading = read(close_crop(taken))
         fits = np.zeros(len(names)) if reading is None else np.log(imprints.likelihoods(reading))
-        asked.append(Asked(drug, names.tolist().index(drug), row, fits))
+        asked.append(Asked(drug, list(names).index(drug), row, fits))
     return asked
 
 

@@ -30,7 +30,7 @@ class KeptReadings:
         path: Path,  # JSON, which need not be there yet
         read: Read,
     ) -> None:
-        self.path, self._read = path, read
+        self.path, self.read = path, read
         self._texts: dict[str, str] = read_json_cache(path)
 
     def text(
@@ -40,7 +40,7 @@ class KeptReadings:
     ) -> str:  # "" = nothing legible
         """What a reference says."""
         if name not in self._texts:
-            reading = self._read(crop())
+            reading = self.read(crop())
             self._texts[name] = "" if reading is None else reading.text
         return self._texts[name]
 
