@@ -59,7 +59,8 @@ def parse(
     add_photos(parser, "studio photos to train on and to enrol, DRUG/front.jpg and DRUG/back.jpg", studio_needed=True)
     parser.add_argument("--skip", nargs="+", default=[], choices=PARTS, help="parts that are not measured")
     for name, default, meaning in (
-        ("epochs", 8, "passes over the studio photos"),
+        ("epochs", 3, "passes over the studio photos and those drawn from them"),
+        ("copies", 3, "photos on a table drawn from each studio photo"),
         ("steps", 300, "steps of each classifier of a dataset; its detector takes twice as many"),
         ("trainings", 5, "trainings on drug1 with other drugs left out"),
         ("folds", 2, "networks of each calibration"),
@@ -221,6 +222,9 @@ def measure_speed(
     return goals, {"embedding_size": size, "served_drugs": DRUGS}
 
 # %% ../../../nbs/bench/gallery/06_main.ipynb #4d9df4ff
+_SETUP = ("epochs", "copies", "steps", "trainings", "folds", "draws", "lit")  # options that say how it was measured
+
+
 def bench_gallery(
     options: Namespace,  # from `parse`
 ) -> dict[str, Any]:  # the report, also written to gallery.json
@@ -245,7 +249,9 @@ def bench_gallery(
         **report_head("gallery", PACKAGES),
         "goals": [one for goals, _ in parts.values() for one in goals],
         "values": {name: values for name, (_, values) in parts.items()},
-        "setup": {name: getattr(options, name) for name in ("epochs", "steps", "trainings", "folds", "draws", "lit")},
+        "setup": {
+            name: getattr(options, name) for name in ("epochs", "copies", "steps", "trainings", "folds", "draws", "lit")
+        },
         "seconds": round(time.perf_counter() - began, 1),
     }
     write_json(out / "gallery.json", report)

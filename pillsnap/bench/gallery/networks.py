@@ -17,7 +17,7 @@ from ...answer.factory import load_identifier
 from ...answer.gallery.recognise import with_gallery
 from ...answer.identify import Identifier
 from ...answer.verdicts.verdicts import Verdicts
-from .sets import unpack_reference
+from .sets import studio_photos
 from ..networks import trained_network
 from ...config.load import load_settings
 from ...config.schema import Settings
@@ -49,11 +49,11 @@ GENERAL = (
 
 
 def general_network(
-    options: Namespace,  # studio, epochs and overrides are read
+    options: Namespace,  # studio, copies, epochs and overrides are read
     work: Path,  # keeps the trained network
 ) -> Identifier:  # without a detector
-    """Train on the studio photos, or take the network of an earlier run."""
-    data = unpack_reference(options.studio, work / "studio")
+    """Train on the studio photos, as they are and on tables, or take the network of an earlier run."""
+    data = studio_photos(options.studio, work / "studio", options.copies)
     fixed = (*GENERAL, f"train.classifier.epochs={options.epochs}")
     identifier = load_identifier(trained_network(work / "general", fixed, data, options.overrides), detect=False)
     identifier.rules = replace(identifier.rules, verdicts=Verdicts(turned=True))  # as a product that was calibrated

@@ -6,20 +6,27 @@
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
+import cv2
 import numpy as np
 import polars as pl
+from tqdm import tqdm
 
 from ...answer.identify import Identifier
+from ...atomic import made_folder
 from ..errors import BenchError
 from .draws import Pills
 from ...data.reading.photo_files import decode_photo
 from ...data.scan.scan import check_usable, scan
+from ...masks.compose import compose
+from ...masks.cutouts import Cutout, CutoutArchive, MaskError
+from ...progress import progress_stream
 from ...runtime.boxes import Box
 
 # %% auto #0
-__all__ = ['embed_set', 'unpack_reference']
+__all__ = ['embed_set', 'table', 'on_a_table', 'studio_photos']
 
 # %% ../../../nbs/bench/gallery/01_sets.ipynb #a77f2dba
 _SMALLEST = 8  # shorter side of a box, pixels
@@ -49,17 +56,66 @@ def embed_set(
     codes, sources = rows["code"].to_numpy(), rows["group"].to_numpy()
     return Pills(codes, sources, np.concatenate(asked), np.concatenate(enrolled))
 
+# %% ../../../nbs/bench/gallery/01_sets.ipynb #50f8ef5d
+_SIDE = 320  # pixels of a drawn photo, before it is cropped
 
-def unpack_reference(
+
+def table(
+    size: int,  # side, pixels
+    rng: np.random.Generator,
+) -> np.ndarray:  # RGB, uint8, (size, size, 3)
+    """Draw an empty table: a shade that changes slowly, and its grain."""
+    shade = rng.uniform(40, 235) + rng.uniform(-25, 25, 3)
+    slow = rng.normal(0, rng.uniform(0, 14), (4, 4, 1)) + rng.normal(0, 2, (4, 4, 3))
+    grain = rng.normal(0, rng.uniform(0, 6), (size, size, 1))
+    uneven = cv2.resize(slow, (size, size), interpolation=cv2.INTER_CUBIC)
+    return np.clip(shade + uneven + cv2.GaussianBlur(grain, (0, 0), rng.uniform(0.4, 2))[..., None], 0, 255).astype(
+        np.uint8
+    )
+
+
+def on_a_table(
+    cutout: Cutout,  # of a studio photo
+    rng: np.random.Generator,
+) -> np.ndarray:  # RGB, uint8, (height, width, 3)
+    """Draw a photo of a pill as a phone takes it, close around the pill."""
+    scene = compose([cutout], table(_SIDE, rng), rng)
+    box = scene.boxes[0]
+    left, top, right, bottom = rng.uniform(0, 0.25, 4) * max(box.x2 - box.x1, box.y2 - box.y1)
+    rows = slice(max(0, int(box.y1 - top)), int(box.y2 + bottom) + 1)
+    return scene.photo[rows, max(0, int(box.x1 - left)) : int(box.x2 + right) + 1]
+
+
+def studio_photos(
     archive: Path,  # ZIP with a folder for each drug
     folder: Path,  # gets the photos
+    copies: int,  # drawn photos of each studio photo, beside it
 ) -> Path:  # the folder
-    """Unpack studio photos to train on; raises `BenchError` for a damaged archive."""
-    if not folder.exists():
-        try:
-            with zipfile.ZipFile(archive) as packed:
-                packed.extractall(folder)
-        except (OSError, zipfile.BadZipFile) as error:
-            reason = f"{archive} can't be unpacked ({error}): name a ZIP with a folder for each drug."
-            raise BenchError(reason) from error
+    """Write photos to train on; raises `BenchError` for a damaged archive."""
+    if folder.exists():
+        return folder
+    try:
+        with made_folder(folder), zipfile.ZipFile(archive) as packed:
+            packed.extractall(folder)
+            cutouts = CutoutArchive(archive)
+            photos = [(drug, number) for drug, members in cutouts.members.items() for number in range(len(members))]
+            for seed, photo in enumerate(tqdm(photos, desc="tables", file=progress_stream(), disable=None)):
+                _draw(cutouts, *photo, folder, [np.random.default_rng((seed, copy)) for copy in range(copies)])
+    except (OSError, zipfile.BadZipFile, MaskError) as error:
+        reason = f"{archive} can't be unpacked ({error}): name a ZIP with a folder for each drug."
+        raise BenchError(reason) from error
     return folder
+
+
+def _draw(
+    archive: CutoutArchive, drug: str, number: int, folder: Path, generators: Sequence[np.random.Generator]
+) -> None:
+    """Write the drawn photos of a studio photo; none of a pill that can't be cut out."""
+    try:
+        cutout = archive.load(drug, number)
+    except MaskError:
+        return
+    path = folder / archive.members[drug][number]
+    for copy, rng in enumerate(generators):
+        drawn = on_a_table(cutout, rng)[..., ::-1]
+        cv2.imwrite(str(path.with_name(f"{path.stem}-{copy}.jpg")), drawn, [cv2.IMWRITE_JPEG_QUALITY, 95])
