@@ -32,7 +32,7 @@ from ..training.run import train
 
 # %% auto #0
 __all__ = ['Asked', 'ask', 'fit_temperature', 'fit_weights', 'choose_thresholds', 'choose_verdicts', 'calibration_error',
-           'verdict_rates', 'figures_of', 'calibrate_run']
+           'verdict_rates', 'figures_of', 'enough', 'calibrate_run']
 
 # %% ../../nbs/evaluation/08_calibrate.ipynb #bde207bf
 @dataclass(frozen=True)
@@ -237,10 +237,20 @@ def figures_of(
     return verdict_rates(told.with_columns(identified=cut, unknown=pl.col("score") < (-np.inf if low is None else low)))
 
 # %% ../../nbs/evaluation/08_calibrate.ipynb #4fc99459
+def enough(
+    asked: Sequence[Asked],  # of the folds
+    risk: float,  # as identify.risk
+) -> bool:
+    """Whether the capture groups of known and of other drugs are enough to promise a risk at all."""
+    known = {group for fold in asked for group in fold.groups[fold.labels >= 0]}
+    others = {group for fold in asked for group in fold.groups[fold.labels < 0]}
+    return min(len(known), len(others)) + 1 >= 1 / risk
+
+
 def calibrate_run(
     folder: Path,  # run folder with best weights
     settings: Settings,  # of the run
-    folds: int = 2,  # networks that are trained, 1 to FOLDS; more photos are asked with more
+    folds: int = 2,  # networks that are trained, 1 to FOLDS; more where their photos are too few for identify.risk
 ) -> dict[str, Any]:  # verdicts, figures, answers; also written to calibration.json
     """Choose the thresholds of a run; raises `CheckpointError` for a run without a classifier."""
     folder = Path(folder)
@@ -249,8 +259,10 @@ def calibrate_run(
         raise CheckpointError(f"The run {folder} has no classifier to calibrate: train one first.")
     words = {"only": "classifier", "start_from": None, "resume": "last", "evaluations": 1, "patience": 0}
     chosen = settings.model_copy(update={"train": settings.train.model_copy(update=words)})
-    asked = []
-    for number in range(min(max(folds, 1), FOLDS)):
+    asked: list[Asked] = []
+    for number in range(FOLDS):
+        if number >= max(folds, 1) and enough(asked, settings.identify.risk):
+            break
         fold, place = make_fold(dataset, number, settings.seed), folder / "calibration" / f"fold{number}"
         decide(
             f"calibration fold {number}",
@@ -265,7 +277,7 @@ def calibrate_run(
     verdicts, answers = choose_verdicts(asked, settings.identify.risk, settings.identify.missed)
     verdicts = replace(verdicts, turned=settings.identify.turned)
     if verdicts.identified is None and verdicts.similar is None:
-        reason = f"too few photos for a risk of {settings.identify.risk:g}: more folds or a higher risk may help"
+        reason = f"too few photos for a risk of {settings.identify.risk:g}: more of them or a higher risk may help"
         decide("verdicts", "nothing will be identified", reason, fallback=True)
     report = {
         "weights_sha256": sha256(weights),
