@@ -129,7 +129,7 @@ def ask_phones(
     shares = _shares(ranks)
     kinds = {"photos": len(pairs), "drugs": len(set(drugs)), "folds": _FOLDS}
     told = {"answered": answered, "wrong": wrong, "coverage": kept_coverage(answered, wrong)}
-    found = {**kinds, **shares, **{name: round(value, 4) for name, value in told.items()}}
+    found: dict[str, Any] = {**kinds, **shares, **{name: round(value, 4) for name, value in told.items()}}
     if kept is not None:
         asked_more = with_imprints(pairs, studio.drugs.tolist(), scores, CutoutArchive(archive), kept.read, kept)
         kept.save()
