@@ -59,7 +59,7 @@ def parse(
     add_photos(parser, "studio photos to train on and to enrol, DRUG/front.jpg and DRUG/back.jpg", studio_needed=True)
     parser.add_argument("--skip", nargs="+", default=[], choices=PARTS, help="parts that are not measured")
     for name, default, meaning in (
-        ("epochs", 3, "passes over the studio photos and those drawn from them"),
+        ("epochs", 2, "passes over the studio photos and those drawn from them"),
         ("copies", 3, "photos on a table drawn from each studio photo"),
         ("steps", 300, "steps of each classifier of a dataset; its detector takes twice as many"),
         ("trainings", 5, "trainings on drug1 with other drugs left out"),
