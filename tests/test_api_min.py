@@ -134,7 +134,7 @@ def test_predict_schema(client: TestClient, jpeg: bytes, query: str, pipeline: s
     assert prediction["pills"][0]["edi_codes"] == ["649900030"] and prediction["pills"][0]["verdict"] == "identified"
     if pipeline == "combo":
         assert prediction["pills"][1]["edi_codes"] == ["641600010", "641600011"]
-    assert list(prediction["timings_ms"]) == ["decode", "detect", "crop", "classify", "total"]
+    assert list(prediction["timings_ms"]) == ["decode", "detect", "crop", "classify", "imprint", "total"]
     assert all(value >= 0 for value in prediction["timings_ms"].values())
     assert (prediction["hint"] or {}).get("pipeline") == ("combo" if pipeline == "single" else None), (
         "recommended, never switched"

@@ -52,6 +52,7 @@ class Says(ImprintReader):
 
 @pytest.fixture
 def without_rapidocr(monkeypatch: pytest.MonkeyPatch) -> None:
+    open_reader.cache_clear()
     monkeypatch.setitem(sys.modules, "rapidocr", None)
 
 

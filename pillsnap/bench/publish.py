@@ -39,6 +39,7 @@ REPORTS = {  # name in results/ -> where the command writes it
     "rules": "runs/bench/rules.json",
     "quality": "runs/bench/quality.json",
     "masks": "runs/bench/masks.json",
+    "gallery": "runs/bench/gallery.json",
     "registry": "runs/bench/registry.json",
     "scale": "runs/bench/scale.json",
 }

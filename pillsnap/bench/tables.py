@@ -14,7 +14,7 @@ from .report import is_met
 __all__ = ['Report', 'Rows', 'TABLES', 'markdown', 'machine_text', 'value_of', 'demo_rows', 'demo_rows_korean',
            'demo_seconds_rows', 'loader_rows', 'label_rows', 'training_rows', 'accuracy_rows', 'engine_rows',
            'server_rows', 'goal_rows', 'service_rows', 'search_rows', 'search_detail_rows', 'outline_rows',
-           'quality_rows', 'color_rows', 'rules_rows', 'color_phone_rows', 'scale_rows']
+           'quality_rows', 'color_rows', 'rules_rows', 'color_phone_rows', 'scale_rows', 'verdict_rows']
 
 # %% ../../nbs/bench/03_tables.ipynb #47c96541
 Report = Mapping[str, Any]
@@ -395,6 +395,23 @@ def scale_rows(
         rows.append([str(item["nodes"]), f"{item['rate']:,.0f}", *numbers])
     return rows
 
+# %% ../../nbs/bench/03_tables.ipynb #9d0bb9d8
+def verdict_rows(
+    report: Report,  # of the gallery benchmark
+) -> Rows:
+    """What is said about the pills of each dataset, with all drugs trained and without some."""
+    found = report["values"]["verdicts"]
+    head = "right | identified | identified wrongly | calibration error | untrained drugs, identified"
+    rows = [["dataset", "pills of trained drugs", *head.split(" | ")]]
+    for kind, title in (("left_out", "{}, some drugs left out"), ("all_drugs", "{}, all drugs trained")):
+        for name, told in found[kind].items():
+            shares = [told[key]["value"] for key in ("right", "coverage", "identified_wrong")]
+            others = told["untrained_identified"]
+            untrained = "-" if others is None else f"{others['value']:.3f} of {told['untrained']:,}"
+            numbers = [f"{value:.3f}" for value in (*shares, told["calibration_error"])]
+            rows.append([title.format(name), f"{told['known']:,}", *numbers, untrained])
+    return rows
+
 # %% ../../nbs/bench/03_tables.ipynb #c116871d
 TABLES: dict[str, tuple[str, Callable[[Report], Rows]]] = {  # name -> report, function
     "demo": ("demo", demo_rows),
@@ -417,6 +434,8 @@ TABLES: dict[str, tuple[str, Callable[[Report], Rows]]] = {  # name -> report, f
     "quality": ("quality", quality_rows),
     "outlines": ("masks", outline_rows),
     "registry": ("registry", goal_rows),
+    "gallery": ("gallery", goal_rows),
+    "gallery-verdicts": ("gallery", verdict_rows),
     "scale": ("scale", goal_rows),
     "scale-sums": ("scale", scale_rows),
 }

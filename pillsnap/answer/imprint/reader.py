@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,7 @@ class ImprintUnavailable(PillsnapError):
     """Imprints can't be read; the message is one sentence with what to do."""
 
 
+@lru_cache(maxsize=2)  # models that are loaded again share the networks
 def open_reader(
     threads: int = 0,  # of ONNX Runtime; 0 = one per core
 ) -> ImprintReader:
