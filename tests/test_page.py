@@ -297,7 +297,7 @@ def test_a_pill_is_identified_and_its_box_drawn(browser: WebDriver, address: str
     assert (
         all(note in said for note in answer["notes"])
         and answer["notice"] in said
-        and len(texts(browser, ".timings dd")) == 5
+        and len(texts(browser, ".timings dd")) == 6
     )
     assert texts(browser, ".photo text") == ["1"]
     assert (
