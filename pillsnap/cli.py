@@ -96,7 +96,9 @@ OPTIONS = {  # of each command, in addition to the settings
     ],
     "calibrate": [
         _option("--run", type=Path, metavar="DIR", required=True, help="folder of a finished run"),
-        _option("--folds", type=int, metavar="N", default=2, help="networks trained for it, 1 to 4 (%(default)s)"),
+        _option(
+            "--folds", type=int, metavar="N", default=2, help="networks trained for it at least, 1 to 4 (%(default)s)"
+        ),
     ],
     "runs": [
         _option(

@@ -269,7 +269,13 @@ def evaluate(arguments: Namespace) -> int:
     return 0
 
 
-_RISKS = ("identify.risk", "identify.missed", "paths.", "dataloader.")  # settings that a calibration may change
+_RISKS = (
+    "identify.risk",
+    "identify.missed",
+    "identify.turned",
+    "paths.",
+    "dataloader.",
+)  # settings that a calibration may change
 
 
 def calibrate(arguments: Namespace) -> int:
@@ -279,7 +285,7 @@ def calibrate(arguments: Namespace) -> int:
     if others:
         raise SettingsError(
             f"{' '.join(others)}: a calibration trains as its run was trained; leave it out, or train another run "
-            "(identify.risk and identify.missed may be changed)"
+            "(identify.risk, identify.missed and identify.turned may be changed)"
         )
     from pillsnap.evaluation.calibrate import calibrate_run
 

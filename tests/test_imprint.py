@@ -22,7 +22,7 @@ from pillsnap.answer.gallery.recognise import network_of, with_gallery
 from pillsnap.answer.gallery.references import Gallery
 from pillsnap.answer.imprint.joining import Reading
 from pillsnap.answer.imprint.ranking import ImprintRanking
-from pillsnap.answer.imprint.reader import ImprintReader, ImprintUnavailable, open_reader
+from pillsnap.answer.imprint.reader import ImprintReader, ImprintUnavailable, _reader, open_reader
 from pillsnap.answer.imprint.setting import read_imprints
 from pillsnap.answer.search.appearance import read_imprint
 from pillsnap.answer.search.imprints import plain
@@ -52,7 +52,7 @@ class Says(ImprintReader):
 
 @pytest.fixture
 def without_rapidocr(monkeypatch: pytest.MonkeyPatch) -> None:
-    open_reader.cache_clear()
+    _reader.cache_clear()
     monkeypatch.setitem(sys.modules, "rapidocr", None)
 
 

@@ -17,6 +17,7 @@ from pillsnap import cli
 from pillsnap.answer.factory import load_identifier
 from pillsnap.answer.gallery.gallery_file import GALLERY_FILE, read_gallery
 from pillsnap.answer.gallery.recognise import open_identifier
+from pillsnap.answer.identify import Identifier
 from pillsnap.answer.rules import ModelMismatch, Rules
 from pillsnap.answer.verdicts.verdicts import VERDICTS, Verdicts
 from pillsnap.atomic import sha256
@@ -33,13 +34,28 @@ def photo_of(run: Path) -> np.ndarray:
 
 
 def test_a_calibrated_run_exports_its_thresholds(
-    trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(trained_run, run)
     assert load_trained(run).rules.verdicts == Verdicts(), "nothing was chosen yet"
     words = ["calibrate", "--run", str(run), "--folds", "1", "identify.risk=0.5", "identify.missed=0.2"]
+    asked: list[bool] = []
+    outputs = Identifier._outputs
+
+    def noted(self: Identifier, crops: np.ndarray, turned: bool, embeddings: bool) -> tuple[np.ndarray, np.ndarray]:
+        asked.append(turned)
+        return outputs(self, crops, turned, embeddings)
+
+    monkeypatch.setattr(Identifier, "_outputs", noted)
+    assert cli.main([*words, "identify.turned=false"]) == 0 and False in asked
+    assert not load_trained(run).rules.verdicts.turned
+    capsys.readouterr()
+    once = asked.count(True)  # of the references
+    asked.clear()
     assert cli.main(words) == 0
+    monkeypatch.undo()
+    assert asked.count(True) > once, "the questions too"
     printed = json.loads(capsys.readouterr().out)
     report = json.loads((run / CALIBRATION_FILE).read_text(encoding="utf-8"))
     assert printed["verdicts"] == report["verdicts"] and 0 <= printed["figures"]["unknown_auroc"] <= 1

@@ -59,7 +59,7 @@ def divide(
 
 def _are_drugs(identifier: Identifier, image: np.ndarray, parts: np.ndarray) -> bool:
     """Whether each part is another drug."""
-    logits = identifier.logits_of(identifier.crops_of(image, parts))
+    logits = identifier.logits_of(identifier.crops_of(image, parts), turned=False)  # as _SURE was chosen
     confidences = softmax(logits)  # a temperature below 1 would make it sure of halves, too
     different = len(set(confidences.argmax(axis=1).tolist())) == len(parts)
     return different and float(confidences.max(axis=1).min()) >= _SURE

@@ -468,9 +468,10 @@ class Identifier:
     def logits_of(
         self,
         crops: np.ndarray,  # RGB, uint8, (n, size, size, 3)
+        turned: bool | None = None,  # the mean of four quarter turns; None = as a request does
     ) -> np.ndarray:  # float32, (n, classes)
-        """Compute the logits of crops, as a request does."""
-        return self._outputs(crops, self.rules.verdicts.turned, embeddings=False)[0]
+        """Compute the logits of crops."""
+        return self._outputs(crops, self.rules.verdicts.turned if turned is None else turned, embeddings=False)[0]
 
     def embed(
         self,

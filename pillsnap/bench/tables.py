@@ -400,15 +400,15 @@ def verdict_rows(
     report: Report,  # of the gallery benchmark
 ) -> Rows:
     """What is said about the pills of each dataset, with all drugs trained and without some."""
-    found = report["values"]["verdicts"]
+    found = report["values"].get("verdicts") or {"left_out": {}, "all_drugs": {}}
     head = "right | identified | identified wrongly | calibration error | untrained drugs, identified"
     rows = [["dataset", "pills of trained drugs", *head.split(" | ")]]
     for kind, title in (("left_out", "{}, some drugs left out"), ("all_drugs", "{}, all drugs trained")):
         for name, told in found[kind].items():
-            shares = [told[key]["value"] for key in ("right", "coverage", "identified_wrong")]
+            shares = [(told[key] or {}).get("value") for key in ("right", "coverage", "identified_wrong")]
             others = told["untrained_identified"]
             untrained = "-" if others is None else f"{others['value']:.3f} of {told['untrained']:,}"
-            numbers = [f"{value:.3f}" for value in (*shares, told["calibration_error"])]
+            numbers = ["-" if value is None else f"{value:.3f}" for value in (*shares, told["calibration_error"])]
             rows.append([title.format(name), f"{told['known']:,}", *numbers, untrained])
     return rows
 

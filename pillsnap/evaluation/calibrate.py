@@ -22,7 +22,7 @@ from ..config.schema import Settings
 from ..data.moved import dataset_of_run
 from ..data.reading.photo_files import decode_photo
 from .evaluate import identifier_of
-from .folds import FOLDS, make_fold
+from .folds import FOLDS, Fold, make_fold
 from .references import gallery_of
 from ..runlog import decide
 from ..runtime.boxes import Box
@@ -32,7 +32,7 @@ from ..training.run import train
 
 # %% auto #0
 __all__ = ['Asked', 'ask', 'fit_temperature', 'fit_weights', 'choose_thresholds', 'choose_verdicts', 'calibration_error',
-           'verdict_rates', 'figures_of', 'enough', 'calibrate_run']
+           'verdict_rates', 'figures_of', 'folds_for', 'calibrate_run']
 
 # %% ../../nbs/evaluation/08_calibrate.ipynb #bde207bf
 @dataclass(frozen=True)
@@ -237,14 +237,20 @@ def figures_of(
     return verdict_rates(told.with_columns(identified=cut, unknown=pl.col("score") < (-np.inf if low is None else low)))
 
 # %% ../../nbs/evaluation/08_calibrate.ipynb #4fc99459
-def enough(
-    asked: Sequence[Asked],  # of the folds
+def folds_for(
+    folds: Sequence[Fold],  # all of them
+    wanted: int,  # at least
     risk: float,  # as identify.risk
-) -> bool:
-    """Whether the capture groups of known and of other drugs are enough to promise a risk at all."""
-    known = {group for fold in asked for group in fold.groups[fold.labels >= 0]}
-    others = {group for fold in asked for group in fold.groups[fold.labels < 0]}
-    return min(len(known), len(others)) + 1 >= 1 / risk
+) -> int:  # more than wanted where they have too few capture groups to promise the risk, and more have enough
+    """How many folds are asked."""
+    least = min(max(wanted, 1), len(folds))
+    groups: tuple[set[object], set[object]] = (set(), set())
+    for count, fold in enumerate(folds, start=1):
+        for found, pills in zip(groups, (fold.known, fold.unknown), strict=True):
+            found.update(pills.select("group", "code").rows())
+        if count >= least and (min(map(len, groups)) + 1) * risk >= 1:
+            return count
+    return least
 
 
 def calibrate_run(
@@ -260,10 +266,9 @@ def calibrate_run(
     words = {"only": "classifier", "start_from": None, "resume": "last", "evaluations": 1, "patience": 0}
     chosen = settings.model_copy(update={"train": settings.train.model_copy(update=words)})
     asked: list[Asked] = []
-    for number in range(FOLDS):
-        if number >= max(folds, 1) and enough(asked, settings.identify.risk):
-            break
-        fold, place = make_fold(dataset, number, settings.seed), folder / "calibration" / f"fold{number}"
+    divided = [make_fold(dataset, number, settings.seed) for number in range(FOLDS)]
+    for number, fold in enumerate(divided[: folds_for(divided, folds, settings.identify.risk)]):
+        place = folder / "calibration" / f"fold{number}"
         decide(
             f"calibration fold {number}",
             f"{fold.unknown['code'].n_unique()} drugs left out",

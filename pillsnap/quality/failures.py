@@ -11,7 +11,7 @@ from ..answer.crops import crop_pill
 from ..answer.identify import Identifier
 from .degradations.scene import Scene
 from .examples import Source, Told
-from ..runtime.letterbox import letterbox, normalise
+from ..runtime.letterbox import letterbox
 
 # %% auto #0
 __all__ = ['first_drug', 'told_by']
@@ -26,8 +26,7 @@ def first_drug(
     size = rules.classifier_size
     whole = scene.box is None
     crop = letterbox(scene.photo, size)[0] if whole else crop_pill(scene.photo, scene.pill, rules.margin, size)
-    logits = np.asarray(identifier.classify(normalise(crop[None], rules.mean, rules.std)))
-    return rules.class_map[int(logits[0].argmax())].code
+    return rules.class_map[int(identifier.logits_of(crop[None])[0].argmax())].code
 
 
 def told_by(

@@ -390,6 +390,8 @@ _MAY_CHANGE = (
     "identify.nms_iou",
     "identify.risk",
     "identify.missed",
+    "identify.turned",
+    "identify.imprint",
     "identify.single_scale",
     "goals",
     "latency",

@@ -31,7 +31,7 @@ def reference_embedding(
 ) -> np.ndarray:  # float32 (size,), of length 1
     """The mean embedding of a crop in four quarter turns; raises `GalleryError` for a crop without any feature."""
     embedding: np.ndarray = identifier.embed(crop[None], turned=True)[0].astype(np.float32)
-    if not embedding.any():
+    if not np.linalg.norm(embedding) > 0:  # nor NaN
         raise GalleryError("A photo shows an even surface without a pill: take another one, from closer.")
     return embedding
 

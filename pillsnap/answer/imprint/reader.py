@@ -110,11 +110,15 @@ class ImprintUnavailable(PillsnapError):
     """Imprints can't be read; the message is one sentence with what to do."""
 
 
-@lru_cache(maxsize=2)  # models that are loaded again share the networks
 def open_reader(
     threads: int = 0,  # of ONNX Runtime; 0 = one per core
 ) -> ImprintReader:
-    """Open the networks of rapidocr; raises `ImprintUnavailable` where it is not installed or has other files."""
+    """Open the networks of rapidocr once; raises `ImprintUnavailable` where it is not installed or has other files."""
+    return _reader(threads)
+
+
+@lru_cache(maxsize=2)  # models that are loaded again share the networks
+def _reader(threads: int) -> ImprintReader:
     try:
         import rapidocr
         from rapidocr.ch_ppocr_det.utils import DBPostProcess

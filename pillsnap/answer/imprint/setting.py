@@ -5,6 +5,8 @@
 # %% ../../../nbs/answer/imprint/04_setting.ipynb #318fec9e
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 from ..identify import Identifier
 from .ranking import ImprintRanking
 from .reader import ImprintUnavailable, open_reader
@@ -33,5 +35,6 @@ def read_imprints(
         identifier.refine, identifier.read_imprint = ranking, ranking.read
         decide("imprints", "on", "rapidocr is installed; pills that are not identified are read")
     except ImprintUnavailable as error:
-        decide("imprints", "off", str(error).rstrip("."), fallback=True)
+        missing = find_spec("rapidocr") is None  # which nobody asked for: the extra is for those who want it
+        decide("imprints", "off", str(error).rstrip("."), fallback=not missing)
     return identifier

@@ -63,7 +63,7 @@ def parse(
         ("copies", 3, "photos on a table drawn from each studio photo"),
         ("steps", 300, "steps of each classifier of a dataset; its detector takes twice as many"),
         ("trainings", 5, "trainings on drug1 with other drugs left out"),
-        ("folds", 2, "networks of each calibration"),
+        ("folds", 2, "networks of each calibration, at least"),
         ("lit", 300, "drugs asked with drawn photos"),
         ("embeddings", 100_000, "embeddings that are searched"),
     ):
@@ -249,9 +249,7 @@ def bench_gallery(
         **report_head("gallery", PACKAGES),
         "goals": [one for goals, _ in parts.values() for one in goals],
         "values": {name: values for name, (_, values) in parts.items()},
-        "setup": {
-            name: getattr(options, name) for name in ("epochs", "copies", "steps", "trainings", "folds", "draws", "lit")
-        },
+        "setup": {name: getattr(options, name) for name in _SETUP},
         "seconds": round(time.perf_counter() - began, 1),
     }
     write_json(out / "gallery.json", report)

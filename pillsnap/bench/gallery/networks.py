@@ -53,9 +53,10 @@ def general_network(
     work: Path,  # keeps the trained network
 ) -> Identifier:  # without a detector
     """Train on the studio photos, as they are and on tables, or take the network of an earlier run."""
-    data = studio_photos(options.studio, work / "studio", options.copies)
+    data = studio_photos(options.studio, work / f"studio-{options.copies}", options.copies)
+    run = work / f"general-{options.copies}-{options.epochs}"
     fixed = (*GENERAL, f"train.classifier.epochs={options.epochs}")
-    identifier = load_identifier(trained_network(work / "general", fixed, data, options.overrides), detect=False)
+    identifier = load_identifier(trained_network(run, fixed, data, options.overrides), detect=False)
     identifier.rules = replace(identifier.rules, verdicts=Verdicts(turned=True))  # as a product that was calibrated
     return identifier
 

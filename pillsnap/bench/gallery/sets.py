@@ -5,6 +5,7 @@
 # %% ../../../nbs/bench/gallery/01_sets.ipynb #05f3be98
 from __future__ import annotations
 
+import shutil
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -95,12 +96,15 @@ def studio_photos(
     if folder.exists():
         return folder
     try:
-        with made_folder(folder), zipfile.ZipFile(archive) as packed:
-            packed.extractall(folder)
+        unfinished = folder.with_name(f"{folder.name}.part")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        with made_folder(unfinished), zipfile.ZipFile(archive) as packed:
+            packed.extractall(unfinished)
             cutouts = CutoutArchive(archive)
             photos = [(drug, number) for drug, members in cutouts.members.items() for number in range(len(members))]
             for seed, photo in enumerate(tqdm(photos, desc="tables", file=progress_stream(), disable=None)):
-                _draw(cutouts, *photo, folder, [np.random.default_rng((seed, copy)) for copy in range(copies)])
+                _draw(cutouts, *photo, unfinished, [np.random.default_rng((seed, copy)) for copy in range(copies)])
+            unfinished.rename(folder)
     except (OSError, zipfile.BadZipFile, MaskError) as error:
         reason = f"{archive} can't be unpacked ({error}): name a ZIP with a folder for each drug."
         raise BenchError(reason) from error
@@ -118,4 +122,5 @@ def _draw(
     path = folder / archive.members[drug][number]
     for copy, rng in enumerate(generators):
         drawn = on_a_table(cutout, rng)[..., ::-1]
-        cv2.imwrite(str(path.with_name(f"{path.stem}-{copy}.jpg")), drawn, [cv2.IMWRITE_JPEG_QUALITY, 95])
+        if not cv2.imwrite(str(path.with_name(f"{path.stem}-{copy}.jpg")), drawn, [cv2.IMWRITE_JPEG_QUALITY, 95]):
+            raise OSError(f"{path.parent} can't be written")
