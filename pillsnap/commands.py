@@ -269,13 +269,8 @@ def evaluate(arguments: Namespace) -> int:
     return 0
 
 
-_RISKS = (
-    "identify.risk",
-    "identify.missed",
-    "identify.turned",
-    "paths.",
-    "dataloader.",
-)  # settings that a calibration may change
+# Settings that a calibration may change.
+_RISKS = ("identify.risk", "identify.missed", "identify.turned", "paths.", "dataloader.")
 
 
 def calibrate(arguments: Namespace) -> int:
