@@ -435,7 +435,7 @@ def once(real, fails):
         return real(task, *rest)
     return function
 if where == "evaluation":
-    tasks.Task.validation_batches = once(tasks.Task.validation_batches, 1)
+    tasks.Task.in_turn = once(tasks.Task.in_turn, 1)
 else:
     step._gradients = once(step._gradients, 4)
 train(load_settings(Path(sys.argv[1])), Path(sys.argv[2]))

@@ -188,6 +188,7 @@ EVERY = 1_000_000  # as top_k: all candidates
 MATCHES = 5  # appearances of a gallery that a pill is shown with
 MATCHES_REFINED = 50  # of which a second look chooses them
 _BATCH = 4  # crops per batch: on a CPU larger batches of a large network take much memory and save no time
+_LEAST = 0.01  # of a photo, which a pill covers where only its outline is known
 _FAR_LIGHT = "was too coloured, too dark or too bright to trust the colours: take the photo again in daylight."
 
 
@@ -394,7 +395,18 @@ class Identifier:
             boxes, scores = self.find(image, confidence, self.rules.single_size)
             if len(boxes):
                 return boxes, scores
+        if pipeline == "single" and self.detect is None and self.rules.background == REMOVE:
+            return self._outlined(image)
         return self.find(image, confidence)
+
+    def _outlined(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Find the pill of a photo that shows nothing else, by its outline; no box where there is none."""
+        height, width = image.shape[:2]
+        assert self.outline is not None, "it was asked before"
+        (mask,) = self.outline(image, [Box(0.0, 0.0, float(width), float(height))])
+        x1, y1, x2, y2 = box = mask.box()
+        found = int((x2 - x1) * (y2 - y1) >= _LEAST * width * height)
+        return box[None][:found], np.array([mask.score], np.float32)[:found]
 
     def _crops(
         self,
@@ -613,8 +625,7 @@ def _select(
             else ["No pill was found in the photo: move closer, or use an even background and more light."]
         )
         return boxes, scores, notes
-    if not has_detector:
-        return boxes, scores, ["There is no detector in this model: the whole photo was taken as one pill."]
-    if not len(boxes):
-        return boxes, scores, ["No pill was found in the photo: the whole photo was taken as one pill."]
-    return boxes[:1], scores[:1], []
+    if len(boxes):
+        return boxes[:1], scores[:1], []
+    missing = "No pill was found in the photo" if has_detector else "There is no detector in this model"
+    return boxes, scores, [f"{missing}: the whole photo was taken as one pill."]

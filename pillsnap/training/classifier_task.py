@@ -18,7 +18,10 @@ from ..data.augment import augment_crops
 from ..data.batches import Batch
 from ..metrics import classification_metrics
 from ..models.classifier import PillNetwork, normalisation
+from ..models.discriminant import discriminant
 from ..models.embedding_losses import EMBEDDING_LOSSES
+from ..runlog import decide
+from .device.distributed import ProcessGroup
 from .tasks import Row, Task
 
 # %% auto #0
@@ -75,6 +78,9 @@ LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, flo
 }
 
 # %% ../../nbs/training/03_classifier_task.ipynb #42cbfae4
+_MOST = 50_000  # crops from which the layer of the embedding is computed
+
+
 class ClassifierTask(Task):
     """The classifier, which trains on crops of single pills."""
 
@@ -108,6 +114,24 @@ class ClassifierTask(Task):
         embedding_loss = pick(EMBEDDING_LOSSES, chosen.embedding_loss, "train.classifier.embedding_loss")
         proxies = cast(PillNetwork, self.network).proxies()
         return of_logits + chosen.embedding_weight * embedding_loss(embeddings, labels, proxies)
+
+    def before_evaluation(self, group: ProcessGroup) -> None:
+        """Compute the layer of the embedding, where `train.classifier.embedding_drawings` asks for it."""
+        drawings = self.settings.train.classifier.embedding_drawings
+        if not drawings:
+            return
+        network = cast(PillNetwork, self.evaluated_network())
+        every = 1 + len(self.samples) // _MOST
+        rows = []
+        with torch.inference_mode(), self.hardware.autocast():
+            for batch in self.in_turn(self.samples, group, every):
+                seeds = (1000 * int(batch.numbers[0]) + number for number in range(drawings))
+                drawn = (self.prepare(batch, torch.Generator().manual_seed(seed))[0] for seed in seeds)
+                rows.append(torch.stack([network.body(crops).float().cpu() for crops in drawn]))
+        features = torch.cat([row for part in group.gather(rows) for row in part], dim=1)
+        with torch.no_grad():
+            network.embedding.weight.copy_(discriminant(features, network.embedding.out_features))
+        decide("embedding", "computed", f"from {drawings} drawings of {features.shape[1]:,} training crops")
 
     def evaluate_batch(self, network: nn.Module, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
         """Logits and labels."""

@@ -47,6 +47,7 @@ def evaluate_task(
     """Evaluate, and keep the best weights; raises `TrainingError` when one image does not fit into memory."""
     for network in (task.network, task.average.module):
         group.average_buffers(network)
+    task.before_evaluation(group)
     if not len(task.validation):
         return keep_last(task)
     while True:

@@ -95,18 +95,21 @@ class Task(ABC):
         """Predictions of a network for this process's validation samples, a row per batch."""
         rows: list[Row] = []
         with torch.inference_mode(), self.hardware.autocast():
-            for batch in self.validation_batches(group):
+            for batch in self.in_turn(self.validation, group):
                 rows.append((batch.numbers.numpy(), *self.evaluate_batch(network, batch)))
         return rows
 
-    def validation_batches(self, group: ProcessGroup) -> Iterator[Batch]:
-        """The validation batches of this process: every n-th one."""
-        batches = in_order(self.validation, self.progress.evaluation_batch)[group.rank :: group.size]
+    def before_evaluation(self, group: ProcessGroup) -> None:  # noqa: B027
+        """What is computed before the network is evaluated; most tasks have nothing to do."""
+
+    def in_turn(self, samples: Samples, group: ProcessGroup, every: int = 1) -> Iterator[Batch]:
+        """The batches of this process in their order: one of `every` times the number of processes."""
+        batches = in_order(samples, self.progress.evaluation_batch)[group.rank :: group.size * every]
         if not batches:
             return
         try:
-            loader = make_loader(self.validation, batches, self.settings, workers=self.workers)
-            yield from received(loader, self.validation)
+            loader = make_loader(samples, batches, self.settings, workers=self.workers)
+            yield from received(loader, samples)
         except (RuntimeError, ConnectionError, EOFError) as error:
             if not decoding_process_died(error):
                 raise

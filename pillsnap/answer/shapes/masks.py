@@ -42,6 +42,14 @@ class PillMask:
         points = next(iter(trace(self.inside, chosen)), []) if self.inside.any() else []
         return (np.reshape(points, (-1, 2)) + (self.left, self.top)) / self.scale
 
+    def box(self) -> np.ndarray:  # x1 y1 x2 y2, pixels of the photo, (4,)
+        """The box around the mask; all 0 for an empty one."""
+        x, y, width, height = cv2.boundingRect(self.inside.astype(np.uint8))
+        if not width:
+            return np.zeros(4, np.float32)
+        x, y = x + self.left, y + self.top
+        return np.array([x, y, x + width, y + height], np.float32) / np.float32(self.scale)
+
     def in_photo(
         self,
         photo: tuple[int, int],  # width, height of the photo, pixels

@@ -59,8 +59,6 @@ def parse(
     add_photos(parser, "studio photos to train on and to enrol, DRUG/front.jpg and DRUG/back.jpg", studio_needed=True)
     parser.add_argument("--skip", nargs="+", default=[], choices=PARTS, help="parts that are not measured")
     for name, default, meaning in (
-        ("epochs", 2, "passes over the studio photos and those drawn from them"),
-        ("copies", 3, "photos on a table drawn from each studio photo"),
         ("steps", 300, "steps of each classifier of a dataset; its detector takes twice as many"),
         ("trainings", 5, "trainings on drug1 with other drugs left out"),
         ("folds", 2, "networks of each calibration, at least"),
@@ -222,7 +220,7 @@ def measure_speed(
     return goals, {"embedding_size": size, "served_drugs": DRUGS}
 
 # %% ../../../nbs/bench/gallery/06_main.ipynb #4d9df4ff
-_SETUP = ("epochs", "copies", "steps", "trainings", "folds", "draws", "lit")  # options that say how it was measured
+_SETUP = ("steps", "trainings", "folds", "draws", "lit")  # options that say how it was measured
 
 
 def bench_gallery(

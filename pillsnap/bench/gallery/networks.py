@@ -12,25 +12,32 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 
 from ...answer.factory import load_identifier
 from ...answer.gallery.recognise import with_gallery
 from ...answer.identify import Identifier
 from ...answer.verdicts.verdicts import Verdicts
-from .sets import studio_photos
+from .sets import OnTables, studio_photos
+from ..masks.networks import SEGMENTER
+from ..masks.truth import write_truth
 from ..networks import trained_network
 from ...config.load import load_settings
 from ...config.schema import Settings
+from ...data.manifest import prepare_data
 from ...data.moved import dataset_of_run
+from ...data.samples import rows_with_outline
 from ...evaluation.calibrate import calibrate_run
 from ...evaluation.evaluate import identifier_of
 from ...evaluation.folds import without_drugs
 from ...evaluation.references import gallery_of
+from ...masks.cutouts import CutoutArchive
+from ...masks.write import Part, divide
 from ...training.checkpoint import CALIBRATION_FILE, load_trained
-from ...training.run import train
+from ...training.run import data_root, train
 
 # %% auto #0
-__all__ = ['ONCE', 'GENERAL', 'general_network', 'product_run', 'left_out_drugs', 'partial_network']
+__all__ = ['ONCE', 'GENERAL', 'general_segmenter', 'general_network', 'product_run', 'left_out_drugs', 'partial_network']
 
 # %% ../../../nbs/bench/gallery/02_networks.ipynb #c4e10a05
 ONCE = ("train.evaluations=1", "train.amp=off", "latency.warmup_runs=0", "latency.runs=1")
@@ -45,18 +52,40 @@ GENERAL = (
     "data.validation_fraction=0.0",
     "data.test_fraction=0.0",
     "data.leakage_check=off",
+    "train.classifier.epochs=1",
+    "train.classifier.lr=1.0e-5",
+    "train.classifier.embedding_weight=0",
+    "train.classifier.embedding_drawings=4",
+    "model.classifier.image_size=224",
+    "identify.color=learned",
+    "identify.background=remove",
 )
 
 
-def general_network(
-    options: Namespace,  # studio, copies, epochs and overrides are read
+def general_segmenter(
+    options: Namespace,  # studio and overrides are read
     work: Path,  # keeps the trained network
+) -> Path:  # its file
+    """Train on the studio photos and the embedded sample, or take the segmenter of an earlier run."""
+    settings = load_settings(profile="cpu", overrides=[f"paths.cache_root={work / 'cache'}"])
+    sample = data_root(settings)
+    parts: dict[str, Part] = {
+        name: OnTables(part.archive, part.drugs, part.photos)
+        for name, part in divide(CutoutArchive(options.studio), [sample]).items()
+    }
+    rows = rows_with_outline(prepare_data(settings, sample).manifest).filter(pl.col("split") == "train")
+    truth = write_truth(parts, rows, work / "truth")
+    return trained_network(work / "segmenter", SEGMENTER, truth, options.overrides) / "segmenter.onnx"
+
+
+def general_network(
+    options: Namespace,  # studio and overrides are read
+    work: Path,  # keeps the trained networks
 ) -> Identifier:  # without a detector
-    """Train on the studio photos, as they are and on tables, or take the network of an earlier run."""
-    data = studio_photos(options.studio, work / f"studio-{options.copies}", options.copies)
-    run = work / f"general-{options.copies}-{options.epochs}"
-    fixed = (*GENERAL, f"train.classifier.epochs={options.epochs}")
-    identifier = load_identifier(trained_network(run, fixed, data, options.overrides), detect=False)
+    """Train on the studio photos, or take the network of an earlier run."""
+    data = studio_photos(options.studio, work / "studio")
+    fixed = (*GENERAL, f"identify.segmenter={general_segmenter(options, work)}")
+    identifier = load_identifier(trained_network(work / "general", fixed, data, options.overrides), detect=False)
     identifier.rules = replace(identifier.rules, verdicts=Verdicts(turned=True))  # as a product that was calibrated
     return identifier
 

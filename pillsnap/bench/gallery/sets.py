@@ -5,29 +5,27 @@
 # %% ../../../nbs/bench/gallery/01_sets.ipynb #05f3be98
 from __future__ import annotations
 
-import shutil
+import json
 import zipfile
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import polars as pl
-from tqdm import tqdm
 
 from ...answer.identify import Identifier
-from ...atomic import made_folder
+from ...atomic import made_folder, write_text
 from ..errors import BenchError
 from .draws import Pills
 from ...data.reading.photo_files import decode_photo
 from ...data.scan.scan import check_usable, scan
-from ...masks.compose import compose
-from ...masks.cutouts import Cutout, CutoutArchive, MaskError
-from ...progress import progress_stream
+from ...masks.cutouts import CutoutArchive, MaskError, pill_on_black
+from ...masks.write import Part
 from ...runtime.boxes import Box
 
 # %% auto #0
-__all__ = ['embed_set', 'table', 'on_a_table', 'studio_photos']
+__all__ = ['embed_set', 'table', 'OnTables', 'studio_photos']
 
 # %% ../../../nbs/bench/gallery/01_sets.ipynb #a77f2dba
 _SMALLEST = 8  # shorter side of a box, pixels
@@ -58,7 +56,7 @@ def embed_set(
     return Pills(codes, sources, np.concatenate(asked), np.concatenate(enrolled))
 
 # %% ../../../nbs/bench/gallery/01_sets.ipynb #50f8ef5d
-_SIDE = 320  # pixels of a drawn photo, before it is cropped
+_DRAWN = 0.7  # of the backgrounds
 
 
 def table(
@@ -75,52 +73,52 @@ def table(
     )
 
 
-def on_a_table(
-    cutout: Cutout,  # of a studio photo
-    rng: np.random.Generator,
-) -> np.ndarray:  # RGB, uint8, (height, width, 3)
-    """Draw a photo of a pill as a phone takes it, close around the pill."""
-    scene = compose([cutout], table(_SIDE, rng), rng)
-    box = scene.boxes[0]
-    left, top, right, bottom = rng.uniform(0, 0.25, 4) * max(box.x2 - box.x1, box.y2 - box.y1)
-    rows = slice(max(0, int(box.y1 - top)), int(box.y2 + bottom) + 1)
-    return scene.photo[rows, max(0, int(box.x1 - left)) : int(box.x2 + right) + 1]
+class OnTables(Part):
+    """Cut-outs, with drawn tables among the backgrounds."""
 
+    def ground(
+        self,
+        size: int,  # side, pixels
+        rng: np.random.Generator,
+    ) -> np.ndarray:  # RGB, uint8, (size, size, 3)
+        """A drawn table, or a part of a photo."""
+        return table(size, rng) if rng.random() < _DRAWN else super().ground(size, rng)
 
+# %% ../../../nbs/bench/gallery/01_sets.ipynb #77206957
 def studio_photos(
     archive: Path,  # ZIP with a folder for each drug
-    folder: Path,  # gets the photos
-    copies: int,  # drawn photos of each studio photo, beside it
+    folder: Path,  # gets the photos, and a JSON of their pills
 ) -> Path:  # the folder
-    """Write photos to train on; raises `BenchError` for a damaged archive."""
+    """Write a dataset to train on, unless it is there; raises `BenchError` for a damaged archive."""
     if folder.exists():
         return folder
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    drugs: dict[str, int] = {}
     try:
-        unfinished = folder.with_name(f"{folder.name}.part")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        with made_folder(unfinished), zipfile.ZipFile(archive) as packed:
-            packed.extractall(unfinished)
+        with made_folder(folder):
             cutouts = CutoutArchive(archive)
-            photos = [(drug, number) for drug, members in cutouts.members.items() for number in range(len(members))]
-            for seed, photo in enumerate(tqdm(photos, desc="tables", file=progress_stream(), disable=None)):
-                _draw(cutouts, *photo, unfinished, [np.random.default_rng((seed, copy)) for copy in range(copies)])
-            unfinished.rename(folder)
+            for drug, members in cutouts.members.items():
+                for number in range(len(members)):
+                    photo = cutouts.photo(drug, number)
+                    if (box := _box_of(photo)) is None:
+                        continue
+                    name, place = f"{drug}_{number}.png", len(images)
+                    cv2.imwrite(str(folder / name), photo[..., ::-1])
+                    images.append({"id": place, "file_name": name, "width": photo.shape[1], "height": photo.shape[0]})
+                    entry = {"id": place, "image_id": place, "category_id": drugs.setdefault(drug, len(drugs))}
+                    annotations.append({**entry, "bbox": box, "area": box[2] * box[3], "iscrowd": 0})
+            categories = [{"id": number, "name": drug} for drug, number in drugs.items()]
+            content = {"images": images, "annotations": annotations, "categories": categories}
+            write_text(folder / "_annotations.coco.json", json.dumps(content))
     except (OSError, zipfile.BadZipFile, MaskError) as error:
         reason = f"{archive} can't be unpacked ({error}): name a ZIP with a folder for each drug."
         raise BenchError(reason) from error
     return folder
 
 
-def _draw(
-    archive: CutoutArchive, drug: str, number: int, folder: Path, generators: Sequence[np.random.Generator]
-) -> None:
-    """Write the drawn photos of a studio photo; none of a pill that can't be cut out."""
+def _box_of(photo: np.ndarray) -> list[int] | None:  # left, top, width, height, pixels
     try:
-        cutout = archive.load(drug, number)
+        return list(cv2.boundingRect(pill_on_black(photo).astype(np.uint8)))
     except MaskError:
-        return
-    path = folder / archive.members[drug][number]
-    for copy, rng in enumerate(generators):
-        drawn = on_a_table(cutout, rng)[..., ::-1]
-        if not cv2.imwrite(str(path.with_name(f"{path.stem}-{copy}.jpg")), drawn, [cv2.IMWRITE_JPEG_QUALITY, 95]):
-            raise OSError(f"{path.parent} can't be written")
+        return None

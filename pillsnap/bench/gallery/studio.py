@@ -53,7 +53,8 @@ def whole_crop(
     photo: np.ndarray,  # RGB, uint8, (height, width, 3), of nothing but one pill
 ) -> np.ndarray:  # RGB, uint8, (size, size, 3)
     """The crop that serving makes where nothing is detected."""
-    crop: np.ndarray = Identifier(identifier.classify, None, identifier.rules).crop_pills(photo, "single").crops[0]
+    alone = Identifier(identifier.classify, None, identifier.rules, identifier.outline)
+    crop: np.ndarray = alone.crop_pills(photo, "single").crops[0]
     return crop
 
 
