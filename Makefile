@@ -2,6 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || echo python3)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+DISK := 12
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint lab serve bench-data bench-train bench-infer bench-serve bench-color bench-quality bench-masks bench-rules bench-search bench-gallery bench-registry bench-scale gpu-check results clean
 
@@ -13,6 +14,9 @@ help:  ## list the targets
 .venv/ready: setup.py settings.ini constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "pillsnap needs Python 3.11 or newer: make PYTHON=/path/to/python"; exit 1; }
+	@[ -d .venv ] || $(PYTHON) -c 'import shutil, sys; free = shutil.disk_usage(".").free // 10**9; \
+		sys.exit(f"pillsnap needs $(DISK) GB of disk for its environment, and {free} GB are free here: make room." \
+		if free < $(DISK) else 0)'
 	@echo "installing into .venv, which takes about two minutes"
 	@start=$$(date +%s); set -e; \
 	$(PYTHON) -m venv --clear .venv; \

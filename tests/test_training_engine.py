@@ -23,7 +23,7 @@ import torch
 from pillsnap.cli import main
 from pillsnap.config.load import settings_as_yaml
 from pillsnap.config.schema import Settings
-from pillsnap.data.manifest import Dataset
+from pillsnap.data.manifest import Dataset, load_dataset
 from pillsnap.evaluation.advisor import advise
 from pillsnap.training import checkpoint, loop, step
 from pillsnap.training import run as run_module
@@ -411,6 +411,26 @@ def test_two_processes_train_as_one(
         "one process began, two continued"
     )
     assert load_trained(tmp_path / "split").rules.class_map.hash == load_trained(alone).rules.class_map.hash
+
+
+def test_an_embedding_is_computed_from_the_crops_of_all_processes(
+    tiny_settings: Callable[..., Settings], tmp_path: Path
+):
+    drawn = ("train.classifier.embedding_drawings=2", "train.evaluations=1", "train.only=classifier")
+    settings = tiny_settings(*SHORT, *drawn, "data.validation_fraction=0")
+    runs = [train(settings, tmp_path / "alone"), tmp_path / "parallel"]
+    done = torchrun(settings, runs[1])
+    assert done.returncode == 0, done.stderr[-3000:]
+    reasons = [
+        next(item["reason"] for item in json.loads((run / "decisions.json").read_text()) if item["what"] == "embedding")
+        for run in runs
+    ]
+    crops = len(load_dataset(runs[0]).manifest.filter(pl.col("class_index") >= 0, split="train"))
+    assert reasons == [f"from 2 drawings of {crops} training crops"] * 2
+    for run in runs:
+        layer = load_trained(run).classifier.embedding.weight
+        assert layer.isfinite().all() and layer[: crops - 1].any(dim=1).all()
+        assert not layer[crops - 1 :].any(), "so many crops differ in one direction less"
 
 
 def test_a_batch_too_small_for_the_processes_is_one_sentence(tiny_settings: Callable[..., Settings], tmp_path: Path):

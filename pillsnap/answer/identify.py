@@ -21,7 +21,7 @@ from .color.trust import untrusted
 from .crops import crop_pill, without_background, without_neighbours
 from .rules import ModelMismatch, Rules
 from .shapes.background import REMOVE
-from .shapes.masks import PillMask
+from .shapes.masks import PillMask, only_pill
 from .verdicts.reasons import LOOK_ALIKES, NO_COLOUR, NONE_ALIKE, NOT_CALIBRATED, NOTHING_FOUND
 from .verdicts.verdicts import AMBIGUOUS, IDENTIFIED, NO_PILL, UNKNOWN
 from ..errors import PillsnapError
@@ -188,7 +188,6 @@ EVERY = 1_000_000  # as top_k: all candidates
 MATCHES = 5  # appearances of a gallery that a pill is shown with
 MATCHES_REFINED = 50  # of which a second look chooses them
 _BATCH = 4  # crops per batch: on a CPU larger batches of a large network take much memory and save no time
-_LEAST = 0.01  # of a photo, which a pill covers where only its outline is known
 _FAR_LIGHT = "was too coloured, too dark or too bright to trust the colours: take the photo again in daylight."
 
 
@@ -246,6 +245,11 @@ class Identifier:
         """All drugs that it can name."""
         return list(self.rules.class_map)
 
+    @property
+    def finds_pills(self) -> bool:
+        """Whether it looks where the pill is: with a detector, or by the outline that a background is removed with."""
+        return self.detect is not None or self.rules.background == REMOVE
+
     def identify(
         self,
         image: np.ndarray,  # RGB, uint8, (height, width, 3)
@@ -283,7 +287,7 @@ class Identifier:
             else None
         )
         found = boxes
-        boxes, scores, notes = _select(boxes, scores, pipeline, self.detect is not None)
+        boxes, scores, notes = _select(boxes, scores, pipeline, self.finds_pills)
         crops = self._crops(image, boxes, whole=pipeline == "single")
         grey = is_grey(image)
         around = surroundings(image, found) if len(crops) else None
@@ -396,17 +400,22 @@ class Identifier:
             if len(boxes):
                 return boxes, scores
         if pipeline == "single" and self.detect is None and self.rules.background == REMOVE:
-            return self._outlined(image)
+            return self._outlined(image, confidence)
         return self.find(image, confidence)
 
-    def _outlined(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Find the pill of a photo that shows nothing else, by its outline; no box where there is none."""
+    def _outlined(
+        self,
+        image: np.ndarray,  # RGB, uint8, (height, width, 3)
+        confidence: float | None,  # least score of an outline; None = any
+    ) -> tuple[np.ndarray, np.ndarray]:  # as `find`, the score says how sharply the outline is decided
+        """Find the pill of a photo that shows nothing else, by its outline."""
         height, width = image.shape[:2]
-        assert self.outline is not None, "it was asked before"
+        assert self.outline is not None, "rules that remove the background come with it"
         (mask,) = self.outline(image, [Box(0.0, 0.0, float(width), float(height))])
-        x1, y1, x2, y2 = box = mask.box()
-        found = int((x2 - x1) * (y2 - y1) >= _LEAST * width * height)
-        return box[None][:found], np.array([mask.score], np.float32)[:found]
+        box = only_pill(mask, (width, height)) if mask.score >= (confidence or 0) else None
+        if box is None:
+            return np.empty((0, 4), np.float32), np.empty(0, np.float32)
+        return np.array([box], np.float32), np.array([mask.score], np.float32)
 
     def _crops(
         self,
@@ -535,7 +544,7 @@ class Identifier:
         found: float | None,  # score of the detection, 0 to 1
         grey: bool,  # whether the photo has no colour
     ) -> tuple[str, str]:  # one of VERDICTS, and why it is not identified
-        if found is None and self.detect is not None:
+        if found is None and self.finds_pills:
             return NO_PILL, NOTHING_FOUND
         verdict = self.rules.verdicts.verdict(float(score))
         if verdict == UNKNOWN:
@@ -615,7 +624,7 @@ def _select(
     boxes: np.ndarray,  # detected, best first, (n, 4)
     scores: np.ndarray,  # of the boxes, (n,)
     pipeline: str,  # "single" or "combo"
-    has_detector: bool,  # False where nothing could be detected
+    looked: bool,  # False where nothing could be found
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:  # boxes to classify, their scores, notes
     """Select the boxes of a pipeline, with notes for the user."""
     if pipeline == "combo":
@@ -627,5 +636,5 @@ def _select(
         return boxes, scores, notes
     if len(boxes):
         return boxes[:1], scores[:1], []
-    missing = "No pill was found in the photo" if has_detector else "There is no detector in this model"
+    missing = "No pill was found in the photo" if looked else "There is no detector in this model"
     return boxes, scores, [f"{missing}: the whole photo was taken as one pill."]

@@ -5,34 +5,66 @@
 # %% ../../nbs/models/03_discriminant.ipynb #597b52de
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 # %% auto #0
-__all__ = ['discriminant']
+__all__ = ['Scatter', 'discriminant']
 
 # %% ../../nbs/models/03_discriminant.ipynb #08628bcc
+class Scatter(NamedTuple):
+    """Sums over pills, each of which was drawn several times; they are added up pill by pill and process by process."""
+
+    pills: int
+    within: torch.Tensor  # double (numbers, numbers), squares of what drawing changes, mean of the drawings
+    total: torch.Tensor  # double (numbers,), of the mean drawings
+    between: torch.Tensor  # double (numbers, numbers), squares of the mean drawings
+
+    @classmethod
+    def of(
+        cls,
+        features: torch.Tensor,  # float (drawings, pills, numbers)
+    ) -> Scatter:
+        """The sums of some pills; raises `ValueError` for one drawing, or for what is no number."""
+        if len(features) < 2:
+            raise ValueError("A discriminant needs two drawings of each pill at least.")
+        if not features.isfinite().all():
+            raise ValueError("The network answers with values that are not numbers: train with train.amp=off.")
+        features = features.double()
+        means = features.mean(dim=0)
+        changes = (features - means).flatten(end_dim=1)
+        return cls(features.shape[1], changes.T @ changes / len(features), means.sum(dim=0), means.T @ means)
+
+    def plus(
+        self,
+        other: Scatter,  # of other pills
+    ) -> Scatter:
+        """The sums of both."""
+        return Scatter(
+            self.pills + other.pills,
+            self.within + other.within,
+            self.total + other.total,
+            self.between + other.between,
+        )
+
+# %% ../../nbs/models/03_discriminant.ipynb #92c2d9ff
 _RIDGE = 0.3  # of the mean variance within a pill
 
 
 def discriminant(
-    features: torch.Tensor,  # float (drawings, pills, numbers), of several drawings of each pill
+    scatter: Scatter,  # of all pills
     size: int,  # numbers of an embedding
 ) -> torch.Tensor:  # double (size, numbers), weights of a linear layer, the most telling direction first
-    """Linear discriminant analysis (Fisher 1936), regularised (Friedman 1989); raises `ValueError` for one drawing."""
-    if len(features) < 2:
-        raise ValueError("A discriminant needs two drawings of each pill at least.")
-    means = features.double().mean(dim=0)
-    within = _scatter((features - means).flatten(end_dim=1))
-    between = _scatter(means - means.mean(dim=0))
+    """Linear discriminant analysis (Fisher 1936), regularised (Friedman 1989)."""
+    mean, numbers = scatter.total / scatter.pills, len(scatter.total)
+    within, between = scatter.within / scatter.pills, scatter.between / scatter.pills - torch.outer(mean, mean)
     ridge = _RIDGE * within.diagonal().mean().clamp(min=1e-12)
-    lower = torch.linalg.cholesky(within + ridge * torch.eye(len(within), dtype=within.dtype, device=within.device))
+    lower = torch.linalg.cholesky(within + ridge * torch.eye(numbers, dtype=within.dtype))
     half = torch.linalg.solve_triangular(lower, between, upper=False)
     whitened = torch.linalg.solve_triangular(lower, half.T, upper=False)
-    directions = torch.linalg.eigh((whitened + whitened.T) / 2).eigenvectors.flip(1)[:, :size]
-    weights: torch.Tensor = torch.linalg.solve_triangular(lower.T, directions, upper=True).T
+    told = min(size, numbers, scatter.pills - 1)
+    directions = torch.linalg.eigh((whitened + whitened.T) / 2).eigenvectors.flip(1)[:, :told]
+    weights = torch.zeros(size, numbers, dtype=within.dtype)
+    weights[:told] = torch.linalg.solve_triangular(lower.T, directions, upper=True).T
     return weights
-
-
-def _scatter(rows: torch.Tensor) -> torch.Tensor:
-    rows = rows.double()
-    return rows.T @ rows / len(rows)

@@ -48,7 +48,7 @@ def classify_expected(
     compared = _response(
         {drug.code: drug.name for drug in drugs},
         expected,
-        [pill for pill in read if pill.box_confidence is not None or identifier.detect is None],
+        [pill for pill in read if pill.box_confidence is not None or not identifier.finds_pills],
     )
     kept = [replace(pill, imprint=looked.imprint) for pill, looked in zip(whole.pills, read, strict=True)]
     weighed = [weigh(pill, expected, top_k) for pill in kept]

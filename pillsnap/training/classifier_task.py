@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 from typing import Any, cast
 
 import numpy as np
@@ -18,7 +19,7 @@ from ..data.augment import augment_crops
 from ..data.batches import Batch
 from ..metrics import classification_metrics
 from ..models.classifier import PillNetwork, normalisation
-from ..models.discriminant import discriminant
+from ..models.discriminant import Scatter, discriminant
 from ..models.embedding_losses import EMBEDDING_LOSSES
 from ..runlog import decide
 from .device.distributed import ProcessGroup
@@ -109,29 +110,37 @@ class ClassifierTask(Task):
         chosen = self.settings.train.classifier
         loss = pick(LOSSES, chosen.loss, "train.classifier.loss")
         of_logits = loss(logits.float(), labels, self.weights, chosen.label_smoothing)
-        if not chosen.embedding_weight:
+        if not chosen.embedding_weight or chosen.embedding_drawings:
             return of_logits
         embedding_loss = pick(EMBEDDING_LOSSES, chosen.embedding_loss, "train.classifier.embedding_loss")
         proxies = cast(PillNetwork, self.network).proxies()
         return of_logits + chosen.embedding_weight * embedding_loss(embeddings, labels, proxies)
 
-    def before_evaluation(self, group: ProcessGroup) -> None:
-        """Compute the layer of the embedding, where `train.classifier.embedding_drawings` asks for it."""
-        drawings = self.settings.train.classifier.embedding_drawings
+    def prepare_evaluation(self, group: ProcessGroup) -> Scatter | None:
+        """Draw the training crops of this process, where `train.classifier.embedding_drawings` asks for it."""
+        drawings, scatter = self.settings.train.classifier.embedding_drawings, None
         if not drawings:
-            return
+            return None
         network = cast(PillNetwork, self.evaluated_network())
-        every = 1 + len(self.samples) // _MOST
-        rows = []
-        with torch.inference_mode(), self.hardware.autocast():
-            for batch in self.in_turn(self.samples, group, every):
+        for batch in self.in_turn(self.samples, group, -(-len(self.samples) // _MOST)):
+            with torch.inference_mode(), self.hardware.autocast():
                 seeds = (1000 * int(batch.numbers[0]) + number for number in range(drawings))
                 drawn = (self.prepare(batch, torch.Generator().manual_seed(seed))[0] for seed in seeds)
-                rows.append(torch.stack([network.body(crops).float().cpu() for crops in drawn]))
-        features = torch.cat([row for part in group.gather(rows) for row in part], dim=1)
+                part = Scatter.of(torch.stack([network.body(crops).float().cpu() for crops in drawn]))
+            scatter = part if scatter is None else scatter.plus(part)
+        return scatter
+
+    def finish_preparation(self, computed: Scatter | None, group: ProcessGroup) -> None:
+        """Compute the layer of the embedding from what all processes have drawn."""
+        parts = [part for part in group.gather(computed) if part is not None]
+        if not parts:
+            return
+        scatter = reduce(Scatter.plus, parts)
+        layer = cast(PillNetwork, self.evaluated_network()).embedding
         with torch.no_grad():
-            network.embedding.weight.copy_(discriminant(features, network.embedding.out_features))
-        decide("embedding", "computed", f"from {drawings} drawings of {features.shape[1]:,} training crops")
+            layer.weight.copy_(group.first(lambda: discriminant(scatter, layer.out_features)))
+        drawings = self.settings.train.classifier.embedding_drawings
+        decide("embedding", "computed", f"from {drawings} drawings of {scatter.pills:,} training crops")
 
     def evaluate_batch(self, network: nn.Module, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
         """Logits and labels."""

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar, cast
 
 import torch
 from tqdm import tqdm
@@ -27,7 +27,7 @@ from .step import Measured, attempt, check_loss, compile_network, train_step
 from .tasks import Task
 
 # %% auto #0
-__all__ = ['next_task', 'evaluate_task', 'keep_last', 'keep_best', 'StepLog', 'Stopped', 'train_tasks']
+__all__ = ['Made', 'next_task', 'evaluate_task', 'keep_last', 'keep_best', 'StepLog', 'Stopped', 'train_tasks']
 
 # %% ../../nbs/training/07_loop.ipynb #272a6f1b
 def next_task(
@@ -39,6 +39,9 @@ def next_task(
     return min(waiting, key=lambda task: task.progress.step // ratio[task.name], default=None)
 
 # %% ../../nbs/training/07_loop.ipynb #b005fa41
+Made = TypeVar("Made")
+
+
 def evaluate_task(
     task: Task,  # its averaged weights are evaluated
     group: ProcessGroup,  # processes that share the photos
@@ -47,13 +50,23 @@ def evaluate_task(
     """Evaluate, and keep the best weights; raises `TrainingError` when one image does not fit into memory."""
     for network in (task.network, task.average.module):
         group.average_buffers(network)
-    task.before_evaluation(group)
+    task.finish_preparation(_within_memory(lambda: task.prepare_evaluation(group), task, group, run), group)
     if not len(task.validation):
         return keep_last(task)
+    rows = _within_memory(lambda: task.evaluate(task.evaluated_network(), group), task, group, run)
+    gathered = [row for rows in group.gather(rows) for row in rows]
+    metrics = task.score(sorted(gathered, key=lambda row: row[0][0]))
+    run.evaluation(task.name, task.progress.step, metrics)
+    task.progress.evaluated = task.evaluations_reached()
+    return keep_best(task, metrics[task.monitor])
+
+
+def _within_memory(make: Callable[[], Made], task: Task, group: ProcessGroup, run: RunLog) -> Made:
+    """Compute with smaller batches where memory runs out."""
     while True:
-        rows, reason = attempt(lambda: task.evaluate(task.evaluated_network(), group), group)
-        if rows is not None:
-            break
+        made, reason = attempt(make, group)
+        if not reason:
+            return cast(Made, made)
         free_memory(task.hardware.device)
         smaller = task.progress.evaluation_batch // 2
         run.out_of_memory(
@@ -67,11 +80,6 @@ def evaluate_task(
                 f"or lower model.{task.name}.image_size."
             )
         task.progress.evaluation_batch = smaller
-    gathered = [row for rows in group.gather(rows) for row in rows]
-    metrics = task.score(sorted(gathered, key=lambda row: row[0][0]))
-    run.evaluation(task.name, task.progress.step, metrics)
-    task.progress.evaluated = task.evaluations_reached()
-    return keep_best(task, metrics[task.monitor])
 
 
 def _weights(task: Task) -> dict[str, torch.Tensor]:

@@ -20,6 +20,7 @@ from ..config.training import ClassifierTraining, DetectorTraining, SegmenterTra
 from ..data.batches import Batch, in_order
 from ..data.loaders import decoding_process_died, make_loader, received
 from ..data.samples import Samples
+from ..data.workers import choose_workers
 from ..runlog import decide
 from .device.distributed import ProcessGroup
 from .device.hardware import Hardware, make_optimizer
@@ -99,12 +100,19 @@ class Task(ABC):
                 rows.append((batch.numbers.numpy(), *self.evaluate_batch(network, batch)))
         return rows
 
-    def before_evaluation(self, group: ProcessGroup) -> None:  # noqa: B027
-        """What is computed before the network is evaluated; most tasks have nothing to do."""
+    def prepare_evaluation(self, group: ProcessGroup) -> Any:  # for `finish_preparation`
+        """What this process computes before the network is evaluated; most tasks compute nothing."""
+        return None
+
+    def finish_preparation(self, computed: Any, group: ProcessGroup) -> None:
+        """Change the network that is evaluated by what all processes have computed."""
+        assert computed is None, "a task that computes something uses it"
 
     def in_turn(self, samples: Samples, group: ProcessGroup, every: int = 1) -> Iterator[Batch]:
         """The batches of this process in their order: one of `every` times the number of processes."""
         batches = in_order(samples, self.progress.evaluation_batch)[group.rank :: group.size * every]
+        if self.workers is None:
+            self.workers = group.first(lambda: choose_workers(samples, self.progress.evaluation_batch, self.settings))
         if not batches:
             return
         try:

@@ -15,7 +15,7 @@ from ...runtime.boxes import Box
 from ...runtime.outlines import trace
 
 # %% auto #0
-__all__ = ['PillMask', 'grid_size', 'scaled', 'Wanted', 'largest_part', 'settle']
+__all__ = ['PillMask', 'only_pill', 'grid_size', 'scaled', 'Wanted', 'largest_part', 'settle']
 
 # %% ../../../nbs/answer/shapes/00_masks.ipynb #7057536c
 def _detail(side: int) -> float:
@@ -61,6 +61,19 @@ class PillMask:
         if self.scale == 1:
             return grid.astype(bool)
         return cv2.resize(grid * np.uint8(255), photo, interpolation=cv2.INTER_LINEAR) >= 128
+
+
+_LEAST = 0.01  # of a photo, which its only pill covers
+
+
+def only_pill(
+    mask: PillMask,  # of a whole photo
+    photo: tuple[int, int],  # width, height of the photo, pixels
+) -> Box | None:  # pixels of the photo; None: the mask covers too little
+    """The box of the pill of a photo that shows nothing else."""
+    if mask.inside.sum() / mask.scale**2 < _LEAST * photo[0] * photo[1]:
+        return None
+    return Box(*np.clip(mask.box(), 0, np.array([*photo, *photo], np.float32)).tolist())
 
 
 def grid_size(

@@ -54,7 +54,6 @@ GENERAL = (
     "data.leakage_check=off",
     "train.classifier.epochs=1",
     "train.classifier.lr=1.0e-5",
-    "train.classifier.embedding_weight=0",
     "train.classifier.embedding_drawings=4",
     "model.classifier.image_size=224",
     "identify.color=learned",

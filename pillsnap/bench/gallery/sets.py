@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 import polars as pl
 
 from ...answer.identify import Identifier
-from ...atomic import made_folder, write_text
+from ...atomic import made_folder, write_bytes, write_text
 from ..errors import BenchError
 from .draws import Pills
 from ...data.reading.photo_files import decode_photo
@@ -96,7 +97,9 @@ def studio_photos(
     annotations: list[dict[str, Any]] = []
     drugs: dict[str, int] = {}
     try:
-        with made_folder(folder):
+        unfinished = folder.with_name(f"{folder.name}.part")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        with made_folder(unfinished):
             cutouts = CutoutArchive(archive)
             for drug, members in cutouts.members.items():
                 for number in range(len(members)):
@@ -104,13 +107,14 @@ def studio_photos(
                     if (box := _box_of(photo)) is None:
                         continue
                     name, place = f"{drug}_{number}.png", len(images)
-                    cv2.imwrite(str(folder / name), photo[..., ::-1])
+                    write_bytes(unfinished / name, cv2.imencode(".png", photo[..., ::-1])[1].tobytes())
                     images.append({"id": place, "file_name": name, "width": photo.shape[1], "height": photo.shape[0]})
                     entry = {"id": place, "image_id": place, "category_id": drugs.setdefault(drug, len(drugs))}
                     annotations.append({**entry, "bbox": box, "area": box[2] * box[3], "iscrowd": 0})
             categories = [{"id": number, "name": drug} for drug, number in drugs.items()]
             content = {"images": images, "annotations": annotations, "categories": categories}
-            write_text(folder / "_annotations.coco.json", json.dumps(content))
+            write_text(unfinished / "_annotations.coco.json", json.dumps(content))
+            unfinished.rename(folder)
     except (OSError, zipfile.BadZipFile, MaskError) as error:
         reason = f"{archive} can't be unpacked ({error}): name a ZIP with a folder for each drug."
         raise BenchError(reason) from error

@@ -52,7 +52,7 @@ def whole_crop(
     identifier: Identifier,
     photo: np.ndarray,  # RGB, uint8, (height, width, 3), of nothing but one pill
 ) -> np.ndarray:  # RGB, uint8, (size, size, 3)
-    """The crop that serving makes where nothing is detected."""
+    """The crop that serving makes without a detector."""
     alone = Identifier(identifier.classify, None, identifier.rules, identifier.outline)
     crop: np.ndarray = alone.crop_pills(photo, "single").crops[0]
     return crop

@@ -14,14 +14,14 @@ import numpy as np
 from ...answer.color.balance import NO_CORRECTION, Balance, estimate_balances
 from ...answer.crops import crop_pill, without_background
 from ...answer.outlines import Background
-from ...answer.shapes.masks import PillMask
+from ...answer.shapes.masks import PillMask, only_pill
 from ..reading.photo_files import decode_photo
 from ...runtime.boxes import Box
 from ...runtime.images import ImageError, Photo
 from ...runtime.letterbox import letterbox
 
 # %% auto #0
-__all__ = ['Crop', 'crop_photo', 'cut_photo', 'Crops', 'Note', 'CropStore']
+__all__ = ['Crop', 'crop_photo', 'Crops', 'Note', 'CropStore']
 
 # %% ../../../nbs/data/cache/00_crop_store.ipynb #f10c56cd
 @dataclass(frozen=True)
@@ -32,27 +32,12 @@ class Crop:
 
 def crop_photo(
     photo: Photo,  # decoded
-    crop: Crop,  # the region to take
+    box: Box | None,  # of a pill, pixels of the decoded photo; None: the whole photo
     size: int,  # side of the result, pixels
     margin: float,  # fraction of the longer side added around a box
 ) -> np.ndarray:  # RGB, uint8, (size, size, 3)
     """Crop or letterbox; raises `ValueError` for a box outside the image."""
-    if crop.box is None:
-        return letterbox(photo.pixels, size)[0]
-    return crop_pill(photo.pixels, photo.reduced(crop.box), margin, size)
-
-
-def cut_photo(
-    pixels: np.ndarray,  # RGB, uint8, (size, size, 3), from `crop_photo`
-    mask: PillMask,  # of its pill
-    photo: Photo,  # decoded
-    crop: Crop,  # that was taken, with a box
-    margin: float,  # as for `crop_photo`
-) -> np.ndarray:  # RGB, uint8, (size, size, 3)
-    """Take the background of a crop away."""
-    assert crop.box is not None, "a pill that is outlined has a box"
-    size = (photo.pixels.shape[1], photo.pixels.shape[0])
-    return without_background(pixels, mask, photo.reduced(crop.box), margin, size)
+    return letterbox(photo.pixels, size)[0] if box is None else crop_pill(photo.pixels, box, margin, size)
 
 # %% ../../../nbs/data/cache/00_crop_store.ipynb #8532bff3
 class Crops(Sequence[Crop]):
@@ -115,24 +100,37 @@ class Crops(Sequence[Crop]):
         """What the pixels depend on beside the crop: the rules of colour and background, and of one photo its boxes."""
         if self.color == NO_CORRECTION and self.background is None:
             return ""
-        cut = "" if self.background is None else f"{self.background.hash}|"
+        cut = "" if self.background is None else f"outlined {self.background.hash}|"
         return f"{self.color}|{cut}" + ("" if photo is None else f"{self.boxes[self.of_photo(photo)].tolist()}|")
 
-    def balances(self, photo: int, decoded: Photo) -> dict[int, Balance]:
+    def places(self, photo: int, decoded: Photo) -> dict[int, Box | None]:
+        """Where each crop of a photo is, pixels of the decoded photo; None: the whole photo.
+
+        Where the background is removed, the pill of a whole photo is found by its outline, as in requests.
+        """
+        height, width = decoded.pixels.shape[:2]
+        found: dict[int, Box | None] = {}
+        for number in self.of_photo(photo).tolist():
+            box = self.boxes[number]
+            found[number] = None if np.isnan(box[0]) else decoded.reduced(Box(*box.tolist()))
+            if found[number] is None and self.background is not None:
+                (mask,) = self.background.outline(decoded.pixels, [Box(0.0, 0.0, float(width), float(height))])
+                found[number] = only_pill(mask, (width, height))
+        return found
+
+    def balances(self, places: dict[int, Box | None], decoded: Photo) -> dict[int, Balance]:
         """What takes the light out of each crop of a photo, estimated from the whole photo without its pills."""
         if self.color == NO_CORRECTION:
             return {}
-        numbers = self.of_photo(photo)
-        boxes = [decoded.reduced(Box(*box.tolist())) for box in self.boxes[numbers]]
-        return dict(zip(numbers.tolist(), estimate_balances(decoded.pixels, self.color, boxes), strict=True))
+        boxes = [box or Box(*(np.nan,) * 4) for box in places.values()]
+        return dict(zip(places, estimate_balances(decoded.pixels, self.color, boxes), strict=True))
 
-    def masks(self, photo: int, decoded: Photo) -> dict[int, PillMask]:
+    def masks(self, places: dict[int, Box | None], decoded: Photo) -> dict[int, PillMask]:
         """The mask of each crop of a photo that has a box; raises `ValueError` for a box outside of it."""
-        if self.background is None:
+        boxes = {number: box for number, box in places.items() if box is not None}
+        if self.background is None or not boxes:
             return {}
-        numbers = [number for number in self.of_photo(photo).tolist() if not np.isnan(self.boxes[number][0])]
-        boxes = [decoded.reduced(Box(*self.boxes[number].tolist())) for number in numbers]
-        return dict(zip(numbers, self.background.outline(decoded.pixels, boxes), strict=True)) if boxes else {}
+        return dict(zip(boxes, self.background.outline(decoded.pixels, list(boxes.values())), strict=True))
 
 # %% ../../../nbs/data/cache/00_crop_store.ipynb #f4930a1e
 class Note(NamedTuple):
@@ -259,19 +257,21 @@ class _MissingCrops:
         except (ImageError, OSError) as error:
             store.damaged.update(dict.fromkeys(numbers.tolist(), str(error)))
             return
-        balances = store.crops.balances(photo, decoded)
         try:
-            masks = store.crops.masks(photo, decoded)
+            places = store.crops.places(photo, decoded)
+            balances, masks = store.crops.balances(places, decoded), store.crops.masks(places, decoded)
         except ValueError as error:
             store.damaged.update(dict.fromkeys(numbers.tolist(), f"{reference}: {error}"))
             return
         kept = set(store.wanted(numbers).tolist())
         for number in sorted(kept | set(self.numbers[positions].tolist())):
             try:
-                pixels = crop_photo(decoded, store.crops[number], store.size, store.margin)
+                box = places[number]
+                pixels = crop_photo(decoded, box, store.size, store.margin)
                 pixels = balances[number](pixels) if balances else pixels
-                if number in masks:
-                    pixels = cut_photo(pixels, masks[number], decoded, store.crops[number], store.margin)
+                if box is not None and number in masks:
+                    size = (decoded.pixels.shape[1], decoded.pixels.shape[0])
+                    pixels = without_background(pixels, masks[number], box, store.margin, size)
             except ValueError as error:
                 store.damaged[number] = f"{reference}: {error}"
                 continue
