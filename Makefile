@@ -14,6 +14,7 @@ help:  ## list the targets
 .venv/ready: setup.py settings.ini constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "pillsnap needs Python 3.11 or newer: make PYTHON=/path/to/python"; exit 1; }
+	@[ -e .venv/ready ] || rm -rf .venv  # of an installation that was cut
 	@[ -d .venv ] || $(PYTHON) -c 'import shutil, sys; free = shutil.disk_usage(".").free // 10**9; \
 		sys.exit(f"pillsnap needs $(DISK) GB of disk for its environment, and {free} GB are free here: make room." \
 		if free < $(DISK) else 0)'

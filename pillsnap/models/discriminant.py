@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from scipy.linalg import eigh
 
 # %% auto #0
 __all__ = ['Scatter', 'discriminant']
@@ -26,11 +27,9 @@ class Scatter(NamedTuple):
         cls,
         features: torch.Tensor,  # float (drawings, pills, numbers)
     ) -> Scatter:
-        """The sums of some pills; raises `ValueError` for one drawing, or for what is no number."""
+        """The sums of some pills; raises `ValueError` for one drawing."""
         if len(features) < 2:
             raise ValueError("A discriminant needs two drawings of each pill at least.")
-        if not features.isfinite().all():
-            raise ValueError("The network answers with values that are not numbers: train with train.amp=off.")
         features = features.double()
         means = features.mean(dim=0)
         changes = (features - means).flatten(end_dim=1)
@@ -59,12 +58,11 @@ def discriminant(
     """Linear discriminant analysis (Fisher 1936), regularised (Friedman 1989)."""
     mean, numbers = scatter.total / scatter.pills, len(scatter.total)
     within, between = scatter.within / scatter.pills, scatter.between / scatter.pills - torch.outer(mean, mean)
-    ridge = _RIDGE * within.diagonal().mean().clamp(min=1e-12)
-    lower = torch.linalg.cholesky(within + ridge * torch.eye(numbers, dtype=within.dtype))
-    half = torch.linalg.solve_triangular(lower, between, upper=False)
-    whitened = torch.linalg.solve_triangular(lower, half.T, upper=False)
+    ridge = _RIDGE * within.diagonal().mean().clamp(min=1e-12) * torch.eye(numbers, dtype=within.dtype)
     told = min(size, numbers, scatter.pills - 1)
-    directions = torch.linalg.eigh((whitened + whitened.T) / 2).eigenvectors.flip(1)[:, :told]
     weights = torch.zeros(size, numbers, dtype=within.dtype)
-    weights[:told] = torch.linalg.solve_triangular(lower.T, directions, upper=True).T
+    if told:
+        part = [numbers - told, numbers - 1]  # eigenvalues come in ascending order
+        directions = eigh(between.numpy(), (within + ridge).numpy(), subset_by_index=part)[1]
+        weights[:told] = torch.from_numpy(directions[:, ::-1].copy()).T
     return weights

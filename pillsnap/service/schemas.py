@@ -136,7 +136,8 @@ class PillResponse(CandidateResponse):
 
     box: BoxResponse
     box_confidence: float | None = Field(
-        description="that there is a pill, 0 to 1; null = nothing was detected, the whole photo was used",
+        description="that there is a pill, 0 to 1, or how sharply its outline is decided where the model has no "
+        "detector; null = nothing was found, the whole photo was used",
         examples=[0.94],
     )
     verdict: str = Field(

@@ -23,6 +23,7 @@ from ..models.discriminant import Scatter, discriminant
 from ..models.embedding_losses import EMBEDDING_LOSSES
 from ..runlog import decide
 from .device.distributed import ProcessGroup
+from .schedule import TrainingError
 from .tasks import Row, Task
 
 # %% auto #0
@@ -126,7 +127,13 @@ class ClassifierTask(Task):
             with torch.inference_mode(), self.hardware.autocast():
                 seeds = (1000 * int(batch.numbers[0]) + number for number in range(drawings))
                 drawn = (self.prepare(batch, torch.Generator().manual_seed(seed))[0] for seed in seeds)
-                part = Scatter.of(torch.stack([network.body(crops).float().cpu() for crops in drawn]))
+                features = torch.stack([network.body(crops).float().cpu() for crops in drawn])
+            if not features.isfinite().all():
+                raise TrainingError(
+                    "The embedding can't be computed, because the features of the network are not finite: train with "
+                    "train.amp=off, or with a lower train.classifier.lr."
+                )
+            part = Scatter.of(features)
             scatter = part if scatter is None else scatter.plus(part)
         return scatter
 

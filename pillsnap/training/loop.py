@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NoReturn, TypeVar, cast
+from typing import NoReturn, cast
 
 import torch
 from tqdm import tqdm
@@ -19,7 +19,7 @@ from ..config.schema import Settings
 from ..progress import progress_stream
 from ..runlog import RunLog, decide
 from .checkpoint import CheckpointError
-from .device.distributed import ProcessGroup
+from .device.distributed import Made, ProcessGroup
 from .device.memory_ladder import free_memory
 from .schedule import TrainingError
 from .signals import stop_signals
@@ -27,7 +27,7 @@ from .step import Measured, attempt, check_loss, compile_network, train_step
 from .tasks import Task
 
 # %% auto #0
-__all__ = ['Made', 'next_task', 'evaluate_task', 'keep_last', 'keep_best', 'StepLog', 'Stopped', 'train_tasks']
+__all__ = ['next_task', 'evaluate_task', 'keep_last', 'keep_best', 'StepLog', 'Stopped', 'train_tasks']
 
 # %% ../../nbs/training/07_loop.ipynb #272a6f1b
 def next_task(
@@ -39,9 +39,6 @@ def next_task(
     return min(waiting, key=lambda task: task.progress.step // ratio[task.name], default=None)
 
 # %% ../../nbs/training/07_loop.ipynb #b005fa41
-Made = TypeVar("Made")
-
-
 def evaluate_task(
     task: Task,  # its averaged weights are evaluated
     group: ProcessGroup,  # processes that share the photos

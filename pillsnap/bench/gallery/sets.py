@@ -23,6 +23,7 @@ from ...data.reading.photo_files import decode_photo
 from ...data.scan.scan import check_usable, scan
 from ...masks.cutouts import CutoutArchive, MaskError, pill_on_black
 from ...masks.write import Part
+from ...runlog import decide
 from ...runtime.boxes import Box
 
 # %% auto #0
@@ -112,6 +113,8 @@ def studio_photos(
                     entry = {"id": place, "image_id": place, "category_id": drugs.setdefault(drug, len(drugs))}
                     annotations.append({**entry, "bbox": box, "area": box[2] * box[3], "iscrowd": 0})
             categories = [{"id": number, "name": drug} for drug, number in drugs.items()]
+            left_out = sum(map(len, cutouts.members.values())) - len(images)
+            decide("studio photos", f"{len(images):,} used", f"{left_out} left out: no pill can be told from the black")
             content = {"images": images, "annotations": annotations, "categories": categories}
             write_text(unfinished / "_annotations.coco.json", json.dumps(content))
             unfinished.rename(folder)

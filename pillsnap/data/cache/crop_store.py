@@ -263,6 +263,8 @@ class _MissingCrops:
         except ValueError as error:
             store.damaged.update(dict.fromkeys(numbers.tolist(), f"{reference}: {error}"))
             return
+        if store.crops.background is not None and None in places.values():
+            store.note("background", "kept in a photo without box", f"no pill could be outlined, first in {reference}")
         kept = set(store.wanted(numbers).tolist())
         for number in sorted(kept | set(self.numbers[positions].tolist())):
             try:
