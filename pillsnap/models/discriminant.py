@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from scipy.linalg import eigh
 
 # %% auto #0
 __all__ = ['Scatter', 'discriminant']
@@ -56,6 +55,8 @@ def discriminant(
     size: int,  # numbers of an embedding
 ) -> torch.Tensor:  # double (size, numbers), weights of a linear layer, the most telling direction first
     """Linear discriminant analysis (Fisher 1936), regularised (Friedman 1989)."""
+    from scipy.linalg import eigh  # here: a training without such drawings needs no SciPy
+
     mean, numbers = scatter.total / scatter.pills, len(scatter.total)
     within, between = scatter.within / scatter.pills, scatter.between / scatter.pills - torch.outer(mean, mean)
     ridge = _RIDGE * within.diagonal().mean().clamp(min=1e-12) * torch.eye(numbers, dtype=within.dtype)
