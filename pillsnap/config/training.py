@@ -156,12 +156,6 @@ def _count_or_auto(value: object) -> object:
 BatchSize = Annotated[int | Literal["auto"], BeforeValidator(_count_or_auto)]
 
 
-def _none_or_several(value: int) -> int:
-    if value == 1:
-        raise ValueError("must be 0, or from 2 on: one drawing doesn't show what changes between drawings")
-    return value
-
-
 class ClassifierTraining(Section):
     """Training settings of the classifier alone."""
 
@@ -176,7 +170,7 @@ class ClassifierTraining(Section):
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
     embedding_loss: str = "cosface"  # key of EMBEDDING_LOSSES
     embedding_weight: Annotated[float, Field(ge=0)] = 0.2
-    embedding_drawings: Annotated[int, Field(ge=0, le=100), AfterValidator(_none_or_several)] = 0
+    embedding_drawings: Annotated[int, Field(ge=0, le=100)] = 0
 
 
 class DetectorTraining(Section):

@@ -5,7 +5,7 @@
 # %% ../../nbs/training/03_classifier_task.ipynb #312a5642
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import reduce
 from typing import Any, cast
 
@@ -17,6 +17,7 @@ from torch.nn import functional
 from ..config.plugins import pick
 from ..data.augment import augment_crops
 from ..data.batches import Batch
+from ..data.drawings import draw_crops
 from ..metrics import classification_metrics
 from ..models.classifier import PillNetwork, normalisation
 from ..models.discriminant import Scatter, discriminant
@@ -100,8 +101,10 @@ class ClassifierTask(Task):
     def prepare(self, batch: Batch, generator: torch.Generator) -> tuple[Any, ...]:
         """Augmented, normalised crops and their labels."""
         crops = augment_crops(self.hardware.to_device(batch.images), generator)
-        labels = batch.labels.to(self.hardware.device, non_blocking=True)
-        return self.hardware.to_device((crops - self.mean) / self.deviation), labels
+        return self._normalised(crops), batch.labels.to(self.hardware.device, non_blocking=True)
+
+    def _normalised(self, crops: torch.Tensor) -> torch.Tensor:  # float (n, 3, size, size), from 0 to 1
+        return self.hardware.to_device((crops - self.mean) / self.deviation)
 
     def loss(self, inputs: tuple[Any, ...]) -> torch.Tensor:
         """Mean of the loss over the crops."""
@@ -119,14 +122,12 @@ class ClassifierTask(Task):
 
     def prepare_evaluation(self, group: ProcessGroup) -> Scatter | None:
         """Draw the training crops of this process, where `train.classifier.embedding_drawings` asks for it."""
-        drawings, scatter = self.settings.train.classifier.embedding_drawings, None
-        if not drawings:
+        if not self.settings.train.classifier.embedding_drawings:
             return None
-        network = cast(PillNetwork, self.evaluated_network())
+        network, scatter = cast(PillNetwork, self.evaluated_network()), None
         for batch in self.in_turn(self.samples, group, -(-len(self.samples) // _MOST)):
             with torch.inference_mode(), self.hardware.autocast():
-                seeds = (1000 * int(batch.numbers[0]) + number for number in range(drawings))
-                drawn = (self.prepare(batch, torch.Generator().manual_seed(seed))[0] for seed in seeds)
+                drawn = self._drawn(self.hardware.to_device(batch.images), int(batch.numbers[0]))
                 features = torch.stack([network.body(crops).float().cpu() for crops in drawn])
             if not features.isfinite().all():
                 raise TrainingError(
@@ -136,6 +137,13 @@ class ClassifierTask(Task):
             part = Scatter.of(features)
             scatter = part if scatter is None else scatter.plus(part)
         return scatter
+
+    def _drawn(self, crops: torch.Tensor, first: int) -> Iterator[torch.Tensor]:  # `first`: number of the first crop
+        """Crops (n, 3, size, size) as they are, and each of their drawings."""
+        yield self._normalised(crops.float() / 255)
+        for number in range(self.settings.train.classifier.embedding_drawings):
+            seed = int(np.random.SeedSequence((self.settings.seed, first, number)).generate_state(1)[0])
+            yield self._normalised(draw_crops(crops, torch.Generator().manual_seed(seed)))
 
     def finish_preparation(self, computed: Scatter | None, group: ProcessGroup) -> None:
         """Compute the layer of the embedding from what all processes have drawn."""
@@ -147,12 +155,11 @@ class ClassifierTask(Task):
         with torch.no_grad():
             layer.weight.copy_(group.first(lambda: discriminant(scatter, layer.out_features)))
         drawings = self.settings.train.classifier.embedding_drawings
-        decide("embedding", "computed", f"from {drawings} drawings of {scatter.pills:,} training crops")
+        decide("embedding", "computed", f"from {scatter.pills:,} training crops; drawings of each: {drawings}")
 
     def evaluate_batch(self, network: nn.Module, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
         """Logits and labels."""
-        images = self.hardware.to_device(batch.images).float() / 255
-        crops = self.hardware.to_device((images - self.mean) / self.deviation)
+        crops = self._normalised(self.hardware.to_device(batch.images).float() / 255)
         return network(crops)[0].float().cpu().numpy(), batch.labels.numpy()
 
     def score(self, rows: list[Row]) -> dict[str, float]:
