@@ -15,7 +15,8 @@ from ..runtime.letterbox import GREY
 
 # %% auto #0
 __all__ = ['CROP_AUGMENTATIONS', 'Boxes', 'PHOTO_AUGMENTATIONS', 'uniform', 'random_views', 'random_light', 'random_cover',
-           'chunk_sizes', 'augment_crops', 'resized', 'mosaic', 'quarter_turns', 'zoom_and_shift', 'augment_photos']
+           'chunk_sizes', 'in_chunks', 'augment_crops', 'resized', 'mosaic', 'quarter_turns', 'zoom_and_shift',
+           'augment_photos']
 
 # %% ../../nbs/data/01_augment.ipynb #05f21be6
 def uniform(
@@ -119,6 +120,14 @@ def chunk_sizes(
     return [min(most, count - start) for start in range(0, count, most)]
 
 
+def in_chunks(
+    images: torch.Tensor,  # uint8 (n, 3, size, size)
+    change: Callable[[torch.Tensor], torch.Tensor],  # of floats, 0 to 255
+) -> torch.Tensor:  # (n, 3, size, size), as it gives
+    """Change the images of a batch a chunk at a time."""
+    return torch.cat([change(chunk.float()) for chunk in torch.split(images, chunk_sizes(images))])
+
+
 CROP_AUGMENTATIONS: dict[str, Callable[[torch.Tensor, torch.Generator], torch.Tensor]] = {
     "random_views": random_views,
     "random_light": random_light,
@@ -130,13 +139,13 @@ def augment_crops(
     generator: torch.Generator,  # source of randomness
 ) -> torch.Tensor:  # float (n, 3, size, size), 0 to 1
     """All augmentation steps for the classifier."""
-    augmented = []
-    for chunk in torch.split(crops, chunk_sizes(crops)):
-        images = chunk.float()
+
+    def augmented(images: torch.Tensor) -> torch.Tensor:
         for augment in CROP_AUGMENTATIONS.values():
             images = augment(images, generator)
-        augmented.append(images)
-    return random_cover(torch.cat(augmented), generator)
+        return images
+
+    return random_cover(in_chunks(crops, augmented), generator)
 
 # %% ../../nbs/data/01_augment.ipynb #156e7eff
 def resized(

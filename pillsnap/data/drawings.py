@@ -10,7 +10,7 @@ import math
 import torch
 from torchvision.transforms.v2.functional import gaussian_blur
 
-from .augment import chunk_sizes, random_views, uniform
+from .augment import in_chunks, random_views, uniform
 from ..runtime.letterbox import GREY
 
 # %% auto #0
@@ -18,7 +18,6 @@ __all__ = ['in_other_light', 'through_other_camera', 'draw_crops']
 
 # %% ../../nbs/data/09_drawings.ipynb #b61ca030
 _GAMMA = 2.2  # levels are this root of the light
-_NEAR_GREY = 4  # levels
 
 
 def in_other_light(
@@ -38,7 +37,7 @@ def in_other_light(
     contrast = uniform(count, 0.75, 1.1, generator, device)
     lit = (images * (gains * lamp.pow(1 / _GAMMA)).to(device)).clamp_(0, 255)
     lit.sub_(127.5).mul_(contrast).add_(127.5)
-    empty = (images - GREY).abs().amax(dim=1, keepdim=True) < _NEAR_GREY
+    empty = (images == GREY).all(dim=1, keepdim=True)
     return torch.where(empty, torch.full_like(lit, GREY), lit)
 
 # %% ../../nbs/data/09_drawings.ipynb #c0114ad6
@@ -61,8 +60,9 @@ def draw_crops(
     generator: torch.Generator,  # source of randomness
 ) -> torch.Tensor:  # float (n, 3, size, size), 0 to 1
     """Turned, tilted and moved a little, under another lamp, through another camera."""
-    drawn = []
-    for chunk in torch.split(crops, chunk_sizes(crops)):
-        views = random_views(chunk.float(), generator, zoom=(0.85, 1.1), shift=0.04, tilt=0.08)
-        drawn.append(through_other_camera(in_other_light(views, generator), generator))
-    return torch.cat(drawn) / 255
+
+    def drawn(images: torch.Tensor) -> torch.Tensor:
+        views = random_views(images, generator, zoom=(0.85, 1.1), shift=0.04, tilt=0.08)
+        return through_other_camera(in_other_light(views, generator), generator)
+
+    return in_chunks(crops, drawn) / 255
