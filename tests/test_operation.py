@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -420,9 +421,13 @@ def test_watch_prints_changes_and_exits_with_a_status(capfd: pytest.CaptureFixtu
 
 
 def workers(process: subprocess.Popen) -> set[int]:
-    """Worker processes, without zombies."""
-    children = [child for child in psutil.Process(process.pid).children() if child.status() != psutil.STATUS_ZOMBIE]
-    return {child.pid for child in children if "resource_tracker" not in " ".join(child.cmdline())}
+    """Worker processes, without zombies and without those that end while they are looked at."""
+    found = set()
+    for child in psutil.Process(process.pid).children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if child.status() != psutil.STATUS_ZOMBIE and "resource_tracker" not in " ".join(child.cmdline()):
+                found.add(child.pid)
+    return found
 
 
 def until(condition: Callable[[], object], log: Path) -> object:
