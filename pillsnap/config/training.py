@@ -168,6 +168,7 @@ class ClassifierTraining(Section):
     loss: str = "cross_entropy"  # key of LOSSES
     class_weights: str = "none"  # key of CLASS_WEIGHTS
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    augmentation: str = "usual"  # key of AUGMENTATIONS
     embedding_loss: str = "cosface"  # key of EMBEDDING_LOSSES
     embedding_weight: Annotated[float, Field(ge=0)] = 0.2
     embedding_drawings: Annotated[int, Field(ge=0, le=100)] = 0

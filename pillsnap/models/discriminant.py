@@ -53,7 +53,7 @@ _RIDGE = 0.3  # of the mean variance within a pill
 def discriminant(
     scatter: Scatter,  # of all pills
     size: int,  # numbers of an embedding
-) -> torch.Tensor:  # double (size, numbers), weights of a linear layer, the most telling direction first
+) -> torch.Tensor:  # double (size, numbers), weights of a linear layer, of length 1 on average, most telling first
     """Linear discriminant analysis (Fisher 1936), regularised (Friedman 1989)."""
     from scipy.linalg import eigh  # here: a training without such drawings needs no SciPy
 
@@ -66,4 +66,4 @@ def discriminant(
         part = [numbers - told, numbers - 1]  # eigenvalues come in ascending order
         directions = eigh(between.numpy(), (within + ridge).numpy(), subset_by_index=part)[1]
         weights[:told] = torch.from_numpy(directions[:, ::-1].copy()).T
-    return weights
+    return weights / weights.norm(dim=1).mean().clamp(min=1e-12)

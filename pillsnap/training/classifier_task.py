@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import reduce
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -28,7 +28,8 @@ from .schedule import TrainingError
 from .tasks import Row, Task
 
 # %% auto #0
-__all__ = ['CLASS_WEIGHTS', 'LOSSES', 'inverse_frequency', 'effective_number', 'class_weights', 'cross_entropy', 'ClassifierTask']
+__all__ = ['CLASS_WEIGHTS', 'LOSSES', 'AUGMENTATIONS', 'inverse_frequency', 'effective_number', 'class_weights', 'cross_entropy',
+           'Drawn', 'ClassifierTask']
 
 # %% ../../nbs/training/03_classifier_task.ipynb #7bce4996
 def inverse_frequency(
@@ -79,6 +80,44 @@ def cross_entropy(
 LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, float], torch.Tensor]] = {
     "cross_entropy": cross_entropy,
 }
+AUGMENTATIONS: dict[str, Callable[[torch.Tensor, torch.Generator], torch.Tensor]] = {
+    "usual": augment_crops,
+    "drawings": draw_crops,
+}
+
+# %% ../../nbs/training/03_classifier_task.ipynb #6251cbd6
+class Drawn(NamedTuple):
+    """What the drawings of some crops tell."""
+
+    scatter: Scatter
+    sums: torch.Tensor  # float (classes, numbers), of the features of the crops of each drug as they are
+
+    @classmethod
+    def of(
+        cls,
+        features: torch.Tensor,  # float (1 + drawings, crops, numbers), first those of the crops as they are
+        labels: torch.Tensor,  # (crops,) class index
+        classes: int,  # number of drugs
+    ) -> Drawn:
+        """Of the crops of a batch."""
+        sums = torch.zeros(classes, features.shape[2]).index_add_(0, labels, features[0])
+        return cls(Scatter.of(features), sums)
+
+    def plus(
+        self,
+        other: Drawn,  # of other crops
+    ) -> Drawn:
+        """Of both."""
+        return Drawn(self.scatter.plus(other.scatter), self.sums + other.sums)
+
+    def imprint(
+        self,
+        layer: nn.Linear,  # from features to logits; changed
+    ) -> None:
+        """Start each drug that has crops at their mean features (Qi et al. 2018, arXiv 1712.07136)."""
+        known = self.sums.any(dim=1, keepdim=True).to(layer.weight.device)
+        layer.weight.copy_(torch.where(known, functional.normalize(self.sums).to(layer.weight), layer.weight))
+        layer.bias.zero_()
 
 # %% ../../nbs/training/03_classifier_task.ipynb #42cbfae4
 _MOST = 50_000  # crops from which the layer of the embedding is computed
@@ -100,7 +139,8 @@ class ClassifierTask(Task):
 
     def prepare(self, batch: Batch, generator: torch.Generator) -> tuple[Any, ...]:
         """Augmented, normalised crops and their labels."""
-        crops = augment_crops(self.hardware.to_device(batch.images), generator)
+        augment = pick(AUGMENTATIONS, self.settings.train.classifier.augmentation, "train.classifier.augmentation")
+        crops = augment(self.hardware.to_device(batch.images), generator)
         return self._normalised(crops), batch.labels.to(self.hardware.device, non_blocking=True)
 
     def _normalised(self, crops: torch.Tensor) -> torch.Tensor:  # float (n, 3, size, size), from 0 to 1
@@ -114,17 +154,18 @@ class ClassifierTask(Task):
         chosen = self.settings.train.classifier
         loss = pick(LOSSES, chosen.loss, "train.classifier.loss")
         of_logits = loss(logits.float(), labels, self.weights, chosen.label_smoothing)
-        if not chosen.embedding_weight or chosen.embedding_drawings:
+        if not chosen.embedding_weight:
             return of_logits
         embedding_loss = pick(EMBEDDING_LOSSES, chosen.embedding_loss, "train.classifier.embedding_loss")
         proxies = cast(PillNetwork, self.network).proxies()
         return of_logits + chosen.embedding_weight * embedding_loss(embeddings, labels, proxies)
 
-    def prepare_evaluation(self, group: ProcessGroup) -> Scatter | None:
+    def compute_layers(self, group: ProcessGroup) -> Drawn | None:
         """Draw the training crops of this process, where `train.classifier.embedding_drawings` asks for it."""
-        if not self.settings.train.classifier.embedding_drawings:
+        chosen, first = self.settings.train.classifier, not self.progress.seen
+        if not chosen.embedding_drawings or first and (self.settings.train.start_from or not chosen.embedding_weight):
             return None
-        network, scatter = cast(PillNetwork, self.evaluated_network()), None
+        network, found = cast(PillNetwork, self.evaluated_network()), None
         for batch in self.in_turn(self.samples, group, -(-len(self.samples) // _MOST)):
             with torch.inference_mode(), self.hardware.autocast():
                 drawn = self._drawn(self.hardware.to_device(batch.images), int(batch.numbers[0]))
@@ -134,9 +175,9 @@ class ClassifierTask(Task):
                     "The embedding can't be computed, because the features of the network are not finite: train with "
                     "train.amp=off, or with a lower train.classifier.lr."
                 )
-            part = Scatter.of(features)
-            scatter = part if scatter is None else scatter.plus(part)
-        return scatter
+            part = Drawn.of(features, batch.labels, network.num_classes)
+            found = part if found is None else found.plus(part)
+        return found
 
     def _drawn(self, crops: torch.Tensor, first: int) -> Iterator[torch.Tensor]:  # `first`: number of the first crop
         """Crops (n, 3, size, size) as they are, and each of their drawings."""
@@ -145,17 +186,21 @@ class ClassifierTask(Task):
             seed = int(np.random.SeedSequence((self.settings.seed, first, number)).generate_state(1)[0])
             yield self._normalised(draw_crops(crops, torch.Generator().manual_seed(seed)))
 
-    def finish_preparation(self, computed: Scatter | None, group: ProcessGroup) -> None:
-        """Compute the layer of the embedding from what all processes have drawn."""
+    def take_layers(self, computed: Drawn | None, group: ProcessGroup) -> None:
+        """Compute the layer of the embedding from what all processes have drawn; at first the last layer too."""
         parts = [part for part in group.gather(computed) if part is not None]
         if not parts:
             return
-        scatter = reduce(Scatter.plus, parts)
-        layer = cast(PillNetwork, self.evaluated_network()).embedding
+        drawn, first = reduce(Drawn.plus, parts), not self.progress.seen
+        evaluated = cast(PillNetwork, self.evaluated_network())
+        layer = group.first(lambda: discriminant(drawn.scatter, evaluated.embedding.out_features))
         with torch.no_grad():
-            layer.weight.copy_(group.first(lambda: discriminant(scatter, layer.out_features)))
-        drawings = self.settings.train.classifier.embedding_drawings
-        decide("embedding", "computed", f"from {scatter.pills:,} training crops; drawings of each: {drawings}")
+            for network in (cast(PillNetwork, each) for each in (self.network, self.average.module) if first):
+                network.embedding.weight.copy_(layer)
+                drawn.imprint(network.logits)
+            evaluated.embedding.weight.copy_(layer)
+        what, count = "first weights" if first else "embedding", self.settings.train.classifier.embedding_drawings
+        decide(what, "computed", f"from {drawn.scatter.pills:,} training crops; drawings of each: {count}")
 
     def evaluate_batch(self, network: nn.Module, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
         """Logits and labels."""

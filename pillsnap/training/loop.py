@@ -27,7 +27,7 @@ from .step import Measured, attempt, check_loss, compile_network, train_step
 from .tasks import Task
 
 # %% auto #0
-__all__ = ['next_task', 'evaluate_task', 'keep_last', 'keep_best', 'StepLog', 'Stopped', 'train_tasks']
+__all__ = ['next_task', 'evaluate_task', 'compute_layers', 'keep_last', 'keep_best', 'StepLog', 'Stopped', 'train_tasks']
 
 # %% ../../nbs/training/07_loop.ipynb #272a6f1b
 def next_task(
@@ -47,7 +47,7 @@ def evaluate_task(
     """Evaluate, and keep the best weights; raises `TrainingError` when one image does not fit into memory."""
     for network in (task.network, task.average.module):
         group.average_buffers(network)
-    task.finish_preparation(_within_memory(lambda: task.prepare_evaluation(group), task, group, run), group)
+    compute_layers(task, group, run)
     if not len(task.validation):
         return keep_last(task)
     rows = _within_memory(lambda: task.evaluate(task.evaluated_network(), group), task, group, run)
@@ -56,6 +56,15 @@ def evaluate_task(
     run.evaluation(task.name, task.progress.step, metrics)
     task.progress.evaluated = task.evaluations_reached()
     return keep_best(task, metrics[task.monitor])
+
+
+def compute_layers(
+    task: Task,  # its layers that are computed change
+    group: ProcessGroup,  # processes that share the photos
+    run: RunLog,  # logs what does not fit into memory
+) -> None:
+    """Compute what a task computes, before its first step and before an evaluation."""
+    task.take_layers(_within_memory(lambda: task.compute_layers(group), task, group, run), group)
 
 
 def _within_memory(make: Callable[[], Made], task: Task, group: ProcessGroup, run: RunLog) -> Made:
@@ -175,6 +184,9 @@ def train_tasks(
     for task in tasks.values():
         compile_network(task, group)
     with stop_signals() as stop_signal, _progress_bar(tasks, group) as progress:
+        for task in tasks.values():
+            if not task.progress.seen:
+                compute_layers(task, group, run)
         while True:
             due = [task for task in tasks.values() if task.evaluation_is_due()]
             upcoming: Task | None = None

@@ -44,7 +44,7 @@ from pillsnap.training.checkpoint import (
     resume_run,
     save_run,
 )
-from .classifier_task import CLASS_WEIGHTS, LOSSES
+from .classifier_task import AUGMENTATIONS, CLASS_WEIGHTS, LOSSES
 from .device.distributed import ProcessGroup, describe_group, join_group, leave_group
 from .device.hardware import choose_hardware, seed_everything
 from .loop import train_tasks
@@ -100,6 +100,7 @@ def check_choices(
     background_of(settings)
     pick(LOSSES, chosen.loss, "train.classifier.loss")
     pick(CLASS_WEIGHTS, chosen.class_weights, "train.classifier.class_weights")
+    pick(AUGMENTATIONS, chosen.augmentation, "train.classifier.augmentation")
     pick(EMBEDDING_LOSSES, chosen.embedding_loss, "train.classifier.embedding_loss")
 
 

@@ -100,12 +100,12 @@ class Task(ABC):
                 rows.append((batch.numbers.numpy(), *self.evaluate_batch(network, batch)))
         return rows
 
-    def prepare_evaluation(self, group: ProcessGroup) -> Any:  # for `finish_preparation`
-        """What this process computes before the network is evaluated; most tasks compute nothing."""
+    def compute_layers(self, group: ProcessGroup) -> Any:  # for `take_layers`
+        """What this process computes before the first step and before an evaluation; most tasks compute nothing."""
         return None
 
-    def finish_preparation(self, computed: Any, group: ProcessGroup) -> None:
-        """Change the network that is evaluated by what all processes have computed."""
+    def take_layers(self, computed: Any, group: ProcessGroup) -> None:
+        """Change layers by what all processes have computed: of both networks at first, later of the evaluated one."""
         assert computed is None, "a task that computes something uses it"
 
     def in_turn(self, samples: Samples, group: ProcessGroup, every: int = 1) -> Iterator[Batch]:

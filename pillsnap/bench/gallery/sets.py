@@ -96,7 +96,6 @@ def studio_photos(
         return folder
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    drugs: dict[str, int] = {}
     try:
         unfinished = folder.with_name(f"{folder.name}.part")
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -107,12 +106,12 @@ def studio_photos(
                     photo = cutouts.photo(drug, number)
                     if (box := _box_of(photo)) is None:
                         continue
-                    name, place = f"{drug}_{number}.png", len(images)
+                    name, place = f"{drug}_{number}.png", len(images)  # its sides look different: each is a class
                     write_bytes(unfinished / name, cv2.imencode(".png", photo[..., ::-1])[1].tobytes())
                     images.append({"id": place, "file_name": name, "width": photo.shape[1], "height": photo.shape[0]})
-                    entry = {"id": place, "image_id": place, "category_id": drugs.setdefault(drug, len(drugs))}
+                    entry = {"id": place, "image_id": place, "category_id": place}
                     annotations.append({**entry, "bbox": box, "area": box[2] * box[3], "iscrowd": 0})
-            categories = [{"id": number, "name": drug} for drug, number in drugs.items()]
+            categories = [{"id": each["id"], "name": Path(each["file_name"]).stem} for each in images]
             left_out = sum(map(len, cutouts.members.values())) - len(images)
             decide("studio photos", f"{len(images):,} used", f"{left_out} left out: no pill can be told from the black")
             content = {"images": images, "annotations": annotations, "categories": categories}
