@@ -66,4 +66,4 @@ def discriminant(
         part = [numbers - told, numbers - 1]  # eigenvalues come in ascending order
         directions = eigh(between.numpy(), (within + ridge).numpy(), subset_by_index=part)[1]
         weights[:told] = torch.from_numpy(directions[:, ::-1].copy()).T
-    return weights / weights.norm(dim=1).mean().clamp(min=1e-12)
+    return weights.div_(torch.linalg.vector_norm(weights, dim=1).mean().clamp(min=1e-12))

@@ -229,7 +229,7 @@ def measure(
             shutil.rmtree(labels / "all")
             two = _with_nodes(options, flat, labels / "half", folder)
             one = one_node(options, flat)
-            jobs = measure_jobs(options.run / "export", folder / "jobs", rounds=options.rounds)
+            jobs = measure_jobs(options.run / "export", folder / "jobs", rounds=2 * options.rounds - 1)
     finally:
         shutil.rmtree(labels)
     values = {"one_node": one, "two_nodes": two, "labels": options.labels, "scans": scans, "jobs": jobs}
