@@ -322,6 +322,10 @@ def test_plugin_that_is_missing_or_fails(
         ("train.schedule=cosinus", "train.schedule is 'cosinus', but must be one of cosine, onecycle"),
         ("data.format=toys", "data.format is 'toys', but must be one of auto, {readers}"),
         (
+            "train.classifier.augmentation=drawing",
+            "train.classifier.augmentation is 'drawing', but must be one of usual, drawings",
+        ),
+        (
             "train.classifier.class_weights=all",
             "train.classifier.class_weights is 'all', but must be one of none, inverse_frequency, effective_number",
         ),

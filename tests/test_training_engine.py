@@ -773,6 +773,15 @@ def test_a_run_of_one_network_reuses_the_other_from_an_earlier_run(
     assert decisions_of(run)["classifier weights"]["choice"] == "an earlier run's"
 
 
+def test_no_first_weights_are_computed_for_a_network_of_an_earlier_run(
+    whole: Path, tiny_settings: Callable[..., Settings], tmp_path: Path
+):
+    drawn = ("train.only=classifier", "train.classifier.embedding_drawings=1", "train.evaluations=1")
+    run = train(tiny_settings(*SHORT, *drawn, f"train.start_from={whole}"), tmp_path / "run")
+    decisions = decisions_of(run)
+    assert decisions["first weights"]["choice"] == "not computed" and decisions["embedding"]["choice"] == "computed"
+
+
 def test_a_network_that_does_not_improve_stops_early(
     tiny_settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

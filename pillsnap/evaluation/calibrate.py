@@ -5,6 +5,7 @@
 # %% ../../nbs/evaluation/08_calibrate.ipynb #50056169
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,9 +31,11 @@ from ..runtime.images import ImageError
 from ..training.checkpoint import CALIBRATION_FILE, CheckpointError, load_trained
 from ..training.run import train
 
+logger = logging.getLogger("pillsnap")
+
 # %% auto #0
-__all__ = ['Asked', 'ask', 'fit_temperature', 'fit_weights', 'choose_thresholds', 'choose_verdicts', 'calibration_error',
-           'verdict_rates', 'figures_of', 'folds_for', 'calibrate_run']
+__all__ = ['logger', 'Asked', 'ask', 'fit_temperature', 'fit_weights', 'choose_thresholds', 'choose_verdicts',
+           'calibration_error', 'verdict_rates', 'figures_of', 'folds_for', 'calibrate_run']
 
 # %% ../../nbs/evaluation/08_calibrate.ipynb #bde207bf
 @dataclass(frozen=True)
@@ -52,12 +55,13 @@ def ask(
     pills: pl.DataFrame,  # rows of a manifest
     max_pixels: int,  # width x height allowed
 ) -> Asked:
-    """Classify pills at their labelled boxes; photos that can't be decoded are left out."""
+    """Classify pills at their labelled boxes; photos that can't be decoded are left out, the log names them."""
     drugs, logits, labels, groups, nearest = identifier.rules.class_map, [], [], [], []
     for (image,), rows in pills.group_by("image", maintain_order=True):
         try:
             photo = decode_photo(str(image), max_pixels)
-        except ImageError:
+        except ImageError as error:
+            logger.warning("left out a damaged photo: %s", error)
             continue
         corners = rows.select("x1", "y1", "x2", "y2").rows()
         boxes = np.array([photo.reduced(Box(*box)) for box in corners], np.float32)

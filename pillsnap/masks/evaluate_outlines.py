@@ -5,6 +5,7 @@
 # %% ../../nbs/masks/06_evaluate_outlines.ipynb #ded56669
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from ..data.reading.photo_files import decode_photo
 from .cutouts import MaskError
 from .mask_metrics import boundary_f, mask_iou
 from ..progress import progress_stream
+from ..runlog import decide
 from ..runtime.boxes import Box
 from ..runtime.images import ImageError
 from ..runtime.outlines import mask_of
@@ -22,8 +24,10 @@ from ..runtime.outlines import mask_of
 if TYPE_CHECKING:
     import polars as pl
 
+logger = logging.getLogger("pillsnap")
+
 # %% auto #0
-__all__ = ['evaluate_outlines', 'outside']
+__all__ = ['logger', 'evaluate_outlines', 'outside']
 
 # %% ../../nbs/masks/06_evaluate_outlines.ipynb #6ed96fc2
 def evaluate_outlines(
@@ -33,25 +37,40 @@ def evaluate_outlines(
 ) -> dict[str, Any]:  # miou, boundary_f: 0 to 1; outside_box: mean fraction; pills, photos: counts
     """Compare the masks of labelled boxes with those of the labels; raises `MaskError` where there are none.
 
-    A photo that can't be decoded at its full size is left out.
+    Photos that can't be decoded at the size of their outlines are left out; the log names them.
     """
-    values, photos = [], rows.partition_by("image", maintain_order=True) if len(rows) else []
+    values, photos, left_out = [], rows.partition_by("image", maintain_order=True) if len(rows) else [], 0
     for own in tqdm(photos, desc="outlines", unit="photo", file=progress_stream(), disable=None):
-        try:
-            pixels = decode_photo(own["image"][0], max_pixels).pixels
-        except ImageError:
-            continue
         size = (own["width"][0], own["height"][0])
-        if pixels.shape[1::-1] != size:
+        pixels = _decoded(own["image"][0], size, max_pixels)
+        if pixels is None:
+            left_out += 1
             continue
         boxes = [Box(*box) for box in own.select("x1", "y1", "x2", "y2").iter_rows()]
         for box, outline, found in zip(boxes, own["outline"], outliner.masks(pixels, boxes)):
             truth = mask_of(outline, *size)
             values.append((mask_iou(found, truth), boundary_f(found, truth), outside(found, box)))
+    if left_out:
+        why = "they are damaged, or of another size than their outlines"
+        decide("outlines", f"{left_out} of {len(photos)} photos left out", why, fallback=True)
     if not values:
         raise MaskError("No held-out photo has a pill with an outline: label some, or compose photos.")
-    means = np.mean(values, axis=0).tolist()
-    return {**dict(zip(("miou", "boundary_f", "outside_box"), means)), "pills": len(values), "photos": len(photos)}
+    means, counts = np.mean(values, axis=0).tolist(), {"pills": len(values), "photos": len(photos) - left_out}
+    return {**dict(zip(("miou", "boundary_f", "outside_box"), means)), **counts}
+
+
+def _decoded(image: str, size: tuple[int, int], max_pixels: int) -> np.ndarray | None:
+    """The pixels of a photo, if it has the width and height that its outlines were made for."""
+    try:
+        pixels = decode_photo(image, max_pixels).pixels
+    except ImageError as error:
+        logger.warning("left out a damaged photo: %s", error)
+        return None
+    if pixels.shape[1::-1] != size:
+        found = " x ".join(map(str, pixels.shape[1::-1]))
+        logger.warning("left out a photo, %s pixels instead of %d x %d: %s", found, *size, image)
+        return None
+    return pixels
 
 
 def outside(

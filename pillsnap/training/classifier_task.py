@@ -110,7 +110,7 @@ class Drawn(NamedTuple):
         """Of both."""
         return Drawn(self.scatter.plus(other.scatter), self.sums + other.sums)
 
-    def imprint(
+    def start_at_means(
         self,
         layer: nn.Linear,  # from features to logits; changed
     ) -> None:
@@ -162,8 +162,12 @@ class ClassifierTask(Task):
 
     def compute_layers(self, group: ProcessGroup) -> Drawn | None:
         """Draw the training crops of this process, where `train.classifier.embedding_drawings` asks for it."""
-        chosen, first = self.settings.train.classifier, not self.progress.seen
-        if not chosen.embedding_drawings or first and (self.settings.train.start_from or not chosen.embedding_weight):
+        chosen, first, earlier = self.settings.train.classifier, not self.progress.seen, self.settings.train.start_from
+        if not chosen.embedding_drawings:
+            return None
+        if first and earlier:
+            decide("first weights", "not computed", "train.start_from names the run that they come from")
+        if first and (earlier or not chosen.embedding_weight):
             return None
         network, found = cast(PillNetwork, self.evaluated_network()), None
         for batch in self.in_turn(self.samples, group, -(-len(self.samples) // _MOST)):
@@ -197,7 +201,7 @@ class ClassifierTask(Task):
         with torch.no_grad():
             for network in (cast(PillNetwork, each) for each in (self.network, self.average.module) if first):
                 network.embedding.weight.copy_(layer)
-                drawn.imprint(network.logits)
+                drawn.start_at_means(network.logits)
             evaluated.embedding.weight.copy_(layer)
         what, count = "first weights" if first else "embedding", self.settings.train.classifier.embedding_drawings
         decide(what, "computed", f"from {drawn.scatter.pills:,} training crops; drawings of each: {count}")
