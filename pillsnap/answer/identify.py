@@ -26,7 +26,7 @@ from .verdicts.reasons import LOOK_ALIKES, NO_COLOUR, NONE_ALIKE, NOT_CALIBRATED
 from .verdicts.verdicts import AMBIGUOUS, IDENTIFIED, NO_PILL, UNKNOWN
 from ..errors import PillsnapError
 from ..runtime.boxes import Box
-from ..runtime.letterbox import letterbox, normalise
+from ..runtime.letterbox import halve, letterbox, normalise
 from ..runtime.session import ModelError, all_outputs
 
 # %% auto #0
@@ -181,6 +181,7 @@ def softmax(
 
 # %% ../../nbs/answer/03_identify.ipynb #457f2dae
 PIPELINES = ("single", "combo")
+_LARGE = 1024  # longer side of a photo that is halved once for all steps, pixels
 DETAIL = 256  # side of a crop in which letters can be read, pixels
 _DETAILS = 8  # of a photo at most, which bounds the time that an answer takes
 _REFINED = 100  # candidates that a second look puts in another order
@@ -279,7 +280,8 @@ class Identifier:
                 "The pipeline combo needs a detector, and this model has none: use single, or add detector.onnx."
             )
         started = perf_counter()
-        boxes, scores = pills or self._detect(image, pipeline, confidence)
+        half = halve(image) if max(image.shape[:2]) >= _LARGE and min(image.shape[:2]) > 1 else None
+        boxes, scores = pills or self._detect(image, pipeline, confidence, half)
         detected = perf_counter()
         hint = (
             f"{len(boxes)} pills were found and only the clearest was named: the pipeline combo names them all."
@@ -290,7 +292,7 @@ class Identifier:
         boxes, scores, notes = _select(boxes, scores, pipeline, self.finds_pills)
         crops = self._crops(image, boxes, whole=pipeline == "single")
         grey = is_grey(image)
-        around = surroundings(image, found) if len(crops) else None
+        around = surroundings(image, found, half) if len(crops) else None
         balance = self._correct(crops, around, boxes)
         details = self._details(image, boxes, whole=pipeline == "single")
         masks = self._cut_out(crops, image, boxes)
@@ -373,6 +375,7 @@ class Identifier:
         image: np.ndarray,  # RGB, uint8, (height, width, 3)
         confidence: float | None = None,  # a detection below it is left out, 0 to 1; None = the rules' box_confidence
         size: int | None = None,  # side of the letterboxed photo, pixels; None = the rules' detector_size
+        half: np.ndarray | None = None,  # the photo at half its size, as for `resize`
     ) -> tuple[np.ndarray, np.ndarray]:  # boxes x1 y1 x2 y2 in photo pixels (n, 4) and scores (n,), best first
         """Detect the pills of a photo; without a detector there are none."""
         if self.detect is None:
@@ -387,6 +390,7 @@ class Identifier:
             side,
             self.rules.box_confidence if confidence is None else confidence,
             self.rules.nms_iou,
+            half,
         )
 
     def _detect(
@@ -394,14 +398,15 @@ class Identifier:
         image: np.ndarray,  # RGB, uint8, (height, width, 3)
         pipeline: str,  # "single" or "combo"
         confidence: float | None,  # as `find`
+        half: np.ndarray | None,  # as `find`
     ) -> tuple[np.ndarray, np.ndarray]:  # as `find`
         if pipeline == "single" and self.rules.single_size != self.rules.detector_size:
-            boxes, scores = self.find(image, confidence, self.rules.single_size)
+            boxes, scores = self.find(image, confidence, self.rules.single_size, half)
             if len(boxes):
                 return boxes, scores
         if pipeline == "single" and self.detect is None and self.rules.background == REMOVE:
             return self._outlined(image, confidence)
-        return self.find(image, confidence)
+        return self.find(image, confidence, half=half)
 
     def _outlined(
         self,

@@ -12,10 +12,18 @@ import cv2
 import numpy as np
 
 # %% auto #0
-__all__ = ['GREY', 'resize', 'Placement', 'place_letterbox', 'letterbox', 'to_letterbox', 'to_photo', 'normalise']
+__all__ = ['GREY', 'halve', 'resize', 'Placement', 'place_letterbox', 'letterbox', 'to_letterbox', 'to_photo', 'normalise']
 
 # %% ../../nbs/runtime/03_letterbox.ipynb #173aa8d2
 GREY = 114  # fill outside of a photo, 0 to 255
+
+
+def halve(
+    image: np.ndarray,  # RGB, uint8, (height, width, 3), two pixels high and wide at least
+) -> np.ndarray:  # RGB, uint8, (height // 2, width // 2, 3)
+    """Average blocks of two by two pixels."""
+    width, height = image.shape[1] // 2, image.shape[0] // 2
+    return cv2.resize(image[: 2 * height, : 2 * width], (width, height), interpolation=cv2.INTER_AREA)
 
 
 def resize(
@@ -23,13 +31,11 @@ def resize(
     width: int,  # wanted, pixels
     height: int,  # wanted, pixels
     into: np.ndarray | None = None,  # where to write it; None = a new array
+    half: np.ndarray | None = None,  # the photo as `halve` makes it, where somebody has it; None = nobody
 ) -> np.ndarray:  # RGB, uint8, (height, width, 3)
     """Scale a photo: by averaging when it shrinks, linearly when it grows."""
     while image.shape[1] > 2 * width and image.shape[0] > 2 * height:
-        half_width, half_height = image.shape[1] // 2, image.shape[0] // 2
-        image = cv2.resize(
-            image[: 2 * half_height, : 2 * half_width], (half_width, half_height), interpolation=cv2.INTER_AREA
-        )
+        image, half = halve(image) if half is None else half, None
     shrinks = width < image.shape[1] or height < image.shape[0]
     return cv2.resize(image, (width, height), dst=into, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
 
@@ -56,6 +62,7 @@ def place_letterbox(
 def letterbox(
     image: np.ndarray,  # RGB, uint8, (height, width, 3)
     size: int,  # side of the square, pixels
+    half: np.ndarray | None = None,  # as for `resize`
 ) -> tuple[np.ndarray, Placement]:  # RGB, uint8, (size, size, 3), and where the photo lies in it
     """Scale the photo to fit a square, centred on grey."""
     height, width = image.shape[:2]
@@ -66,7 +73,7 @@ def letterbox(
     if (new_width, new_height) == (width, height):
         inside[:] = image
     else:
-        resize(image, new_width, new_height, into=inside)
+        resize(image, new_width, new_height, into=inside, half=half)
     return square, placement
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from ...runtime.boxes import Box
 from ...runtime.color.spaces import to_linear
+from ...runtime.letterbox import halve
 
 # %% auto #0
 __all__ = ['CLIPPED', 'LINEAR', 'Surroundings', 'surroundings']
@@ -115,11 +116,10 @@ def _span(box: np.ndarray, reach: float) -> tuple[slice, slice]:
 _LEAST = 0.02  # fraction of the photo that has to be seen, or nothing is corrected
 
 
-def _small(image: np.ndarray) -> np.ndarray:
+def _small(image: np.ndarray, half: np.ndarray | None) -> np.ndarray:
     """A copy of at most `_SIDE` pixels; halving is much faster than taking the mean of other numbers of pixels."""
     while min(image.shape[:2]) > 1 and max(image.shape[:2]) >= 2 * _SIDE:
-        height, width = image.shape[0] // 2, image.shape[1] // 2
-        image = cv2.resize(image[: 2 * height, : 2 * width], (width, height), interpolation=cv2.INTER_AREA)
+        image, half = halve(image) if half is None else half, None
     scale = min(1.0, _SIDE / max(image.shape[:2]))
     size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
     return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
@@ -128,9 +128,10 @@ def _small(image: np.ndarray) -> np.ndarray:
 def surroundings(
     image: np.ndarray,  # RGB, uint8, (height, width, 3)
     boxes: Sequence[Box] | np.ndarray = (),  # pills: x1 y1 x2 y2, pixels; rows with NaN are not known
+    half: np.ndarray | None = None,  # the photo as `halve` makes it, where somebody has it; None = nobody
 ) -> Surroundings | None:  # None: the photo has no surroundings, its colours are canonical
     """Take the pixels that tell the light."""
-    small = _small(image)
+    small = _small(image, half)
     scale = max(small.shape[:2]) / max(image.shape[:2])
     seen = _brightest(small) >= _BLACK
     known = np.asarray(boxes, np.float64).reshape(-1, 4)

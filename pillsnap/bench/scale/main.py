@@ -125,8 +125,8 @@ def label_scans(
     folder: Path,  # for manifests
 ) -> dict[str, list[dict[str, float]]]:  # by engine and workers, "half" for half as many; a measurement of each round
     """Scan labels by local processes and by Ray, with one and two workers."""
-    wanted = {"half": ("local", 2, half)}
-    wanted |= {f"{engine}_{count}": (engine, count, labels) for count in (1, 2) for engine in ("local", "ray")}
+    wanted = {"half": ("local", 2, half)}  # what is compared is measured one after the other
+    wanted |= {f"{engine}_{count}": (engine, count, labels) for count in (2, 1) for engine in ("local", "ray")}
     found: dict[str, list[dict[str, float]]] = {name: [] for name in wanted}
     for _ in range(options.rounds):
         for name, (engine, count, root) in wanted.items():
