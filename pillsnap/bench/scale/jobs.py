@@ -38,6 +38,9 @@ __all__ = ['open_place', 'start_worker', 'working', 'kill', 'sample_photos', 'pa
            'measure_soak', 'measure_jobs']
 
 # %% ../../../nbs/bench/scale/10_jobs.ipynb #d18d1cdf
+_ANSWERS = {"identify": {"imprint": "off"}}  # of jobs and calls
+
+
 def open_place(
     model_dir: Path,  # with classifier.onnx
     folder: Path,  # gets settings, jobs and logs
@@ -47,10 +50,10 @@ def open_place(
     """Write the settings of a worker into a folder, and open its queue."""
     folder.mkdir(parents=True, exist_ok=True)
     section = {"queued": jobs, "folder": str((folder / "jobs").resolve()), "lease_seconds": lease_seconds}
-    settings = Settings.model_validate({"jobs": section})
-    (folder / "config.yaml").write_text(yaml.safe_dump({"jobs": section}), encoding="utf-8")
+    settings = {"jobs": section, **_ANSWERS}
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
     (folder / ".env").write_text(f"MODEL_PATH={Path(model_dir).resolve()}\n", encoding="utf-8")
-    return open_queue(settings.jobs, root=folder)
+    return open_queue(Settings.model_validate(settings).jobs, root=folder)
 
 
 def start_worker(
@@ -173,7 +176,7 @@ def measure_ratio(
 ) -> dict[str, Any]:  # job_ratio, job_seconds (s), their spreads, seconds of all rounds
     """Compare jobs with calls."""
     queue, files = open_place(model_dir, folder, 4), sample_photos(min(photos, 20))
-    models = Models(Path(model_dir), Settings())
+    models = Models(Path(model_dir), Settings.model_validate(_ANSWERS))
     (called := folder / "called").mkdir(exist_ok=True)
     _call(models, called, files, 1)
     with working(folder):
