@@ -57,11 +57,13 @@ def ask(
 ) -> Asked:
     """Classify pills at their labelled boxes; photos that can't be decoded are left out, the log names them."""
     drugs, logits, labels, groups, nearest = identifier.rules.class_map, [], [], [], []
+    damaged = 0
     for (image,), rows in pills.group_by("image", maintain_order=True):
         try:
             photo = decode_photo(str(image), max_pixels)
         except ImageError as error:
             logger.warning("left out a damaged photo: %s", error)
+            damaged += 1
             continue
         corners = rows.select("x1", "y1", "x2", "y2").rows()
         boxes = np.array([photo.reduced(Box(*box)) for box in corners], np.float32)
@@ -70,6 +72,8 @@ def ask(
         nearest += [search.nearest(embedding, 1)[0] for embedding in identifier.embed(crops)]
         labels += [drugs.index_of(code) if code in drugs else -1 for code in rows["code"]]
         groups += [f"{group} {code}" for group, code in rows.select("group", "code").rows()]
+    if damaged:
+        decide("calibration", f"{damaged} of {pills['image'].n_unique()} photos left out", "damaged", fallback=True)
     found = np.concatenate([np.empty((0, len(drugs)), np.float32), *logits])
     named = [search.gallery.references[number].codes for number, _ in nearest]
     agrees = [drugs[int(best)].code in codes for best, codes in zip(found.argmax(axis=1), named, strict=True)]

@@ -53,6 +53,8 @@ def evaluate_outlines(
     if left_out:
         why = "they are damaged, or of another size than their outlines"
         decide("outlines", f"{left_out} of {len(photos)} photos left out", why, fallback=True)
+    if not values and left_out:
+        raise MaskError("No held-out photo with outlines can be used: the log names each, and says what is wrong.")
     if not values:
         raise MaskError("No held-out photo has a pill with an outline: label some, or compose photos.")
     means, counts = np.mean(values, axis=0).tolist(), {"pills": len(values), "photos": len(photos) - left_out}
