@@ -13,8 +13,7 @@ from PIL import Image
 from tiny_models import RULES, save_classifier, save_detector
 
 from pillsnap.answer.color.balance import COLOR_RULES, NO_CORRECTION, Balance, estimate_balance, estimate_balances
-from pillsnap.answer.color.learned import LEARNED, LEARNED_RULE, light_features, mixed_color, pill_light
-from pillsnap.answer.color.surroundings import surroundings
+from pillsnap.answer.color.learned import LEARNED, LEARNED_RULE, mixed_colors
 from pillsnap.answer.factory import load_identifier
 from pillsnap.answer.identify import Identifier
 from pillsnap.answer.rules import ModelMismatch, Rules
@@ -70,6 +69,19 @@ def test_a_cache_never_returns_the_pixels_of_another_rule(rule: str, cache: str,
         crops = Crops([str(photo)], np.array([BOX], np.float64), color)
         store = open_store(crops, 64, 0.12, 10**7, cache, tmp_path / "cache")
         assert np.array_equal(store[0], CropStore(crops, 64, 0.12, 10**7)[0])
+
+
+def test_a_cache_never_returns_the_pixels_of_other_numbers(
+    photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    crops = Crops([str(photo)], np.array([BOX], np.float64), LEARNED_RULE)
+    before = open_store(crops, 64, 0.12, 10**7, "hotset", tmp_path / "cache")[0]
+    other = replace(LEARNED, level=-2.0)
+    monkeypatch.setattr("pillsnap.data.cache.crop_store.LEARNED", other)
+    monkeypatch.setattr(mixed_colors, "__defaults__", (other,))
+    assert not np.array_equal(before, CropStore(crops, 64, 0.12, 10**7)[0])
+    after = open_store(crops, 64, 0.12, 10**7, "hotset", tmp_path / "cache")[0]
+    assert np.array_equal(after, CropStore(crops, 64, 0.12, 10**7)[0])
 
 
 def test_the_light_is_gone(photo: Path):
@@ -189,23 +201,18 @@ def test_a_classifier_whose_learned_rule_was_trained_anew_is_refused():
         Rules.from_json(value)
 
 
-def test_a_part_of_the_exposure_can_be_corrected(photo: Path, monkeypatch: pytest.MonkeyPatch):
-    """Half of it moves a photo half as far, with the same colour; files say so, and are refused where it differs."""
-    half = replace(LEARNED, strength=0.5)
-    around = surroundings(np.asarray(Image.open(photo)), [BOX])
-    assert around is not None
-    features, pill = light_features(around, BOX), pill_light(around, BOX)
-    whole, part, none = (
-        np.log2(mixed_color(features, replace(LEARNED, strength=strength), pill)) for strength in (1.0, 0.5, 0.0)
-    )
-    assert np.allclose(part, (whole + none) / 2) and np.ptp(whole - none) < 1e-9 and abs(whole - none).max() > 0.1
-    assert np.array_equal(mixed_color(features, LEARNED, pill), 2**whole), "all of it is what nobody chooses"
-    monkeypatch.setattr("pillsnap.answer.rules.LEARNED", half)
-    value = replace(RULES, color=LEARNED_RULE).to_json()
-    assert value["color_weights"] == LEARNED.to_json() | {"strength": 0.5} and Rules.from_json(value)
-    monkeypatch.undo()
-    with pytest.raises(ModelMismatch, match="learned has other numbers"):
-        Rules.from_json(value)
+def test_the_middle_pill_of_a_photo_has_a_say_in_the_exposure_of_all():
+    """A dark pill that lies alone is taken for one in the shade; between light ones less so."""
+    photo = np.full((120, 240, 3), 150, np.uint8)
+    boxes = [Box(20.0 + 75 * number, 40, 70 + 75 * number, 80) for number in range(3)]
+    for number, level in enumerate((176, 60, 176)):
+        photo[40:80, 20 + 75 * number : 70 + 75 * number] = level
+    light, dark, _ = estimate_balances(photo, LEARNED_RULE, boxes)
+    (alone,) = estimate_balances(photo, LEARNED_RULE, boxes, boxes[1:2])
+    assert alone == dark, "it is the middle of all pills, not of those that are corrected"
+    photo[:, :90], photo[:, 165:] = 150, 150
+    (single,) = estimate_balances(photo, LEARNED_RULE, boxes[1:2])
+    assert light.exposure < dark.exposure < single.exposure - 0.2
 
 
 def test_files_with_other_rules_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -14,7 +14,15 @@ import cv2
 import numpy as np
 
 from ..answer.color.balance import gain_table
-from ..answer.color.learned import EDGES, FEATURES, LightWeights, light_features, mixed_color, pill_light
+from pillsnap.answer.color.learned import (
+    EDGES,
+    FEATURES,
+    LightWeights,
+    light_features,
+    mixed_colors,
+    pill_exposures,
+    pill_lights,
+)
 from ..answer.color.surroundings import surroundings
 from ..answer.crops import crop_pill
 from .data.light import draw_light, relight
@@ -34,13 +42,13 @@ class FitError(PillsnapError):
 
 @dataclass(frozen=True)
 class LightSample:
-    """A pill and what surrounds it."""
+    """The n pills of a photo in one light, and what surrounds them."""
 
-    features: np.ndarray  # (features, 3), log2 of linear light
-    pill: np.ndarray  # (3,), log2 of the linear light of the pill
-    pixels: np.ndarray  # RGB, uint8, (n, 3): the colours of the pill
-    crop: np.ndarray  # RGB, uint8, (side, side, 3), for a network
-    drug: str
+    features: np.ndarray  # (n, features, 3), log2 of linear light
+    pills: np.ndarray  # (n, 3), log2 of the linear light of the pills
+    pixels: tuple[np.ndarray, ...]  # RGB, uint8, (pixels, 3): the colours of each pill
+    crops: tuple[np.ndarray, ...]  # RGB, uint8, (side, side, 3), for a network
+    drugs: tuple[str, ...]
     source: str  # the same for all copies of a photo
     drawn: bool  # whether the light was drawn
 
@@ -69,15 +77,13 @@ def light_samples(
         photo = photos[number]
         for drawn, image in enumerate(_taken(photo, lights, rng)):
             around = surroundings(image, photo.boxes)
-            if around is None:
+            if around is None or not photo.boxes:
                 continue
-            for box, code in zip(photo.boxes, photo.codes, strict=True):
-                pixels = pill_pixels(image, box)[::_EVERY]
-                pill = pill_light(around, box)
-                assert pill is not None, "there is a box"
-                crop = crop_pill(image, box, size=_SIDE)
-                features = light_features(around, box)
-                found.append(LightSample(features, pill, pixels, crop, code, photo.source, drawn > 0))
+            boxes = np.array(photo.boxes, np.float64)
+            pixels = tuple(pill_pixels(image, box)[::_EVERY] for box in photo.boxes)
+            crops = tuple(crop_pill(image, box, size=_SIDE) for box in photo.boxes)
+            known = light_features(around, boxes), pill_lights(around, boxes)
+            found.append(LightSample(*known, pixels, crops, tuple(photo.codes), photo.source, drawn > 0))
     if not found:
         raise FitError("No photo shows a pill with something around it: name photos that were not cut out.")
     return found
@@ -86,16 +92,25 @@ def light_samples(
 Embed = Callable[[Sequence[np.ndarray]], np.ndarray]  # crops (side, side, 3) -> unit vectors (n, numbers)
 
 
+def _gains(sample: LightSample, weights: LightWeights | None) -> np.ndarray:
+    """Factors of linear light for each pill."""
+    if weights is None:
+        return np.ones((len(sample.drugs), 3))
+    exposures = pill_exposures(sample.features, sample.pills, weights)
+    gains: np.ndarray = 1 / mixed_colors(sample.features, exposures, float(np.median(exposures)), weights)
+    return gains
+
+
 def _vectors(samples: Sequence[LightSample], weights: LightWeights | None, embed: Embed | None) -> np.ndarray:
     """Describe corrected pills; without weights they stay as they are."""
     rows, crops = [], []
     for sample in samples:
-        gains = np.ones(3) if weights is None else 1 / mixed_color(sample.features, weights, sample.pill)
-        table = gain_table(gains)
-        corrected = np.stack([table[sample.pixels[:, channel], channel] for channel in range(3)], axis=1)
-        rows.append(histogram(to_lab(corrected / 255)))
-        if embed is not None:
-            crops.append(cv2.LUT(sample.crop, table[:, None]))
+        for gains, pixels, crop in zip(_gains(sample, weights), sample.pixels, sample.crops, strict=True):
+            table = gain_table(gains)
+            corrected = np.stack([table[pixels[:, channel], channel] for channel in range(3)], axis=1)
+            rows.append(histogram(to_lab(corrected / 255)))
+            if embed is not None:
+                crops.append(cv2.LUT(crop, table[:, None]))
     histograms = np.stack(rows)
     return histograms if embed is None else np.concatenate([histograms, embed(crops)], axis=1)
 
@@ -104,8 +119,10 @@ def _found(samples: Sequence[LightSample], vectors: np.ndarray) -> tuple[float, 
     """Top-1 in the photos' own light and in drawn lights, both halves of the sources asking the other."""
     sources = sorted({sample.source for sample in samples})
     half = set(np.random.default_rng(0).permutation(sources)[::2].tolist())
-    drugs, drawn = np.array([sample.drug for sample in samples]), np.array([sample.drawn for sample in samples])
-    first = np.array([sample.source in half for sample in samples])
+    counts = [len(sample.drugs) for sample in samples]
+    drugs = np.array([drug for sample in samples for drug in sample.drugs])
+    drawn = np.repeat([sample.drawn for sample in samples], counts)
+    first = np.repeat([sample.source in half for sample in samples], counts)
     hits, lit = [np.zeros(0)], [np.zeros(0, bool)]
     for gallery in (first, ~first):
         kept, asked = np.flatnonzero(gallery & ~drawn), np.flatnonzero(~gallery)
@@ -174,10 +191,9 @@ def _leveled(datasets: Sequence[Sequence[LightSample]], weights: LightWeights) -
     levels = []
     for samples in datasets:
         own = [sample for sample in samples if not sample.drawn]
-        brightness = [np.asarray(weights.brightness) @ sample.features.mean(axis=1) for sample in own]
-        cast = [np.asarray(weights.color) @ (each.features - each.features.mean(axis=1)[:, None]) for each in own]
-        pills = [float((sample.pill - each).max()) for sample, each in zip(own, cast, strict=True)]
-        levels.append(float(np.median(np.array(brightness) - np.array(pills))) + weights.white)
+        ground = np.concatenate([each.features.mean(axis=2) @ np.asarray(weights.brightness) for each in own])
+        pills = np.concatenate([pill_exposures(each.features, each.pills, weights) for each in own])
+        levels.append(float(np.median(ground - pills)))
     return replace(weights, level=round(float(np.mean(levels)), 3))
 
 # %% ../../nbs/color/05_fit.ipynb #5f01a667

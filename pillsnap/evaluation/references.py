@@ -89,7 +89,7 @@ def reference_of(
         data, corners = read_photo(row.image), [row.x1, row.y1, row.x2, row.y2]
         photo = open_photo(data, max_pixels, name=row.image)
         box, *others = (photo.reduced(Box(*found)) for found in (corners, *row.boxes))
-        crop = identifier.crops_of(photo.pixels, np.array([box]), np.array([box, *others]))[0]
+        crop = identifier.crops_of(photo.pixels, np.array([box]), np.array(others or [box]))[0]
         place = repr(corners).encode() if row.photo_kind == "combination" else b""  # else as where it is enrolled
         digest = hashlib.sha256(data + place).hexdigest()
         side = row.side if row.side in ("front", "back") else ""

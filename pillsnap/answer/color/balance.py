@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from .learned import LEARNED_RULE, learned_color
+from .learned import LEARNED_RULE, learned_colors
 from .surroundings import Surroundings, surroundings
 from ...runtime.boxes import Box
 from ...runtime.color.spaces import to_encoded, to_linear
@@ -34,11 +34,11 @@ def grey_mean(
 
 
 NO_CORRECTION = "none"  # the rule that leaves photos as they are
-Rule = Callable[[Surroundings, Box | None], np.ndarray]  # what is seen, a pill -> linear light (3,) of the colour 1
-COLOR_RULES: dict[str, Rule] = {
-    "gray_world": lambda around, box: grey_mean(around.unclipped(), 1) / _GREY,
-    "shades_of_gray": lambda around, box: grey_mean(around.unclipped(), 6) / _GREY,
-    LEARNED_RULE: learned_color,
+Rule = Callable[[Surroundings, np.ndarray], np.ndarray]  # what is seen, pills -> linear light of the colour 1, (n, 3)
+COLOR_RULES: dict[str, Rule] = {  # or (3,) for all of them
+    "gray_world": lambda around, boxes: grey_mean(around.unclipped(), 1) / _GREY,
+    "shades_of_gray": lambda around, boxes: grey_mean(around.unclipped(), 6) / _GREY,
+    LEARNED_RULE: learned_colors,
 }
 
 
@@ -95,9 +95,10 @@ def balances_in(
 ) -> list[Balance]:  # of each pill
     """Estimate the correction of each pill in surroundings that are known."""
     boxes = np.asarray(corrected, np.float64).reshape(-1, 4)
-    if around is None or rule == NO_CORRECTION:
+    if around is None or rule == NO_CORRECTION or not len(boxes):
         return [Balance()] * len(boxes)
-    return [_balance(around, rule, None if np.isnan(box).any() else Box(*box.tolist())) for box in boxes]
+    gains = np.broadcast_to(np.clip(1 / COLOR_RULES[rule](around, boxes), 0.1, 10), (len(boxes), 3))
+    return [Balance((red, green, blue)) for red, green, blue in gains.tolist()]
 
 
 def estimate_balance(
@@ -107,9 +108,4 @@ def estimate_balance(
 ) -> Balance:
     """Estimate one correction for the whole photo."""
     around = None if rule == NO_CORRECTION else surroundings(image, pills)
-    return Balance() if around is None else _balance(around, rule, None)
-
-
-def _balance(around: Surroundings, rule: str, box: Box | None) -> Balance:
-    red, green, blue = (float(gain) for gain in np.clip(1 / COLOR_RULES[rule](around, box), 0.1, 10))
-    return Balance((red, green, blue))
+    return balances_in(around, rule, np.full((1, 4), np.nan))[0]

@@ -5,7 +5,7 @@
 # %% ../../../nbs/answer/color/01_learned.ipynb #50a02920
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
@@ -13,8 +13,8 @@ from .surroundings import LINEAR, Surroundings
 from ...runtime.boxes import Box
 
 # %% auto #0
-__all__ = ['EDGES', 'FEATURES', 'LEARNED_RULE', 'LEARNED', 'light_features', 'LightWeights', 'mixed_color', 'pill_light',
-           'learned_color']
+__all__ = ['EDGES', 'FEATURES', 'LEARNED_RULE', 'LEARNED', 'light_features', 'LightWeights', 'pill_exposures', 'mixed_colors',
+           'pill_lights', 'learned_colors']
 
 # %% ../../../nbs/answer/color/01_learned.ipynb #dd7b2e7c
 _QUANTILES = (0.5, 0.75, 0.9)
@@ -36,21 +36,28 @@ def _quantile(counts: np.ndarray, part: float) -> np.ndarray:
     return light
 
 
+def _near(around: Surroundings, box: np.ndarray, everywhere: np.ndarray) -> list[np.ndarray]:
+    """Median light around a pill; where too little is seen there, that of the whole photo."""
+    rows = []
+    for reach in () if np.isnan(box).any() else _REACHES:
+        counts = around.counts(Box(*box.tolist()), reach)
+        rows.append(_quantile(counts, 0.5) if counts[:, 0].sum() >= _ENOUGH else everywhere)
+    return rows or [everywhere] * len(_REACHES)
+
+
 def light_features(
     around: Surroundings,
-    box: Box | None = None,  # of the pill, pixels of the photo; None: for the whole photo
-) -> np.ndarray:  # (features, 3): log2 of linear red, green and blue
-    """Describe the light of a photo, or of a pill in it."""
+    boxes: np.ndarray,  # of pills, pixels of the photo, (n, 4); a row with NaN stands for the whole photo
+) -> np.ndarray:  # (n, features, 3): log2 of linear red, green and blue
+    """Describe the light of a photo at each of its pills."""
     edges, counts = around.edges(), around.counts()
     pixels = counts[:, 0].sum()
     parts = counts / pixels
     rows = [_quantile(counts, part) for part in _QUANTILES]
     rows += [(LINEAR**power @ parts) ** (1 / power) for power in _POWERS]
     rows.append(edges.mean(axis=0) if len(edges) >= max(_ENOUGH, 0.01 * pixels) else LINEAR @ parts)
-    for reach in _REACHES:
-        near = counts if box is None else around.counts(box, reach)
-        rows.append(_quantile(near, 0.5) if near[:, 0].sum() >= _ENOUGH else rows[0])
-    features: np.ndarray = np.log2(np.maximum(rows, 1e-4))
+    found = np.array([[*rows, *_near(around, box, rows[0])] for box in boxes]).reshape(-1, len(FEATURES), 3)
+    features: np.ndarray = np.log2(np.maximum(found, 1e-4))
     return features
 
 # %% ../../../nbs/answer/color/01_learned.ipynb #78315311
@@ -64,15 +71,13 @@ class LightWeights:
     brightness: tuple[float, ...]  # of each feature; their sum is 1
     color: tuple[float, ...]  # of each feature; their sum is 1
     level: float  # log2 of the linear light that the studio would have shown
-    pill: float = 0.0  # weight of the pill's own brightness in the exposure, 0 to 1
+    pill: float = 0.0  # weight of the pills' brightness in the exposure, 0 to 1
     white: float = -1.24  # log2 of linear light: brightest channel of a pill in the studio
-    strength: float = 1.0  # fraction of the exposure that is corrected, 0 to 1; the colour always is as a whole
+    shared: float = 0.5  # weight of the photo's middle pill in that brightness, 0 to 1; the rest is the pill's own
 
     def to_json(self) -> dict[str, object]:
         """Convert to plain values."""
-        mixture = {"brightness": list(self.brightness), "color": list(self.color), "level": self.level}
-        strength = {} if self.strength == 1 else {"strength": self.strength}  # files are older than it
-        return {**mixture, "pill": self.pill, "white": self.white, **strength}
+        return asdict(self) | {"brightness": list(self.brightness), "color": list(self.color)}
 
 
 LEARNED = LightWeights(
@@ -83,39 +88,57 @@ LEARNED = LightWeights(
 )
 
 
-_MOST = 1.5  # EV by which a pill may move the exposure
+def _casts(features: np.ndarray, weights: LightWeights) -> np.ndarray:
+    """How far each channel is from grey, (n, 3)."""
+    casts: np.ndarray = np.asarray(weights.color) @ (features - features.mean(axis=2, keepdims=True))
+    return casts
 
 
-def mixed_color(
-    features: np.ndarray,  # (features, 3), from `light_features`
+def pill_exposures(
+    features: np.ndarray,  # (n, features, 3), from `light_features`
+    pills: np.ndarray,  # log2 of their linear light, (n, 3), from `pill_lights`
     weights: LightWeights = LEARNED,
-    pill: np.ndarray | None = None,  # log2 of its linear light (3,); None: no pill is known
-) -> np.ndarray:  # (3,): linear light of the colour 1
-    """Mix the numbers."""
-    brightness = features.mean(axis=1)
-    cast = np.asarray(weights.color) @ (features - brightness[:, None])
-    exposure = float(np.asarray(weights.brightness) @ brightness) - weights.level
-    if pill is not None:
-        own = float((pill - cast).max()) - weights.white
-        exposure += float(np.clip(weights.pill * (own - exposure), -_MOST, _MOST))
-    color: np.ndarray = 2 ** (cast + weights.strength * exposure)
-    return color
+) -> np.ndarray:  # (n,), EV: how much brighter than in the studio each pill is; NaN where it is not known
+    """What pills tell about the exposure, once their cast is taken out."""
+    exposures: np.ndarray = (pills - _casts(features, weights)).max(axis=1) - weights.white
+    return exposures
 
 
-def pill_light(
+_MOST = 1.5  # EV by which pills may move the exposure
+
+
+def mixed_colors(
+    features: np.ndarray,  # (n, features, 3), from `light_features`
+    exposures: np.ndarray,  # (n,), EV, from `pill_exposures`
+    middle: float,  # EV: median of the exposures of all pills of the photo
+    weights: LightWeights = LEARNED,
+) -> np.ndarray:  # (n, 3): linear light of the colour 1
+    """Mix the numbers; where a pill's exposure is not known, the ground alone tells it."""
+    exposure = features.mean(axis=2) @ np.asarray(weights.brightness) - weights.level
+    pills = (1 - weights.shared) * exposures + weights.shared * middle
+    exposure = exposure + np.nan_to_num(np.clip(weights.pill * (pills - exposure), -_MOST, _MOST))
+    colors: np.ndarray = 2 ** (_casts(features, weights) + exposure[:, None])
+    return colors
+
+
+def pill_lights(
     around: Surroundings,
-    box: Box | None,  # of the pill, pixels of the photo
-) -> np.ndarray | None:  # (3,)
-    """Log2 of the linear light that a pill sends back."""
-    if box is None:
-        return None
-    light: np.ndarray = np.log2(np.maximum(around.pill(box), 1e-4))
-    return light
+    boxes: np.ndarray,  # of pills, pixels of the photo, (n, 4)
+) -> np.ndarray:  # (n, 3); NaN where a row has NaN
+    """Log2 of the linear light that pills send back."""
+    found = [np.full(3, np.nan) if np.isnan(box).any() else around.pill(Box(*box.tolist())) for box in boxes]
+    lights: np.ndarray = np.log2(np.maximum(np.array(found).reshape(-1, 3), 1e-4))
+    return lights
 
 
-def learned_color(
+def learned_colors(
     around: Surroundings,
-    box: Box | None = None,  # of the pill, pixels of the photo; None: for the whole photo
-) -> np.ndarray:  # (3,): linear light of the colour 1
-    """Estimate the light."""
-    return mixed_color(light_features(around, box), pill=pill_light(around, box))
+    boxes: np.ndarray,  # of pills, pixels of the photo, (n, 4); a row with NaN stands for the whole photo
+) -> np.ndarray:  # (n, 3): linear light of the colour 1
+    """Estimate the light at each pill."""
+    every = np.concatenate([boxes, around.pills])
+    features = light_features(around, every)
+    exposures = pill_exposures(features, pill_lights(around, every))
+    known = exposures[len(boxes) :] if len(around.pills) else exposures
+    middle = float(np.median(known))
+    return mixed_colors(features[: len(boxes)], exposures[: len(boxes)], middle)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import cv2
 import numpy as np
@@ -45,6 +45,7 @@ class Surroundings:
     small: np.ndarray  # RGB, uint8, (height, width, 3)
     seen: np.ndarray  # bool (height, width)
     scale: float  # pixels of the small copy to one of the photo
+    pills: np.ndarray = field(default_factory=lambda: np.zeros((0, 4)))  # known ones: x1 y1 x2 y2, pixels of the photo
 
     def light(self) -> np.ndarray:
         """Linear light of all that is seen, (n, 3)."""
@@ -140,7 +141,7 @@ def surroundings(
         return None
     for box in known * scale:
         seen[_span(box, _MARGIN)] = False
-    return Surroundings(small, seen, scale) if seen.mean() >= _LEAST else None
+    return Surroundings(small, seen, scale, known) if seen.mean() >= _LEAST else None
 
 
 def _framed(seen: np.ndarray) -> bool:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ...answer.color.balance import NO_CORRECTION, Balance, estimate_balances
+from ...answer.color.learned import LEARNED, LEARNED_RULE
 from ...answer.crops import crop_pill, without_background
 from ...answer.outlines import Background
 from ...answer.shapes.masks import PillMask, only_pill
@@ -101,7 +102,8 @@ class Crops(Sequence[Crop]):
         if self.color == NO_CORRECTION and self.background is None:
             return ""
         cut = "" if self.background is None else f"outlined {self.background.hash}|"
-        return f"{self.color}|{cut}" + ("" if photo is None else f"{self.boxes[self.of_photo(photo)].tolist()}|")
+        color = str(LEARNED.to_json()) if self.color == LEARNED_RULE else self.color
+        return f"{color}|{cut}" + ("" if photo is None else f"{self.boxes[self.of_photo(photo)].tolist()}|")
 
     def places(self, photo: int, decoded: Photo) -> dict[int, Box | None]:
         """Where each crop of a photo is, pixels of the decoded photo; None: the whole photo.
