@@ -131,17 +131,21 @@ ALONE = ProcessGroup()  # training without torchrun
 # %% ../../../nbs/training/device/01_distributed.ipynb #074c9082
 _BEAT, _SILENCE = 3.0, 40.0  # seconds between two signs of life, and without one
 _left = threading.Event()  # this process has left its group
+_SIGNS = "signs of life"  # name of the threads
+_threads: list[threading.Thread] = []  # end with it: one inside of the store while Python ends would abort the process
 
 
 def _beat(rank: int, heard: dict[int, tuple[str, float]], store: Any) -> None:
     """Give a sign of life, and listen for those of the others."""
     for number in itertools.count():
+        if _left.is_set():
+            return
         store.set(f"pillsnap/alive/{rank}", str(number))
         for other, (last, _) in list(heard.items()):
             key = f"pillsnap/alive/{other}"
             if other == rank or (store.check([key]) and store.get(key).decode() != last):
                 heard[other] = str(number) if other == rank else store.get(key).decode(), time.monotonic()
-        time.sleep(_BEAT)
+        _left.wait(_BEAT)
 
 
 def _watch(rank: int, size: int) -> None:
@@ -154,7 +158,7 @@ def _watch(rank: int, size: int) -> None:
         with suppress(RuntimeError):  # a lost connection: this process hears nothing any more, its own signs included
             _beat(rank, heard, store_of(*address, is_master=False, wait_for_workers=False))
 
-    threading.Thread(target=beat, daemon=True).start()
+    (beating := threading.Thread(target=beat, name=_SIGNS, daemon=True)).start()
     while not _left.wait(_BEAT):
         silent = [other for other, (_, when) in heard.items() if time.monotonic() - when > _SILENCE]
         if silent and not _left.is_set():
@@ -165,6 +169,7 @@ def _watch(rank: int, size: int) -> None:
                 flush=True,
             )
             os._exit(1)
+    beating.join(_BEAT)
 
 # %% ../../../nbs/training/device/01_distributed.ipynb #cc916c45
 _TIMEOUT = timedelta(days=2)  # the first scan of a large dataset takes hours; torchrun notices a dead process at once
@@ -181,7 +186,9 @@ def join_group() -> ProcessGroup:
     if not distributed.is_initialized():
         distributed.init_process_group("nccl" if cuda else "gloo", timeout=_TIMEOUT)
         if int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1:
-            threading.Thread(target=_watch, args=(distributed.get_rank(), size), daemon=True).start()
+            arguments = distributed.get_rank(), size
+            _threads.append(threading.Thread(target=_watch, args=arguments, name=_SIGNS, daemon=True))
+            _threads[-1].start()
     return ProcessGroup(distributed.get_rank(), size)
 
 
@@ -189,6 +196,8 @@ def leave_group() -> None:
     """Close the connection to the other processes, if there is one."""
     if distributed.is_available() and distributed.is_initialized():
         _left.set()
+        for thread in _threads:
+            thread.join(2 * _BEAT)
         distributed.destroy_process_group()
 
 
