@@ -201,14 +201,17 @@ def _merge(words: list[Path], arguments: Namespace, settings: Settings) -> int:
 
 def confused(
     gallery: Gallery,
+    whiten: bool = True,  # as its model compares
 ) -> list[dict[str, object]]:  # codes, looks_like, similarity; the most similar first
     """The references whose nearest other reference is one of other drugs."""
     import numpy as np
 
+    from pillsnap.answer.gallery.search import Search
+
     if len(gallery.references) < 2:
         return []
     codes = [item.codes for item in gallery.references]
-    vectors, found = np.stack([item.embedding for item in gallery.references]), []
+    vectors, found = Search(gallery, whiten).embeddings, []
     for start in range(0, len(vectors), 1024):
         cosines = vectors[start : start + 1024] @ vectors.T
         cosines[np.arange(len(cosines)), start + np.arange(len(cosines))] = -2
@@ -223,14 +226,14 @@ def _check(words: list[Path], arguments: Namespace, settings: Settings) -> int:
     from pillsnap.answer.gallery.gallery_file import gallery_hash
 
     folder = _existing(arguments, settings)[0]
-    with _opened(folder, settings) as (_, gallery):  # refuses one of another network
+    with _opened(folder, settings) as (identifier, gallery):  # refuses one of another network
         sides = {code: {item.side for item in gallery.references if code in item.codes} for code in gallery.drugs}
     print_json(
         summary_of(gallery)
         | {
             "hash": gallery_hash(gallery),
             "without_both_sides": sorted(code for code, shown in sides.items() if not {"front", "back"} <= shown),
-            "confused": confused(gallery),
+            "confused": confused(gallery, identifier.rules.verdicts.whitened),
         }
     )
     return 0

@@ -50,6 +50,7 @@ class Verdicts:
     # On what they were chosen: photos and drugs of both kinds, risks; empty = they were not chosen.
     chosen_on: dict[str, float] = field(default_factory=dict, hash=False)
     turned: bool = False  # whether they are for the mean answer to a crop in four quarter turns
+    whitened: bool = True  # whether similarities are cosines without the scatter within the gallery's drugs
 
     def scores(
         self,
@@ -99,6 +100,9 @@ class Verdicts:
         value: dict[str, Any],  # from to_json
     ) -> Verdicts:  # the same again
         """Read them back; raises `TypeError` or `KeyError` for other values."""
+        of_cosines = value.get("similar") is not None or value.get("familiar") is not None
+        if of_cosines and "whitened" not in value:  # chosen by a version that compared the embeddings as they are
+            value = value | {"whitened": False}
         return cls(**(value | {"weights": tuple(value["weights"])}))
 
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ...answer.gallery.whitening import whitened, whitening
+
 # %% auto #0
 __all__ = ['Asked', 'Pills', 'draw', 'similarities', 'auroc', 'false_positives', 'Measured', 'shots', 'interval', 'told_apart',
            'resampled', 'unknowns']
@@ -52,8 +54,10 @@ def similarities(
     references: np.ndarray,  # numbers of the enrolled pills
     questions: np.ndarray,  # numbers of those asked
 ) -> tuple[np.ndarray, np.ndarray]:  # the best code of each question, and its cosine
-    """Search the drawn gallery for each question."""
-    cosines = pills.asked[questions] @ pills.enrolled[references].T
+    """Search the drawn gallery for each question, as a model compares with its own."""
+    enrolled = pills.enrolled[references]
+    matrix = whitening(enrolled, pills.codes[references].tolist())
+    cosines = whitened(pills.asked[questions], matrix) @ whitened(enrolled, matrix).T
     return pills.codes[references[cosines.argmax(axis=1)]], cosines.max(axis=1)
 
 
