@@ -20,7 +20,7 @@ def whitening(
     embeddings: np.ndarray,  # float32 (n, size), of length 1
     drugs: Sequence[Hashable],  # what each of them shows: a drug, or a side of it
 ) -> np.ndarray:  # float32 (size, size), symmetric; the identity where there is one photo of each
-    """The matrix that evens out the scatter within drugs, from its eigenvalues with a prior (Friedman 1989)."""
+    """Within-class covariance normalisation (Hatch et al. 2006), with a prior of even scatter (Friedman 1989)."""
     numbers = {drug: number for number, drug in enumerate(dict.fromkeys(drugs))}
     owners = np.array([numbers[drug] for drug in drugs], int)
     size, freedom = embeddings.shape[1], len(owners) - len(numbers)
