@@ -5,7 +5,6 @@
 # %% ../../../nbs/bench/gallery/02_networks.ipynb #c4e10a03
 from __future__ import annotations
 
-import shutil
 from argparse import Namespace
 from collections.abc import Collection, Sequence
 from dataclasses import replace
@@ -113,7 +112,8 @@ def left_out_drugs(
 
 
 def _settings(data: Path | None, options: Namespace, work: Path) -> Settings:
-    words = (*ONCE, "train.only=classifier", f"train.classifier.min_steps={options.steps}")
+    steps = f"train.classifier.min_steps={options.steps}"
+    words = (*ONCE, "train.only=classifier", "train.resume=last", steps)  # goes on where it was interrupted
     cache = f"paths.cache_root={work / 'cache'}"
     chosen = {text.partition("=")[0]: text for text in (*words, cache, *options.overrides)}  # the last of each wins
     return load_settings(profile="cpu", data_root=data, overrides=list(chosen.values()))
@@ -130,7 +130,6 @@ def partial_network(
     settings = _settings(data, options, run.parent)
     if not (run / CALIBRATION_FILE).is_file():
         if left_out:
-            shutil.rmtree(run, ignore_errors=True)  # of a training that was interrupted
             train(settings, run, dataset=without_drugs(dataset_of_run(product), left_out))
         calibrate_run(run, settings, options.folds)
     whole, part = load_identifier(product / "export"), identifier_of(load_trained(run))
