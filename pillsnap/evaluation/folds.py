@@ -55,18 +55,19 @@ def make_fold(
     left_out = set(codes[number::FOLDS].tolist())
     unknown = usable.manifest.filter((pl.col("class_index") >= 0) & pl.col("code").is_in(left_out))
     trained = without_drugs(usable, left_out)
-    asked = _held_back(trained.manifest, seed + number)
+    groups = np.random.default_rng(seed).permutation(sorted(set(usable.manifest["group"])))
+    asked = _held_back(trained.manifest, np.roll(groups, -(number * len(groups) // FOLDS)).tolist())
     split = pl.when(pl.col("group").is_in(asked)).then(pl.lit("validation")).otherwise(pl.lit("train"))
     manifest = trained.manifest.with_columns(split=split)
     return Fold(replace(trained, manifest=manifest), manifest.filter(pl.col("split") == "validation"), unknown)
 
 
-def _held_back(pills: pl.DataFrame, seed: int) -> list[str]:
-    """Capture groups to ask: a fraction of all, at random, and never the last one of a drug."""
+def _held_back(pills: pl.DataFrame, order: list[str]) -> list[str]:
+    """Capture groups to ask: a fraction of all, the first in the order, and never the last one of a drug."""
     drugs = {group: set(found) for group, found in pills.group_by("group").agg("code").iter_rows()}
     left: dict[str, int] = dict(pills.group_by("code").agg(pl.col("group").n_unique()).iter_rows())
     chosen: list[str] = []
-    for group in np.random.default_rng(seed).permutation(sorted(drugs)).tolist():
+    for group in filter(drugs.__contains__, order):
         if len(chosen) < _ASKED * len(drugs) and all(left[code] > 1 for code in drugs[group]):
             chosen.append(group)
             for code in drugs[group]:
