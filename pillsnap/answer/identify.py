@@ -59,7 +59,7 @@ class Match:
     """A reference of the gallery that looks like a pill."""
 
     drugs: tuple[Drug, ...]  # one, or several that look the same from this side
-    similarity: float  # cosine of the embeddings, -1 to 1
+    similarity: float  # cosine of the embeddings, as they are compared, -1 to 1
     side: str  # of the reference: "front", "back", "" = not known
     picture: bytes  # of the reference, a small JPEG
     imprint: str | None = None  # what is on the reference; "" = nothing legible, None = it was not read

@@ -118,7 +118,9 @@ class MatchResponse(BaseModel):
     """A reference of the gallery that looks like a pill."""
 
     drugs: list[DrugResponse] = Field(description="one, or several that look the same from this side")
-    similarity: float = Field(description="cosine of the embeddings, -1 to 1", examples=[0.87])
+    similarity: float = Field(
+        description="cosine of the embeddings, as they are compared (whitened), -1 to 1", examples=[0.87]
+    )
     side: str | None = Field(description="of the reference: front, back, null = not known", examples=["front"])
     picture: str = Field(description="the reference, a small JPEG as a data: address")
 

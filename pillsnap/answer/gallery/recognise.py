@@ -75,10 +75,9 @@ class GalleryIdentifier(Identifier):
             reference = gallery.references[number]
             drugs = tuple(gallery.drugs[code] for code in reference.codes)
             matches.append(Match(drugs, similarity, reference.side, reference.picture, reference.imprint))
-        shown = [
-            replace(candidate, picture=self.search.picture_of(candidate.drug.code, pill.embedding))
-            for candidate in pill.candidates[:_PICTURES]
-        ]
+        shown = pill.candidates[:_PICTURES]
+        pictures = self.search.pictures_of([candidate.drug.code for candidate in shown], pill.embedding)
+        shown = [replace(candidate, picture=picture) for candidate, picture in zip(shown, pictures, strict=True)]
         candidates = [*shown, *pill.candidates[_PICTURES:]]
         return replace(pill, candidates=candidates, matches=tuple(matches))
 

@@ -5,6 +5,7 @@
 # %% ../../../nbs/answer/gallery/03_search.ipynb #c2875b70
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -53,17 +54,18 @@ class Search:
         """An embedding as those of the references are compared with it."""
         return embedding if self._matrix is None else whitened(embedding[None], self._matrix)[0]
 
-    def picture_of(
+    def pictures_of(
         self,
-        code: str,  # of a drug
+        codes: Sequence[str],  # of drugs
         embedding: np.ndarray,  # float32 (size,), of length 1
-    ) -> bytes:  # a small JPEG; empty where the gallery doesn't have the drug
-        """The picture of a drug's most similar reference."""
-        rows = self._rows.get(code)
-        if not rows:
-            return b""
-        best = rows[int((self.embeddings[rows] @ self.as_compared(embedding)).argmax())]
-        return self.gallery.references[best].picture
+    ) -> list[bytes]:  # a small JPEG for each; empty where the gallery doesn't have the drug
+        """The pictures of the drugs' most similar references."""
+        asked, pictures = self.as_compared(embedding), []
+        for code in codes:
+            rows = self._rows.get(code)
+            best = rows[int((self.embeddings[rows] @ asked).argmax())] if rows else None
+            pictures.append(b"" if best is None else self.gallery.references[best].picture)
+        return pictures
 
     def nearest(
         self,
