@@ -7,6 +7,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import polars as pl
 import pytest
@@ -17,12 +18,15 @@ from pillsnap import cli
 from pillsnap.answer.factory import load_identifier
 from pillsnap.answer.gallery.gallery_file import GALLERY_FILE, read_gallery
 from pillsnap.answer.gallery.recognise import open_identifier
+from pillsnap.answer.gallery.references import Gallery, Reference
+from pillsnap.answer.gallery.search import Search
 from pillsnap.answer.identify import Identifier
 from pillsnap.answer.rules import ModelMismatch, Rules
 from pillsnap.answer.verdicts.verdicts import VERDICTS, Verdicts
 from pillsnap.atomic import sha256
 from pillsnap.data.moved import dataset_of_run
 from pillsnap.data.reading.photo_files import decode_photo
+from pillsnap.evaluation.calibrate import ask
 from pillsnap.training.checkpoint import CALIBRATION_FILE, CheckpointError, load_trained
 
 
@@ -62,6 +66,7 @@ def test_a_calibrated_run_exports_its_thresholds(
     chosen = report["verdicts"]["chosen_on"]
     assert len(report["answers"]["score"]) == chosen["known_photos"] + chosen["unknown_photos"]
     assert not all(report["answers"]["known"]), "a drug was left out"
+    assert report["left_out"] == 0
     assert load_trained(run).rules.verdicts == Verdicts.from_json(report["verdicts"])
     assert report["verdicts"]["turned"], "as the setting says"
     report["verdicts"] |= {"similar": 0.9, "familiar": 0.5}  # as where similarity tells more than the logits
@@ -79,6 +84,23 @@ def test_a_calibrated_run_exports_its_thresholds(
     (run / CALIBRATION_FILE).write_text("{", encoding="utf-8")
     with pytest.raises(CheckpointError, match="calibrate the run again"):
         load_trained(run)
+
+
+def test_a_calibration_counts_photos_that_it_leaves_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save_classifier(tmp_path, embeddings=True)
+    cv2.imwrite(str(tmp_path / "good.png"), np.full((80, 80, 3), (0, 200, 0), np.uint8))
+    (tmp_path / "damaged.png").write_bytes((tmp_path / "good.png").read_bytes()[:40])
+    identifier = load_identifier(tmp_path, detect=False)
+    code = identifier.rules.class_map[0].code
+    reference = Reference((code,), "", identifier.embed(np.zeros((1, 64, 64, 3), np.uint8))[0], b"", "a")
+    search = Search(Gallery("network", {code: identifier.rules.class_map[0]}, (reference,)))
+    photos = [str(tmp_path / name) for name in ("damaged.png", "good.png")]
+    corners = {name: [value, value] for name, value in {"x1": 10.0, "y1": 10.0, "x2": 70.0, "y2": 70.0}.items()}
+    pills = pl.DataFrame({"image": photos, "code": [code, code], "group": ["a", "b"], **corners})
+    with caplog.at_level("INFO", "pillsnap"):
+        asked = ask(identifier, search, pills, max_pixels=10**8)
+    assert (len(asked.labels), asked.labels[0], asked.left_out) == (1, 0, 1)
+    assert "damaged.png" in caplog.text and "1 of 2 photos left out" in caplog.text
 
 
 @pytest.mark.parametrize("decides", ["logits", "similarity"])

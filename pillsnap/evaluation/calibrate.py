@@ -47,6 +47,7 @@ class Asked:
     groups: np.ndarray  # (n,) source of each photo and drug, text
     similarities: np.ndarray  # (n,) cosine of the nearest reference
     agrees: np.ndarray  # (n,) whether that is one of the drug with the highest logit
+    left_out: int = 0  # photos that can't be decoded
 
 
 def ask(
@@ -78,7 +79,7 @@ def ask(
     named = [search.gallery.references[number].codes for number, _ in nearest]
     agrees = [drugs[int(best)].code in codes for best, codes in zip(found.argmax(axis=1), named, strict=True)]
     cosines = np.array([similarity for _, similarity in nearest])
-    return Asked(found, np.array(labels, int), np.array(groups, str), cosines, np.array(agrees, bool))
+    return Asked(found, np.array(labels, int), np.array(groups, str), cosines, np.array(agrees, bool), damaged)
 
 # %% ../../nbs/evaluation/08_calibrate.ipynb #2fc25ae3
 def fit_temperature(
@@ -265,7 +266,7 @@ def calibrate_run(
     folder: Path,  # run folder with best weights
     settings: Settings,  # of the run
     folds: int = 2,  # networks that are trained, 1 to FOLDS; more where their photos are too few for identify.risk
-) -> dict[str, Any]:  # verdicts, figures, answers; also written to calibration.json
+) -> dict[str, Any]:  # verdicts, figures, photos that were left out, answers; also written to calibration.json
     """Choose the thresholds of a run; raises `CheckpointError` for a run without a classifier."""
     folder = Path(folder)
     dataset, weights = dataset_of_run(folder, settings.paths.data_root), folder / "best_classifier.pt"
@@ -297,6 +298,7 @@ def calibrate_run(
         "verdicts": verdicts.to_json(),
         "figures": figures_of(answers, verdicts, gallery=verdicts.similar is not None),
         "figures_without_gallery": figures_of(answers, verdicts, gallery=False),
+        "left_out": sum(fold.left_out for fold in asked),
         "answers": answers.to_dict(as_series=False),
     }
     write_json(folder / CALIBRATION_FILE, report)
