@@ -59,8 +59,8 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def _is_ready(port: int, path: str) -> bool:
-    connection = HTTPConnection("127.0.0.1", port, timeout=5)
+def _is_ready(port: int, path: str, seconds: float = 5) -> bool:
+    connection = HTTPConnection("127.0.0.1", port, timeout=seconds)
     try:
         connection.request("GET", path)
         return connection.getresponse().status == 200
