@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from pillsnap import cli
 from pillsnap.answer.classes import ClassMap, Drug
 from pillsnap.answer.factory import load_identifier
 from pillsnap.config.load import load_settings
+from pillsnap.config.schema import Settings
 from pillsnap.data.manifest import load_dataset
 from pillsnap.evaluation.evaluate import identifier_of, true_photos
 from pillsnap.export import report as export_report
@@ -27,6 +29,7 @@ from pillsnap.registry.model_info import get_model_info
 from pillsnap.runtime.images import decode_image
 from pillsnap.runtime.session import Network
 from pillsnap.training.checkpoint import load_checkpoint, load_trained, save_checkpoint
+from pillsnap.training.run import train
 
 FORMATS = dict(ALL_FORMATS)
 
@@ -34,6 +37,20 @@ FORMATS = dict(ALL_FORMATS)
 @pytest.fixture(scope="module")
 def exported(trained_run: Path) -> dict[str, Any]:
     return export_run(trained_run, load_settings(trained_run / "config.yaml"), tuple(FORMATS))
+
+
+def test_an_embedding_of_the_stages_is_exported(tiny_settings: Callable[..., Settings], tmp_path: Path):
+    stages = ("model.classifier.embedding_from=stages", "train.classifier.embedding_drawings=1")
+    once = ("train.only=classifier", "train.evaluations=1", "train.classifier.embedding_weight=0", "train.amp=off")
+    run = train(tiny_settings(*stages, *once), tmp_path / "run")
+    layer = load_trained(run).classifier.embedding
+    assert layer.in_features != load_trained(run).classifier.logits.in_features and layer.weight.any()
+    report = export_run(run, load_settings(run / "config.yaml"), ("onnx", "pt2", "safetensors", "torchscript-script"))
+    for name in ("onnx", "pt2", "safetensors"):
+        found = report["formats"][name]["classifier"]
+        assert found["failures"] == [] and found["min_cosine"] > 0.9999, name
+    scripted = report["formats"]["torchscript-script"]["classifier"]
+    assert "can't be translated to TorchScript" in scripted["failures"][0]
 
 
 def test_every_format_is_within_the_tolerances(exported: dict[str, Any]):

@@ -74,6 +74,7 @@ def test_checkpoints_load_as_plain_data_with_class_map_and_decisions(trained_run
         "input_size": 64,
         "num_classes": 3,
         "embedding_size": 128,
+        "embedding_from": "features",
     }
     assert best["pytorch_version"] == str(torch.__version__)
     assert abs((datetime.now(UTC) - datetime.fromisoformat(best["training_date"])).total_seconds()) < 3600

@@ -20,8 +20,8 @@ from pydantic import (
 )
 
 # %% auto #0
-__all__ = ['Fraction', 'Positive', 'Count', 'CountOrZero', 'PosixPath', 'ImageSize', 'BatchSize', 'Section', 'Paths', 'Data',
-           'Dataloader', 'ClassifierModel', 'DetectorModel', 'SegmenterModel', 'Model', 'ClassifierTraining',
+__all__ = ['Fraction', 'Positive', 'Count', 'CountOrZero', 'PosixPath', 'STAGES', 'ImageSize', 'BatchSize', 'Section', 'Paths',
+           'Data', 'Dataloader', 'ClassifierModel', 'DetectorModel', 'SegmenterModel', 'Model', 'ClassifierTraining',
            'DetectorTraining', 'SegmenterTraining', 'Train']
 
 # %% ../../nbs/config/00_training.ipynb #af23acb9
@@ -105,6 +105,9 @@ def _leave_room_for_colours(value: int) -> int:
     return value
 
 
+STAGES = "stages"  # of the network, which an embedding is computed from
+
+
 class ClassifierModel(Section):
     """The network that classifies a pill."""
 
@@ -113,6 +116,7 @@ class ClassifierModel(Section):
     pretrained: bool = True
     drop_rate: Fraction = 0.2
     embedding_size: Annotated[int, Field(ge=2), AfterValidator(_leave_room_for_colours)] = 128
+    embedding_from: Literal["features", "stages"] = "features"
 
 
 def _fit_the_strides(value: int) -> int:
@@ -172,6 +176,7 @@ class ClassifierTraining(Section):
     embedding_loss: str = "cosface"  # key of EMBEDDING_LOSSES
     embedding_weight: Annotated[float, Field(ge=0)] = 0.2
     embedding_drawings: Annotated[int, Field(ge=0, le=100)] = 0
+    frozen_statistics: bool = False
 
 
 class DetectorTraining(Section):

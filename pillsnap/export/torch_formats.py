@@ -23,7 +23,7 @@ from torch import nn
 from ..atomic import replacing, write_json
 from ..evaluation.evaluate import torch_forward
 from .onnx import ExportError, Source, traceable
-from ..models.classifier import PillNetwork, as_arrays
+from ..models.classifier import PillNetwork, as_arrays, network_of
 from ..models.detector import RawDetections, detector_network
 from ..runtime.session import Network
 
@@ -149,8 +149,8 @@ def open_weights(
             metadata = json.loads((file.metadata() or {}).get("pillsnap", "{}"))
             network: nn.Module
             if metadata["task"] == "classifier":
-                classes, size = len(metadata["rules"]["class_map"]["drugs"]), file.get_slice("embedding.weight")
-                network = PillNetwork(metadata["model"], classes, size.get_shape()[0])
+                layers = {name: file.get_slice(name).get_shape() for name in ("logits.weight", "embedding.weight")}
+                network = network_of(metadata["model"], layers)
             else:
                 network = RawDetections(detector_network(metadata["model"]))
         load_model(network, str(path))

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,13 +17,14 @@ import torch
 from timm.data.config import resolve_model_data_config
 from torch import nn
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..config.schema import SettingsError
 from ..runlog import decide
 
 # %% auto #0
-__all__ = ['PACKAGED_WEIGHTS', 'EMBEDDING_SIZE', 'packaged_state', 'PillNetwork', 'as_arrays', 'build_classifier',
-           'normalisation']
+__all__ = ['PACKAGED_WEIGHTS', 'EMBEDDING_SIZE', 'packaged_state', 'moments', 'PillNetwork', 'network_of', 'as_arrays',
+           'build_classifier', 'normalisation']
 
 # %% ../../nbs/models/00_classifier.ipynb #094518eb
 PACKAGED_WEIGHTS = {  # timm name -> import name of the package that carries its weights
@@ -49,35 +52,93 @@ def packaged_state(
 
 # %% ../../nbs/models/00_classifier.ipynb #e81444e0
 EMBEDDING_SIZE = 128  # numbers of an embedding where the settings don't say
+_STAGES, _BLOCKS = 3, 5  # last ones of a network, which an embedding can be computed from; blocks where timm has them
+
+
+def moments(
+    stages: Sequence[torch.Tensor],  # float (n, channels, height, width) each
+) -> torch.Tensor:  # float32 (n, twice the channels of all stages)
+    """Mean and standard deviation of each channel over a crop, wherever in it something is."""
+    flat = [stage.flatten(2).float() for stage in stages]
+    parts = [(each.mean(2), (each.var(2, correction=0) + 1e-6).sqrt()) for each in flat]
+    return torch.cat([moment for pair in parts for moment in pair], dim=1)
 
 
 class PillNetwork(nn.Module):
     """A timm network with two outputs: logits and an embedding of length 1."""
+
+    __constants__ = ["stages"]  # so that TorchScript leaves out what isn't used
 
     def __init__(
         self,
         name: str,  # timm name
         classes: int,  # number of drugs
         embedding_size: int = EMBEDDING_SIZE,  # numbers of an embedding
+        stages: bool = False,  # compute the embedding from the moments of the last stages, not from the last features
         **keywords: Any,  # for timm: pretrained, drop_rate
     ) -> None:
+        """Raise `SettingsError` for a network whose stages can't be had."""
         super().__init__()
         self.body = timm.create_model(name, num_classes=0, **keywords)
         features = int(getattr(self.body, "head_hidden_size", None) or cast(Any, self.body).num_features)
-        self.num_classes = classes
+        self.num_classes, self.stages = classes, stages
+        self.frozen_statistics = False  # in training, those of batch normalisation
+        self.taken: dict[str, Any] = {}  # how timm is asked for the stages
         self.logits = nn.Linear(features, classes)
-        self.embedding = nn.Linear(features, embedding_size, bias=False)
+        self.embedding = nn.Linear(self._moments() if stages else features, embedding_size, bias=False)
+
+    def _moments(self) -> int:
+        """How many moments the stages have."""
+        try:
+            with torch.no_grad():
+                blocks = "extra_blocks" in inspect.signature(cast(Any, self.body).forward_intermediates).parameters
+                self.taken = {"indices": _BLOCKS, "extra_blocks": True} if blocks else {"indices": _STAGES}
+                return self.eval().features(torch.zeros(1, 3, 64, 64))[1].shape[1]
+        except (AttributeError, AssertionError, RuntimeError, TypeError):
+            raise SettingsError(
+                f"model.classifier.embedding_from is stages, but {type(self.body).__name__} doesn't give its stages: "
+                "set it to features, or take another network, such as an EfficientNet."
+            ) from None
+        finally:
+            self.train()
+
+    def train(
+        self,
+        mode: bool = True,  # False: evaluation mode
+    ) -> PillNetwork:  # itself
+        """Switch to training mode; with `frozen_statistics` batch normalisation stays in evaluation mode."""
+        super().train(mode)
+        for module in self.modules() if self.frozen_statistics else ():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+        return self
+
+    def features(
+        self,
+        images: torch.Tensor,  # float (n, 3, height, width), normalised
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # (n, numbers) of the logits; (n, numbers) of the embedding
+        """What the last layers read."""
+        if self.stages:
+            return self._of_stages(images)
+        else:  # TorchScript reads a branch, but no early return
+            features = self.body(images)
+            return features, features
+
+    def _of_stages(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        body = cast(Any, self.body)
+        last, stages = body.forward_intermediates(images, **self.taken)
+        return body.forward_head(last), moments(stages)
 
     def forward(
         self,
         images: torch.Tensor,  # float (n, 3, height, width), normalised
     ) -> tuple[torch.Tensor, torch.Tensor]:  # logits (n, classes); float32 embeddings (n, embedding_size)
         """Logits and embeddings of crops, from one pass."""
-        features = self.body(images)
-        return self.logits(features), functional.normalize(self.embedding(features).float(), dim=1, eps=1e-6)
+        of_logits, of_embedding = self.features(images)
+        return self.logits(of_logits), functional.normalize(self.embedding(of_embedding).float(), dim=1, eps=1e-6)
 
     def proxies(self) -> torch.Tensor:  # float32 (classes, embedding_size), of length 1
-        """An embedding for each drug."""
+        """An embedding for each drug, where both layers read the same features."""
         return functional.normalize(self.embedding(self.logits.weight).float(), dim=1, eps=1e-6)
 
     def set_grad_checkpointing(
@@ -86,6 +147,15 @@ class PillNetwork(nn.Module):
     ) -> None:
         """Gradient checkpointing of the timm network, where it has it."""
         cast(Any, self.body).set_grad_checkpointing(enable)
+
+
+def network_of(
+    name: str,  # timm name
+    shapes: Mapping[str, Sequence[int]],  # of the weights, by their names
+) -> PillNetwork:  # in evaluation mode, with random weights
+    """The network that has weights of these shapes; raises `KeyError` where a layer is missing."""
+    (classes, features), (size, read) = shapes["logits.weight"], shapes["embedding.weight"]
+    return PillNetwork(name, classes, size, stages=read != features).eval()
 
 
 def as_arrays(
@@ -102,8 +172,9 @@ def build_classifier(
     pretrained: bool = True,  # start from ImageNet weights
     drop_rate: float = 0.2,  # dropout before the last layer, 0 to 1
     embedding_size: int = EMBEDDING_SIZE,  # numbers of an embedding
+    stages: bool = False,  # compute the embedding from the moments of the last stages
 ) -> PillNetwork:
-    """Build the network; raises `SettingsError` for a name that timm does not know.
+    """Build the network; raises `SettingsError` for a name that timm does not know, or without stages.
 
     When the weights can't be loaded, it starts from random ones, which is recorded as a fallback.
     """
@@ -113,11 +184,11 @@ def build_classifier(
     package = PACKAGED_WEIGHTS.get(name)
     if not pretrained:
         decide("classifier weights", "random initialisation", "model.classifier.pretrained is false")
-        return PillNetwork(name, classes, embedding_size, drop_rate=drop_rate)
+        return PillNetwork(name, classes, embedding_size, stages, drop_rate=drop_rate)
     if package and importlib.util.find_spec(package):
-        return _from_package(name, package, classes, drop_rate, embedding_size)
+        return _from_package(name, package, PillNetwork(name, classes, embedding_size, stages, drop_rate=drop_rate))
     try:
-        network = PillNetwork(name, classes, embedding_size, pretrained=True, drop_rate=drop_rate)
+        network = PillNetwork(name, classes, embedding_size, stages, pretrained=True, drop_rate=drop_rate)
     except (OSError, RuntimeError, ValueError) as error:
         decide(
             "classifier weights",
@@ -125,17 +196,16 @@ def build_classifier(
             f"the weights of {name} can't be had ({_first_line(error)}); accuracy will be far lower",
             fallback=True,
         )
-        return PillNetwork(name, classes, embedding_size, drop_rate=drop_rate)
+        return PillNetwork(name, classes, embedding_size, stages, drop_rate=drop_rate)
     decide("classifier weights", "ImageNet", f"{name} from the model hub")
     return network
 
 
-def _from_package(name: str, package: str, classes: int, drop_rate: float, embedding_size: int) -> PillNetwork:
-    """The network with the weights of an installed package and a head for `classes`."""
+def _from_package(name: str, package: str, network: PillNetwork) -> PillNetwork:
+    """The network with the weights of an installed package."""
     original = timm.create_model(name)
     original.load_state_dict(packaged_state(original, package))
     cast(Any, original).reset_classifier(0)
-    network = PillNetwork(name, classes, embedding_size, drop_rate=drop_rate)
     network.body.load_state_dict(original.state_dict())
     decide("classifier weights", "ImageNet", f"{name} from the installed package {package}")
     return network

@@ -31,7 +31,7 @@ from ..config.load import settings_as_yaml
 from ..config.schema import Settings, SettingsError
 from ..errors import PillsnapError
 from ..masks.network import segmenter_network
-from ..models.classifier import PillNetwork
+from ..models.classifier import network_of
 from ..models.detector import RawDetections, detector_network
 from ..provenance import git_revision
 from ..runlog import RunLog, decide
@@ -174,10 +174,8 @@ class Trained:
             self.detector = RawDetections(detector).eval()
         if "classifier" in content or (self.detector is None and self.segmenter is None):
             state = content["classifier"]
-            size = len(state["embedding.weight"])
-            network = PillNetwork(self.names["classifier"], len(self.rules.class_map), size).eval()
-            network.load_state_dict(state)
-            self.classifier = network
+            self.classifier = network_of(self.names["classifier"], {name: state[name].shape for name in state})
+            self.classifier.load_state_dict(state)
 
     @property
     def outline_size(self) -> int:
@@ -297,6 +295,7 @@ def model_config(
             "input_size": classifier.image_size,
             "num_classes": classes,
             "embedding_size": classifier.embedding_size,
+            "embedding_from": classifier.embedding_from,
         },
         "detector": {"name": detector.name, "input_size": detector.image_size, "num_classes": 1},
         "segmenter": {"name": segmenter.name, "input_size": segmenter.image_size, "num_classes": 1},

@@ -90,18 +90,18 @@ class Drawn(NamedTuple):
     """What the drawings of some crops tell."""
 
     scatter: Scatter
-    sums: torch.Tensor  # float (classes, numbers), of the features of the crops of each drug as they are
+    sums: torch.Tensor  # float (classes, numbers), of the features that give the logits, of crops as they are
 
     @classmethod
     def of(
         cls,
-        features: torch.Tensor,  # float (1 + drawings, crops, numbers), first those of the crops as they are
+        features: torch.Tensor,  # float (1 + drawings, crops, numbers), that the embedding is computed from
+        of_logits: torch.Tensor,  # float (crops, numbers), that the logits are computed from, of the crops as they are
         labels: torch.Tensor,  # (crops,) class index
         classes: int,  # number of drugs
     ) -> Drawn:
         """Of the crops of a batch."""
-        sums = torch.zeros(classes, features.shape[2]).index_add_(0, labels, features[0])
-        return cls(Scatter.of(features), sums)
+        return cls(Scatter.of(features), torch.zeros(classes, of_logits.shape[1]).index_add_(0, labels, of_logits))
 
     def plus(
         self,
@@ -167,19 +167,20 @@ class ClassifierTask(Task):
             return None
         if first and earlier:
             decide("first weights", "not computed", "train.start_from names the run that they come from")
-        if first and (earlier or not chosen.embedding_weight):
+        if first and earlier:
             return None
         network, found = cast(PillNetwork, self.evaluated_network()), None
         for batch in self.in_turn(self.samples, group, -(-len(self.samples) // _MOST)):
             with torch.inference_mode(), self.hardware.autocast():
-                drawn = self._drawn(self.hardware.to_device(batch.images), int(batch.numbers[0]))
-                features = torch.stack([network.body(crops).float().cpu() for crops in drawn])
+                crops = self._drawn(self.hardware.to_device(batch.images), int(batch.numbers[0]))
+                read = [network.features(each) for each in crops]
+            features = torch.stack([of_embedding.float().cpu() for _, of_embedding in read])
             if not features.isfinite().all():
                 raise TrainingError(
                     "The embedding can't be computed, because the features of the network are not finite: train with "
                     "train.amp=off, or with a lower train.classifier.lr."
                 )
-            part = Drawn.of(features, batch.labels, network.num_classes)
+            part = Drawn.of(features, read[0][0].float().cpu(), batch.labels, network.num_classes)
             found = part if found is None else found.plus(part)
         return found
 

@@ -17,7 +17,8 @@ from torch import nn
 
 from ..answer.rules import Rules
 from ..answer.shapes.background import KEEP, REMOVE
-from ..config.schema import Settings
+from ..config.schema import Settings, SettingsError
+from ..config.training import STAGES
 from ..data.cache.budget import Budget, reads_per_byte
 from ..data.samples import Samples, background_of, classifier_samples, detector_samples, networks_of
 from ..masks.mask_samples import segmenter_samples
@@ -40,7 +41,8 @@ if TYPE_CHECKING:
     from pillsnap.data.manifest import Dataset
 
 # %% auto #0
-__all__ = ['TASKS', 'open_samples', 'build_networks', 'check_reused_network', 'own_hardware', 'check_validation', 'build_tasks']
+__all__ = ['TASKS', 'open_samples', 'check_embedding', 'build_networks', 'check_reused_network', 'own_hardware',
+           'check_validation', 'build_tasks']
 
 # %% ../../nbs/training/12_setup.ipynb #ea49a655
 def open_samples(
@@ -72,6 +74,20 @@ def open_samples(
     return {name: opening(rows, settings, budget) for name, opening, rows, _, _ in wanted}
 
 # %% ../../nbs/training/12_setup.ipynb #84a58198
+def check_embedding(
+    settings: Settings,  # model and train are read
+) -> None:
+    """Raise `SettingsError` for an embedding that is to be trained, and can only be computed."""
+    chosen = settings.train.classifier
+    computed_only = chosen.embedding_drawings and not chosen.embedding_weight
+    if settings.model.classifier.embedding_from != STAGES or computed_only:
+        return
+    raise SettingsError(
+        "model.classifier.embedding_from is stages, and such an embedding is computed, not trained: set "
+        "train.classifier.embedding_drawings to 1 or more and train.classifier.embedding_weight to 0."
+    )
+
+
 def build_networks(
     dataset: Dataset,  # its class map is read
     settings: Settings,  # model and train are read
@@ -79,8 +95,9 @@ def build_networks(
 ) -> tuple[dict[str, nn.Module], tuple[tuple[float, ...], tuple[float, ...]]]:  # networks; mean and deviation of pixels
     """The networks to train, detector first, on their device, and the classifier's normalisation.
 
-    With train.only it is this network alone.
+    With train.only it is this network alone. Raises `SettingsError` for an embedding that can't be trained.
     """
+    check_embedding(settings)
     names, earlier, wanted = settings.model.classifier, earlier_weights(settings), networks_of(settings)
     networks: dict[str, nn.Module] = {}
     if "detector" in wanted:
@@ -89,13 +106,15 @@ def build_networks(
         chosen = settings.model.segmenter
         networks["segmenter"] = build_segmenter(chosen.name, chosen.pretrained and "segmenter" not in (earlier or {}))
     if "classifier" in wanted:
-        networks["classifier"] = build_classifier(
+        networks["classifier"] = classifier = build_classifier(
             names.name,
             len(dataset.class_map),
             names.pretrained and "classifier" not in (earlier or {}),
             names.drop_rate,
             names.embedding_size,
+            names.embedding_from == STAGES,
         )
+        classifier.frozen_statistics = settings.train.classifier.frozen_statistics
     for name, network in networks.items():
         if earlier and name in earlier and settings.train.start_from is not None:
             same_drugs = Rules.from_json(earlier["rules"]).class_map.hash == dataset.class_map.hash
