@@ -149,8 +149,8 @@ def open_weights(
             metadata = json.loads((file.metadata() or {}).get("pillsnap", "{}"))
             network: nn.Module
             if metadata["task"] == "classifier":
-                layers = {name: file.get_slice(name).get_shape() for name in ("logits.weight", "embedding.weight")}
-                network = network_of(metadata["model"], layers)
+                shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
+                network = network_of(metadata["model"], shapes)
             else:
                 network = RawDetections(detector_network(metadata["model"]))
         load_model(network, str(path))

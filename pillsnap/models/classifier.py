@@ -5,9 +5,11 @@
 # %% ../../nbs/models/00_classifier.ipynb #57a5b513
 from __future__ import annotations
 
+import copy
 import importlib.util
 import inspect
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +22,7 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..config.schema import SettingsError
+from ..config.training import FEATURES, STAGES, TWIN
 from ..runlog import decide
 
 # %% auto #0
@@ -74,18 +77,19 @@ class PillNetwork(nn.Module):
         name: str,  # timm name
         classes: int,  # number of drugs
         embedding_size: int = EMBEDDING_SIZE,  # numbers of an embedding
-        stages: bool = False,  # compute the embedding from the moments of the last stages, not from the last features
+        embedding_from: str = FEATURES,  # the last features; or STAGES; or TWIN, of this network and of its twin
         **keywords: Any,  # for timm: pretrained, drop_rate
     ) -> None:
         """Raise `SettingsError` for a network whose stages can't be had."""
         super().__init__()
         self.body = timm.create_model(name, num_classes=0, **keywords)
         features = int(getattr(self.body, "head_hidden_size", None) or cast(Any, self.body).num_features)
-        self.num_classes, self.stages = classes, stages
+        self.twin = copy.deepcopy(self.body).requires_grad_(False) if embedding_from == TWIN else None
+        self.num_classes, self.stages = classes, embedding_from != FEATURES
         self.frozen_statistics = False  # in training, those of batch normalisation
         self.taken: dict[str, Any] = {}  # how timm is asked for the stages
         self.logits = nn.Linear(features, classes)
-        self.embedding = nn.Linear(self._moments() if stages else features, embedding_size, bias=False)
+        self.embedding = nn.Linear(self._moments() if self.stages else features, embedding_size, bias=False)
 
     def _moments(self) -> int:
         """How many moments the stages have."""
@@ -96,8 +100,8 @@ class PillNetwork(nn.Module):
                 return self.eval().features(torch.zeros(1, 3, 64, 64))[1].shape[1]
         except (AttributeError, AssertionError, RuntimeError, TypeError):
             raise SettingsError(
-                f"model.classifier.embedding_from is stages, but {type(self.body).__name__} doesn't give its stages: "
-                "set it to features, or take another network, such as an EfficientNet."
+                f"model.classifier.embedding_from needs the stages of the network, and {type(self.body).__name__} "
+                "doesn't give them: set it to features, or take another network, such as an EfficientNet."
             ) from None
         finally:
             self.train()
@@ -106,8 +110,10 @@ class PillNetwork(nn.Module):
         self,
         mode: bool = True,  # False: evaluation mode
     ) -> PillNetwork:  # itself
-        """Switch to training mode; with `frozen_statistics` batch normalisation stays in evaluation mode."""
+        """Switch to training mode, without the twin; with `frozen_statistics` without batch normalisation."""
         super().train(mode)
+        if self.twin is not None:
+            self.twin.eval()
         for module in self.modules() if self.frozen_statistics else ():
             if isinstance(module, _BatchNorm):
                 module.eval()
@@ -127,13 +133,17 @@ class PillNetwork(nn.Module):
     def _of_stages(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         body = cast(Any, self.body)
         last, stages = body.forward_intermediates(images, **self.taken)
+        if self.twin is not None:
+            stages += cast(Any, self.twin).forward_intermediates(images, intermediates_only=True, **self.taken)
         return body.forward_head(last), moments(stages)
 
     def forward(
         self,
         images: torch.Tensor,  # float (n, 3, height, width), normalised
     ) -> tuple[torch.Tensor, torch.Tensor]:  # logits (n, classes); float32 embeddings (n, embedding_size)
-        """Logits and embeddings of crops, from one pass."""
+        """Logits and embeddings of crops, from one pass; in training no embeddings that aren't trained."""
+        if self.stages and self.training:
+            return self.logits(self.body(images)), images.new_empty(len(images), 0)
         of_logits, of_embedding = self.features(images)
         return self.logits(of_logits), functional.normalize(self.embedding(of_embedding).float(), dim=1, eps=1e-6)
 
@@ -155,7 +165,8 @@ def network_of(
 ) -> PillNetwork:  # in evaluation mode, with random weights
     """The network that has weights of these shapes; raises `KeyError` where a layer is missing."""
     (classes, features), (size, read) = shapes["logits.weight"], shapes["embedding.weight"]
-    return PillNetwork(name, classes, size, stages=read != features).eval()
+    with_twin = any(weight.startswith("twin.") for weight in shapes)
+    return PillNetwork(name, classes, size, TWIN if with_twin else FEATURES if read == features else STAGES).eval()
 
 
 def as_arrays(
@@ -172,7 +183,7 @@ def build_classifier(
     pretrained: bool = True,  # start from ImageNet weights
     drop_rate: float = 0.2,  # dropout before the last layer, 0 to 1
     embedding_size: int = EMBEDDING_SIZE,  # numbers of an embedding
-    stages: bool = False,  # compute the embedding from the moments of the last stages
+    embedding_from: str = FEATURES,  # or STAGES, or TWIN
 ) -> PillNetwork:
     """Build the network; raises `SettingsError` for a name that timm does not know, or without stages.
 
@@ -181,14 +192,15 @@ def build_classifier(
     if not timm.is_model(name.split(".")[0]):
         near = timm.list_models(f"*{name.split('.')[0][:12]}*")[:3]
         raise SettingsError(f"model.classifier.name: timm has no network {name!r}; near names are {near}.")
+    make = partial(PillNetwork, name, classes, embedding_size, embedding_from, drop_rate=drop_rate)
     package = PACKAGED_WEIGHTS.get(name)
     if not pretrained:
         decide("classifier weights", "random initialisation", "model.classifier.pretrained is false")
-        return PillNetwork(name, classes, embedding_size, stages, drop_rate=drop_rate)
+        return make()
     if package and importlib.util.find_spec(package):
-        return _from_package(name, package, PillNetwork(name, classes, embedding_size, stages, drop_rate=drop_rate))
+        return _from_package(name, package, make())
     try:
-        network = PillNetwork(name, classes, embedding_size, stages, pretrained=True, drop_rate=drop_rate)
+        network = make(pretrained=True)
     except (OSError, RuntimeError, ValueError) as error:
         decide(
             "classifier weights",
@@ -196,7 +208,7 @@ def build_classifier(
             f"the weights of {name} can't be had ({_first_line(error)}); accuracy will be far lower",
             fallback=True,
         )
-        return PillNetwork(name, classes, embedding_size, stages, drop_rate=drop_rate)
+        return make()
     decide("classifier weights", "ImageNet", f"{name} from the model hub")
     return network
 
@@ -206,7 +218,8 @@ def _from_package(name: str, package: str, network: PillNetwork) -> PillNetwork:
     original = timm.create_model(name)
     original.load_state_dict(packaged_state(original, package))
     cast(Any, original).reset_classifier(0)
-    network.body.load_state_dict(original.state_dict())
+    for each in filter(None, (network.body, network.twin)):
+        each.load_state_dict(original.state_dict())
     decide("classifier weights", "ImageNet", f"{name} from the installed package {package}")
     return network
 

@@ -18,7 +18,7 @@ from torch import nn
 from ..answer.rules import Rules
 from ..answer.shapes.background import KEEP, REMOVE
 from ..config.schema import Settings, SettingsError
-from ..config.training import STAGES
+from ..config.training import FEATURES
 from ..data.cache.budget import Budget, reads_per_byte
 from ..data.samples import Samples, background_of, classifier_samples, detector_samples, networks_of
 from ..masks.mask_samples import segmenter_samples
@@ -78,12 +78,11 @@ def check_embedding(
     settings: Settings,  # model and train are read
 ) -> None:
     """Raise `SettingsError` for an embedding that is to be trained, and can only be computed."""
-    chosen = settings.train.classifier
-    computed_only = chosen.embedding_drawings and not chosen.embedding_weight
-    if settings.model.classifier.embedding_from != STAGES or computed_only:
+    chosen, read = settings.train.classifier, settings.model.classifier.embedding_from
+    if read == FEATURES or (chosen.embedding_drawings and not chosen.embedding_weight):
         return
     raise SettingsError(
-        "model.classifier.embedding_from is stages, and such an embedding is computed, not trained: set "
+        f"model.classifier.embedding_from is {read}, and such an embedding is computed, not trained: set "
         "train.classifier.embedding_drawings to 1 or more and train.classifier.embedding_weight to 0."
     )
 
@@ -112,7 +111,7 @@ def build_networks(
             names.pretrained and "classifier" not in (earlier or {}),
             names.drop_rate,
             names.embedding_size,
-            names.embedding_from == STAGES,
+            names.embedding_from,
         )
         classifier.frozen_statistics = settings.train.classifier.frozen_statistics
     for name, network in networks.items():
@@ -160,12 +159,13 @@ def _load_earlier_weights(
     folder: Path,
     last_layer: nn.Module | None = None,  # not loaded: its rows belong to other drugs
 ) -> None:
-    """Load all tensors of an earlier run that fit; one decision in the log."""
+    """Load all tensors of an earlier run that fit, also into a twin that it lacks; one decision in the log."""
     skipped = set() if last_layer is None else {id(item) for item in last_layer.state_dict(keep_vars=True).values()}
     shapes = {
         key: tensor.shape for key, tensor in network.state_dict(keep_vars=True).items() if id(tensor) not in skipped
     }
-    fitting = {key: tensor for key, tensor in weights.items() if tensor.shape == shapes.get(key)}
+    twin = {f"twin.{key[5:]}": tensor for key, tensor in weights.items() if key.startswith("body.")}
+    fitting = {key: tensor for key, tensor in (twin | weights).items() if tensor.shape == shapes.get(key)}
     network.load_state_dict(fitting, strict=False)
     total = len(network.state_dict())
     missing = total - len(fitting)

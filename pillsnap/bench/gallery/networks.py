@@ -59,7 +59,7 @@ GENERAL = (
     "train.classifier.embedding_drawings=2",
     "train.classifier.embedding_weight=0.0",
     "train.classifier.frozen_statistics=true",
-    "model.classifier.embedding_from=stages",
+    "model.classifier.embedding_from=twin",
     "identify.color=learned",
     "identify.background=remove",
 )
