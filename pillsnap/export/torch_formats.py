@@ -150,7 +150,7 @@ def open_weights(
             network: nn.Module
             if metadata["task"] == "classifier":
                 shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
-                network = network_of(metadata["model"], shapes)
+                network = network_of(metadata["model"], len(metadata["rules"]["class_map"]["drugs"]), shapes)
             else:
                 network = RawDetections(detector_network(metadata["model"]))
         load_model(network, str(path))

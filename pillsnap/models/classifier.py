@@ -19,7 +19,6 @@ import torch
 from timm.data.config import resolve_model_data_config
 from torch import nn
 from torch.nn import functional
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..config.schema import SettingsError
 from ..config.training import FEATURES, STAGES, TWIN
@@ -89,7 +88,12 @@ class PillNetwork(nn.Module):
         self.frozen_statistics = False  # in training, those of batch normalisation
         self.taken: dict[str, Any] = {}  # how timm is asked for the stages
         self.logits = nn.Linear(features, classes)
-        self.embedding = nn.Linear(self._moments() if self.stages else features, embedding_size, bias=False)
+        read = self._moments() if self.stages else features
+        if self.stages and read == features:  # weights tell by their shape what an embedding reads
+            raise SettingsError(
+                "model.classifier.embedding_from has to be features for a network with as many moments."
+            )
+        self.embedding = nn.Linear(read, embedding_size, bias=False)
 
     def _moments(self) -> int:
         """How many moments the stages have."""
@@ -115,7 +119,7 @@ class PillNetwork(nn.Module):
         if self.twin is not None:
             self.twin.eval()
         for module in self.modules() if self.frozen_statistics else ():
-            if isinstance(module, _BatchNorm):
+            if isinstance(module, nn.BatchNorm2d):
                 module.eval()
         return self
 
@@ -161,10 +165,11 @@ class PillNetwork(nn.Module):
 
 def network_of(
     name: str,  # timm name
-    shapes: Mapping[str, Sequence[int]],  # of the weights, by their names
+    classes: int,  # number of drugs
+    shapes: Mapping[str, Sequence[int]],  # of the weights to load, by their names
 ) -> PillNetwork:  # in evaluation mode, with random weights
-    """The network that has weights of these shapes; raises `KeyError` where a layer is missing."""
-    (classes, features), (size, read) = shapes["logits.weight"], shapes["embedding.weight"]
+    """The network that weights of these shapes belong to; raises `KeyError` where a layer is missing."""
+    (_, features), (size, read) = shapes["logits.weight"], shapes["embedding.weight"]
     with_twin = any(weight.startswith("twin.") for weight in shapes)
     return PillNetwork(name, classes, size, TWIN if with_twin else FEATURES if read == features else STAGES).eval()
 

@@ -174,7 +174,8 @@ class Trained:
             self.detector = RawDetections(detector).eval()
         if "classifier" in content or (self.detector is None and self.segmenter is None):
             state = content["classifier"]
-            self.classifier = network_of(self.names["classifier"], {name: state[name].shape for name in state})
+            shapes = {name: tensor.shape for name, tensor in state.items()}
+            self.classifier = network_of(self.names["classifier"], len(self.rules.class_map), shapes)
             self.classifier.load_state_dict(state)
 
     @property

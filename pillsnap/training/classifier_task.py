@@ -167,7 +167,6 @@ class ClassifierTask(Task):
             return None
         if first and earlier:
             decide("first weights", "not computed", "train.start_from names the run that they come from")
-        if first and earlier:
             return None
         network, found = cast(PillNetwork, self.evaluated_network()), None
         for batch in self.in_turn(self.samples, group, -(-len(self.samples) // _MOST)):

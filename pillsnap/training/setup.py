@@ -96,7 +96,6 @@ def build_networks(
 
     With train.only it is this network alone. Raises `SettingsError` for an embedding that can't be trained.
     """
-    check_embedding(settings)
     names, earlier, wanted = settings.model.classifier, earlier_weights(settings), networks_of(settings)
     networks: dict[str, nn.Module] = {}
     if "detector" in wanted:
@@ -105,6 +104,7 @@ def build_networks(
         chosen = settings.model.segmenter
         networks["segmenter"] = build_segmenter(chosen.name, chosen.pretrained and "segmenter" not in (earlier or {}))
     if "classifier" in wanted:
+        check_embedding(settings)
         networks["classifier"] = classifier = build_classifier(
             names.name,
             len(dataset.class_map),
