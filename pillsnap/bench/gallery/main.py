@@ -20,7 +20,7 @@ from ...answer.imprint.reader import ImprintUnavailable, open_reader
 from ...atomic import write_json
 from ..errors import BenchError
 from .draws import Measured, Pills, shots, unknowns
-from .networks import general_network, left_out_drugs, partial_network, product_run
+from .networks import general_network, left_out_drugs, load_turned, partial_network, product_run
 from .sets import embed_set
 from .speed import DRUGS, enroll_seconds, large_photo, search_milliseconds, served_over_limit
 from .studio import ask_lit, ask_phones, enrolled_studio
@@ -132,7 +132,7 @@ def ask_set(
     train, held_out = read_photos(folder, "train"), read_photos(folder, "val")
     codes = sorted({code for photo in train for code in photo.codes})
     trained_on = [photo for photo in held_out if set(photo.codes) <= set(codes)]
-    whole = verdict_figures(ask_verdicts(load_identifier(product / "export"), trained_on))
+    whole = verdict_figures(ask_verdicts(load_turned(product / "export"), trained_on))
     told: list[Told] = []
     for draw in range(options.trainings if name == "drug1" else 1):
         left_out = left_out_drugs(codes, LEFT_OUT[name], draw)

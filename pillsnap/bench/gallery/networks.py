@@ -36,7 +36,8 @@ from ...training.checkpoint import CALIBRATION_FILE, load_trained
 from ...training.run import data_root, train
 
 # %% auto #0
-__all__ = ['ONCE', 'GENERAL', 'general_segmenter', 'general_network', 'product_run', 'left_out_drugs', 'partial_network']
+__all__ = ['ONCE', 'GENERAL', 'load_turned', 'general_segmenter', 'general_network', 'product_run', 'left_out_drugs',
+           'partial_network']
 
 # %% ../../../nbs/bench/gallery/02_networks.ipynb #c4e10a05
 ONCE = ("train.evaluations=1", "train.amp=off", "latency.warmup_runs=0", "latency.runs=1")
@@ -65,6 +66,16 @@ GENERAL = (
 )
 
 
+def load_turned(
+    export: Path,  # folder of an exported run that isn't calibrated
+    detect: bool = True,  # whether its detector is loaded
+) -> Identifier:
+    """Load a network that is asked about each crop in four quarter turns, as a product that was calibrated is."""
+    identifier = load_identifier(export, detect=detect)
+    identifier.rules = replace(identifier.rules, verdicts=Verdicts(turned=True))
+    return identifier
+
+
 def general_segmenter(
     options: Namespace,  # studio and overrides are read
     work: Path,  # keeps the trained network
@@ -88,9 +99,7 @@ def general_network(
     """Train on the studio photos, or take the network of an earlier run."""
     data = studio_photos(options.studio, work / "studio")
     fixed = (*GENERAL, f"identify.segmenter={general_segmenter(options, work)}")
-    identifier = load_identifier(trained_network(work / "general", fixed, data, options.overrides), detect=False)
-    identifier.rules = replace(identifier.rules, verdicts=Verdicts(turned=True))  # as a product that was calibrated
-    return identifier
+    return load_turned(trained_network(work / "general", fixed, data, options.overrides), detect=False)
 
 
 def product_run(
