@@ -39,14 +39,14 @@ def exported(trained_run: Path) -> dict[str, Any]:
     return export_run(trained_run, load_settings(trained_run / "config.yaml"), tuple(FORMATS))
 
 
-@pytest.mark.parametrize("read", ["stages", "twin"])
+@pytest.mark.parametrize("read", ["stages", "frozen_copy"])
 def test_an_embedding_of_the_stages_is_exported(read: str, tiny_settings: Callable[..., Settings], tmp_path: Path):
     stages = (f"model.classifier.embedding_from={read}", "train.classifier.embedding_drawings=1")
     once = ("train.only=classifier", "train.evaluations=1", "train.classifier.embedding_weight=0", "train.amp=off")
     run = train(tiny_settings(*stages, *once), tmp_path / "run")
     network = load_trained(run).classifier
     assert network.embedding.in_features != network.logits.in_features and network.embedding.weight.any()
-    assert bool(network.twin) == (read == "twin")
+    assert bool(network.frozen_copy) == (read == "frozen_copy")
     report = export_run(run, load_settings(run / "config.yaml"), ("onnx", "pt2", "safetensors", "torchscript-script"))
     for name in ("onnx", "pt2", "safetensors"):
         found = report["formats"][name]["classifier"]

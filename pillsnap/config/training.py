@@ -20,9 +20,9 @@ from pydantic import (
 )
 
 # %% auto #0
-__all__ = ['Fraction', 'Positive', 'Count', 'CountOrZero', 'PosixPath', 'FEATURES', 'STAGES', 'TWIN', 'ImageSize', 'BatchSize',
-           'Section', 'Paths', 'Data', 'Dataloader', 'ClassifierModel', 'DetectorModel', 'SegmenterModel', 'Model',
-           'ClassifierTraining', 'DetectorTraining', 'SegmenterTraining', 'Train']
+__all__ = ['Fraction', 'Positive', 'Count', 'CountOrZero', 'PosixPath', 'FEATURES', 'STAGES', 'FROZEN_COPY', 'ImageSize',
+           'BatchSize', 'Section', 'Paths', 'Data', 'Dataloader', 'ClassifierModel', 'DetectorModel', 'SegmenterModel',
+           'Model', 'ClassifierTraining', 'DetectorTraining', 'SegmenterTraining', 'Train']
 
 # %% ../../nbs/config/00_training.ipynb #af23acb9
 Fraction = Annotated[float, Field(ge=0, le=1)]  # 0 to 1
@@ -105,7 +105,7 @@ def _leave_room_for_colours(value: int) -> int:
     return value
 
 
-FEATURES, STAGES, TWIN = "features", "stages", "twin"  # what an embedding is computed from
+FEATURES, STAGES, FROZEN_COPY = "features", "stages", "frozen_copy"  # what an embedding is computed from
 
 
 class ClassifierModel(Section):
@@ -116,7 +116,7 @@ class ClassifierModel(Section):
     pretrained: bool = True
     drop_rate: Fraction = 0.2
     embedding_size: Annotated[int, Field(ge=2), AfterValidator(_leave_room_for_colours)] = 128
-    embedding_from: Literal["features", "stages", "twin"] = "features"
+    embedding_from: Literal["features", "stages", "frozen_copy"] = "features"
 
 
 def _fit_the_strides(value: int) -> int:
@@ -176,7 +176,7 @@ class ClassifierTraining(Section):
     embedding_loss: str = "cosface"  # key of EMBEDDING_LOSSES
     embedding_weight: Annotated[float, Field(ge=0)] = 0.2
     embedding_drawings: Annotated[int, Field(ge=0, le=100)] = 0
-    frozen_statistics: bool = False
+    freeze_batch_norm: bool = False
 
 
 class DetectorTraining(Section):

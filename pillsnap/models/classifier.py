@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional
 
 from ..config.schema import SettingsError
-from ..config.training import FEATURES, STAGES, TWIN
+from ..config.training import FEATURES, FROZEN_COPY, STAGES
 from ..runlog import decide
 
 # %% auto #0
@@ -76,16 +76,16 @@ class PillNetwork(nn.Module):
         name: str,  # timm name
         classes: int,  # number of drugs
         embedding_size: int = EMBEDDING_SIZE,  # numbers of an embedding
-        embedding_from: str = FEATURES,  # the last features; or STAGES; or TWIN, of this network and of its twin
+        embedding_from: str = FEATURES,  # the last features; or STAGES; or FROZEN_COPY, stages of it and of a copy
         **keywords: Any,  # for timm: pretrained, drop_rate
     ) -> None:
         """Raise `SettingsError` for a network whose stages can't be had."""
         super().__init__()
         self.body = timm.create_model(name, num_classes=0, **keywords)
         features = int(getattr(self.body, "head_hidden_size", None) or cast(Any, self.body).num_features)
-        self.twin = copy.deepcopy(self.body).requires_grad_(False) if embedding_from == TWIN else None
+        self.frozen_copy = copy.deepcopy(self.body).requires_grad_(False) if embedding_from == FROZEN_COPY else None
         self.num_classes, self.stages = classes, embedding_from != FEATURES
-        self.frozen_statistics = False  # in training, those of batch normalisation
+        self.freeze_batch_norm = False  # in training, those of batch normalisation
         self.taken: dict[str, Any] = {}  # how timm is asked for the stages
         self.logits = nn.Linear(features, classes)
         read = self._moments() if self.stages else features
@@ -101,7 +101,7 @@ class PillNetwork(nn.Module):
             with torch.no_grad():
                 blocks = "extra_blocks" in inspect.signature(cast(Any, self.body).forward_intermediates).parameters
                 self.taken = {"indices": _BLOCKS, "extra_blocks": True} if blocks else {"indices": _STAGES}
-                return self.eval().features(torch.zeros(1, 3, 64, 64))[1].shape[1]
+                return self.eval().features(torch.zeros(1, 3, *self._probe()))[1].shape[1]
         except (AttributeError, AssertionError, RuntimeError, TypeError):
             raise SettingsError(
                 f"model.classifier.embedding_from needs the stages of the network, and {type(self.body).__name__} "
@@ -110,15 +110,20 @@ class PillNetwork(nn.Module):
         finally:
             self.train()
 
+    def _probe(self) -> tuple[int, int]:
+        """Height and width of an image that the network takes."""
+        known = cast(Any, self.body).pretrained_cfg
+        return known["input_size"][1:] if known.get("fixed_input_size") else (64, 64)
+
     def train(
         self,
         mode: bool = True,  # False: evaluation mode
     ) -> PillNetwork:  # itself
-        """Switch to training mode, without the twin; with `frozen_statistics` without batch normalisation."""
+        """Switch to training mode, without the frozen copy; with `freeze_batch_norm` without batch normalisation."""
         super().train(mode)
-        if self.twin is not None:
-            self.twin.eval()
-        for module in self.modules() if self.frozen_statistics else ():
+        if self.frozen_copy is not None:
+            self.frozen_copy.eval()
+        for module in self.modules() if self.freeze_batch_norm else ():
             if isinstance(module, nn.BatchNorm2d):
                 module.eval()
         return self
@@ -137,8 +142,8 @@ class PillNetwork(nn.Module):
     def _of_stages(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         body = cast(Any, self.body)
         last, stages = body.forward_intermediates(images, **self.taken)
-        if self.twin is not None:
-            stages += cast(Any, self.twin).forward_intermediates(images, intermediates_only=True, **self.taken)
+        if self.frozen_copy is not None:
+            stages += cast(Any, self.frozen_copy).forward_intermediates(images, intermediates_only=True, **self.taken)
         return body.forward_head(last), moments(stages)
 
     def forward(
@@ -147,9 +152,17 @@ class PillNetwork(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:  # logits (n, classes); float32 embeddings (n, embedding_size)
         """Logits and embeddings of crops, from one pass; in training no embeddings that aren't trained."""
         if self.stages and self.training:
-            return self.logits(self.body(images)), images.new_empty(len(images), 0)
+            return self.classify(images), images.new_empty(len(images), 0)
         of_logits, of_embedding = self.features(images)
         return self.logits(of_logits), functional.normalize(self.embedding(of_embedding).float(), dim=1, eps=1e-6)
+
+    def classify(
+        self,
+        images: torch.Tensor,  # float (n, 3, height, width), normalised
+    ) -> torch.Tensor:  # (n, classes)
+        """Logits alone."""
+        logits: torch.Tensor = self.logits(self.body(images))
+        return logits
 
     def proxies(self) -> torch.Tensor:  # float32 (classes, embedding_size), of length 1
         """An embedding for each drug, where both layers read the same features."""
@@ -170,8 +183,9 @@ def network_of(
 ) -> PillNetwork:  # in evaluation mode, with random weights
     """The network that weights of these shapes belong to; raises `KeyError` where a layer is missing."""
     (_, features), (size, read) = shapes["logits.weight"], shapes["embedding.weight"]
-    with_twin = any(weight.startswith("twin.") for weight in shapes)
-    return PillNetwork(name, classes, size, TWIN if with_twin else FEATURES if read == features else STAGES).eval()
+    copied = any(weight.startswith("frozen_copy.") for weight in shapes)
+    embedding_from = FROZEN_COPY if copied else FEATURES if read == features else STAGES
+    return PillNetwork(name, classes, size, embedding_from).eval()
 
 
 def as_arrays(
@@ -188,7 +202,7 @@ def build_classifier(
     pretrained: bool = True,  # start from ImageNet weights
     drop_rate: float = 0.2,  # dropout before the last layer, 0 to 1
     embedding_size: int = EMBEDDING_SIZE,  # numbers of an embedding
-    embedding_from: str = FEATURES,  # or STAGES, or TWIN
+    embedding_from: str = FEATURES,  # or STAGES, or FROZEN_COPY
 ) -> PillNetwork:
     """Build the network; raises `SettingsError` for a name that timm does not know, or without stages.
 
@@ -223,7 +237,7 @@ def _from_package(name: str, package: str, network: PillNetwork) -> PillNetwork:
     original = timm.create_model(name)
     original.load_state_dict(packaged_state(original, package))
     cast(Any, original).reset_classifier(0)
-    for each in filter(None, (network.body, network.twin)):
+    for each in filter(None, (network.body, network.frozen_copy)):
         each.load_state_dict(original.state_dict())
     decide("classifier weights", "ImageNet", f"{name} from the installed package {package}")
     return network

@@ -209,7 +209,7 @@ class ClassifierTask(Task):
     def evaluate_batch(self, network: nn.Module, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
         """Logits and labels."""
         crops = self._normalised(self.hardware.to_device(batch.images).float() / 255)
-        return network(crops)[0].float().cpu().numpy(), batch.labels.numpy()
+        return cast(PillNetwork, network).classify(crops).float().cpu().numpy(), batch.labels.numpy()
 
     def score(self, rows: list[Row]) -> dict[str, float]:
         """Accuracy and macro F1, among others; keeps the predictions."""

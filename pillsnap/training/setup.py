@@ -113,7 +113,9 @@ def build_networks(
             names.embedding_size,
             names.embedding_from,
         )
-        classifier.frozen_statistics = settings.train.classifier.frozen_statistics
+        if settings.train.classifier.freeze_batch_norm:
+            classifier.freeze_batch_norm = True
+            _record_frozen(classifier.body)
     for name, network in networks.items():
         if earlier and name in earlier and settings.train.start_from is not None:
             same_drugs = Rules.from_json(earlier["rules"]).class_map.hash == dataset.class_map.hash
@@ -122,6 +124,12 @@ def build_networks(
         checkpoint_gradients(network, settings.train.grad_checkpointing, name)
         networks[name] = network.to(hardware.device)
     return networks, normalisation(networks.get("classifier") or timm.create_model(names.name))
+
+
+def _record_frozen(network: nn.Module) -> None:
+    count = sum(isinstance(module, nn.BatchNorm2d) for module in network.modules())
+    why = "train.classifier.freeze_batch_norm is true" if count else "the network has none"
+    decide("batch normalisation", f"statistics of {count} layers kept", why, fallback=not count)
 
 
 def check_reused_network(
@@ -159,13 +167,13 @@ def _load_earlier_weights(
     folder: Path,
     last_layer: nn.Module | None = None,  # not loaded: its rows belong to other drugs
 ) -> None:
-    """Load all tensors of an earlier run that fit, also into a twin that it lacks; one decision in the log."""
+    """Load all tensors of an earlier run that fit, also into a frozen copy that it lacks; one decision in the log."""
     skipped = set() if last_layer is None else {id(item) for item in last_layer.state_dict(keep_vars=True).values()}
     shapes = {
         key: tensor.shape for key, tensor in network.state_dict(keep_vars=True).items() if id(tensor) not in skipped
     }
-    twin = {f"twin.{key[5:]}": tensor for key, tensor in weights.items() if key.startswith("body.")}
-    fitting = {key: tensor for key, tensor in (twin | weights).items() if tensor.shape == shapes.get(key)}
+    copied = {f"frozen_copy.{key[5:]}": tensor for key, tensor in weights.items() if key.startswith("body.")}
+    fitting = {key: tensor for key, tensor in (copied | weights).items() if tensor.shape == shapes.get(key)}
     network.load_state_dict(fitting, strict=False)
     total = len(network.state_dict())
     missing = total - len(fitting)

@@ -59,8 +59,8 @@ GENERAL = (
     "train.classifier.augmentation=drawings",
     "train.classifier.embedding_drawings=2",
     "train.classifier.embedding_weight=0.0",
-    "train.classifier.frozen_statistics=true",
-    "model.classifier.embedding_from=twin",
+    "train.classifier.freeze_batch_norm=true",
+    "model.classifier.embedding_from=frozen_copy",
     "identify.color=learned",
     "identify.background=remove",
 )
