@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ...atomic import replacing
+from ...runtime.images import ImageError
 from .work import Work
-from ...service.jobs.archives import opened, photos_in, read_entry
+from ...service.jobs.archives import ArchiveError, opened, photos_in, read_entry
 from ...service.jobs.job import STYLE_PHOTOS
 
 # %% auto #0
@@ -21,18 +23,28 @@ __all__ = ['learn_style']
 def learn_style(
     work: Work,
 ) -> dict[str, Any]:  # file, model_type, references, distance_before, distance_after
-    """Learn a look; raises `ReferenceError`, `ImageError` or `ArchiveError` for photos that can't be used."""
-    from pillsnap.color.style import run_style_learning
+    """Learn a look; raises `ArchiveError` for photos that can't be used."""
+    from pillsnap.color.style import ReferenceError, run_style_learning
 
     wanted, path = work.job.parameters, work.result_file(".pt")
     with tempfile.TemporaryDirectory(dir=work.folder) as folder:
-        files = []
+        files: dict[Path, str] = {}  # with their names in the ZIP
         with opened(work.archive) as archive:
             photos = photos_in(archive, STYLE_PHOTOS, int(work.settings.serve.max_image_mb * 1e6))
             for number, (name, info) in enumerate(photos.items()):
-                files.append(Path(folder) / f"{number}{PurePosixPath(name).suffix.lower()}")
-                files[-1].write_bytes(read_entry(archive, info))
+                file = Path(folder) / f"{number}{PurePosixPath(name).suffix.lower()}"
+                file.write_bytes(read_entry(archive, info))
+                files[file] = name
         with replacing(path) as temporary:
             config = {name: wanted[name] for name in ("epochs", "lr", "n_basis")}
-            found = run_style_learning(files, temporary, wanted["model_type"], config, work.progress)
+            try:
+                found = run_style_learning(list(files), temporary, wanted["model_type"], config, work.progress)
+            except (ReferenceError, ImageError) as error:
+                raise ArchiveError(_named(str(error), files)) from error
     return {name: value for name, value in found.items() if name != "output_path"} | {"file": path.name}
+
+
+def _named(text: str, files: Mapping[Path, str]) -> str:
+    for file, name in files.items():
+        text = text.replace(str(file), name)
+    return text
