@@ -66,7 +66,7 @@ def test_a_calibrated_run_exports_its_thresholds(
     chosen = report["verdicts"]["chosen_on"]
     assert len(report["answers"]["score"]) == chosen["known_photos"] + chosen["unknown_photos"]
     assert not all(report["answers"]["known"]), "a drug was left out"
-    assert report["left_out"] == 0
+    assert report["left_out"] == 0 and report["decisions"][0]["what"] == "calibration fold 0"
     assert load_trained(run).rules.verdicts == Verdicts.from_json(report["verdicts"])
     assert report["verdicts"]["turned"], "as the setting says"
     report["verdicts"] |= {"similar": 0.9, "familiar": 0.5}  # as where similarity tells more than the logits

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from ..data.reading.photo_files import decode_photo
 from .evaluate import identifier_of
 from .folds import FOLDS, Fold, make_fold
 from .references import gallery_of
-from ..runlog import decide
+from ..runlog import Decision, decide
 from ..runtime.boxes import Box
 from ..runtime.images import ImageError
 from ..training.checkpoint import CALIBRATION_FILE, CheckpointError, load_trained
@@ -266,7 +266,7 @@ def calibrate_run(
     folder: Path,  # run folder with best weights
     settings: Settings,  # of the run
     folds: int = 2,  # networks that are trained, 1 to FOLDS; more where their photos are too few for identify.risk
-) -> dict[str, Any]:  # verdicts, figures, photos that were left out, answers; also written to calibration.json
+) -> dict[str, Any]:  # verdicts, figures, photos left out, decisions, answers; also written to calibration.json
     """Choose the thresholds of a run; raises `CheckpointError` for a run without a classifier."""
     folder = Path(folder)
     dataset, weights = dataset_of_run(folder, settings.paths.data_root), folder / "best_classifier.pt"
@@ -275,14 +275,13 @@ def calibrate_run(
     words = {"only": "classifier", "start_from": None, "resume": "last", "evaluations": 1, "patience": 0}
     chosen = settings.model_copy(update={"train": settings.train.model_copy(update=words)})
     asked: list[Asked] = []
+    decisions: list[Decision] = []
     divided = [make_fold(dataset, number, settings.seed) for number in range(FOLDS)]
     for number, fold in enumerate(divided[: folds_for(divided, folds, settings.identify.risk)]):
         place = folder / "calibration" / f"fold{number}"
-        decide(
-            f"calibration fold {number}",
-            f"{fold.unknown['code'].n_unique()} drugs left out",
-            f"{len(fold.known)} pills of the other {len(fold.dataset.class_map)} are asked too",
-        )
+        left_out = f"{fold.unknown['code'].n_unique()} drugs left out"
+        why = f"{len(fold.known)} pills of the other {len(fold.dataset.class_map)} are asked too"
+        decisions.append(decide(f"calibration fold {number}", left_out, why))
         train(chosen, place, dataset=fold.dataset)
         identifier, largest = identifier_of(load_trained(place)), settings.data.max_pixels
         identifier.rules = replace(identifier.rules, verdicts=Verdicts(turned=settings.identify.turned))
@@ -292,13 +291,14 @@ def calibrate_run(
     verdicts = replace(verdicts, turned=settings.identify.turned)
     if verdicts.identified is None and verdicts.similar is None:
         reason = f"too few photos for a risk of {settings.identify.risk:g}: more of them or a higher risk may help"
-        decide("verdicts", "nothing will be identified", reason, fallback=True)
+        decisions.append(decide("verdicts", "nothing will be identified", reason, fallback=True))
     report = {
         "weights_sha256": sha256(weights),
         "verdicts": verdicts.to_json(),
         "figures": figures_of(answers, verdicts, gallery=verdicts.similar is not None),
         "figures_without_gallery": figures_of(answers, verdicts, gallery=False),
         "left_out": sum(fold.left_out for fold in asked),
+        "decisions": [asdict(decision) for decision in decisions],
         "answers": answers.to_dict(as_series=False),
     }
     write_json(folder / CALIBRATION_FILE, report)
