@@ -25,6 +25,8 @@ echo "== notebooks run"
 OMP_NUM_THREADS=1 nbdev_test --n_workers 2  # one thread each, or two notebooks at a time would wait for each other
 
 echo "== tests"
+# Two files at a time, with one thread each: many tests wait for servers and for processes that start.
+OMP_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadfile tests \
+    --ignore tests/test_training_engine.py --ignore tests/test_ways.py
 # Training that is compared bit for bit runs in a process that no other test has run in.
-python -m pytest -q tests --ignore tests/test_training_engine.py --ignore tests/test_ways.py
 python -m pytest -q tests/test_training_engine.py tests/test_ways.py
