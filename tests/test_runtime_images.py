@@ -20,7 +20,7 @@ from pillsnap.answer.crops import crop_pill
 from pillsnap.runtime import colour, decoders, images
 from pillsnap.runtime.boxes import Box
 from pillsnap.runtime.images import DamagedImage, ImageError, NotAnImage, TooManyPixels, decode_image, open_photo
-from pillsnap.runtime.letterbox import GREY, Placement, letterbox, normalise, to_letterbox, to_photo
+from pillsnap.runtime.letterbox import GREY, Placement, halve, letterbox, normalise, to_letterbox, to_photo
 
 pillow_heif.register_heif_opener()  # the tests write HEIC, too
 WIDTH, HEIGHT = 96, 64
@@ -579,7 +579,10 @@ def test_random_boxes_always_give_the_wanted_size() -> None:
     for _ in range(300):
         x1, y1 = random.uniform(-30, 82), random.uniform(-30, 60)
         box = Box(x1, y1, max(x1, 0) + random.uniform(0.01, 90), max(y1, 0) + random.uniform(0.01, 90))
-        assert crop_pill(photo, box, size=32).shape == (32, 32, 3)
+        crop = crop_pill(photo, box, size=32)
+        assert crop.shape == (32, 32, 3)
+        small = crop_pill(photo, box, size=9)
+        assert np.array_equal(small, crop_pill(photo, box, size=9, halves=[halve(photo)])), box
 
 
 @pytest.mark.parametrize("width, height", [(976, 1280), (640, 480), (320, 320), (5, 3000), (1, 1)])

@@ -14,7 +14,7 @@ import numpy as np
 from .shapes.background import crop_cover, remove_background
 from .shapes.masks import PillMask
 from ..runtime.boxes import Box
-from ..runtime.letterbox import GREY, resize
+from ..runtime.letterbox import GREY, Halves, halve, resize
 
 # %% auto #0
 __all__ = ['crop_window', 'crop_pill', 'without_background', 'without_neighbours']
@@ -25,11 +25,20 @@ def crop_window(
     margin: float,  # fraction of the box's longer side added on each side
     width: int,  # of the photo, pixels
     height: int,  # of the photo, pixels
+    size: int | None = None,  # side of the crop, pixels; None = not scaled
 ) -> tuple[int, int, int]:  # left, top, side; pixels of the photo, partly outside at its edges
     """Where a crop lies in its photo; raises `ValueError` for a box that is empty or outside the image."""
     x1, y1, x2, y2 = _clip_box(box, width, height)
     side = max(1, round(max(x2 - x1, y2 - y1) * (1 + 2 * margin)))
-    return round((x1 + x2 - side) / 2), round((y1 + y2 - side) / 2), side
+    left, top = round((x1 + x2 - side) / 2), round((y1 + y2 - side) / 2)
+    if _halved(side, width, height, size):
+        left, top, side = (number // 2 * 2 for number in (left, top, side))
+    return left, top, side
+
+
+def _halved(side: int, width: int, height: int, size: int | None) -> bool:
+    """Whether pixels are averaged two by two before a crop is scaled."""
+    return size is not None and side > 2 * size + 1 and min(width, height) > 1
 
 
 def crop_pill(
@@ -37,10 +46,17 @@ def crop_pill(
     box: Box,  # pixels, x1 y1 x2 y2
     margin: float = 0.12,  # fraction of the box's longer side added on each side
     size: int | None = None,  # side of the crop, pixels; None = not scaled
+    halves: Halves = (),  # of the photo, as for `resize`
 ) -> np.ndarray:  # RGB, uint8, (side, side, 3)
     """Crop `box` with its margin as a square; raises `ValueError` for a box that is empty or outside the image."""
-    left, top, side = crop_window(box, margin, image.shape[1], image.shape[0])
-    inside = image[max(top, 0) : top + side, max(left, 0) : left + side]
+    height, width = image.shape[:2]
+    left, top, side = crop_window(box, margin, width, height, size)
+    if _halved(side, width, height, size):
+        left, top, side = left // 2, top // 2, side // 2
+        rows, columns = (slice(max(start, 0), start + side) for start in (top, left))
+        inside = halves[0][rows, columns] if len(halves) else _halved_part(image, rows, columns)
+    else:
+        inside = image[max(top, 0) : top + side, max(left, 0) : left + side]
     if inside.shape[:2] != (side, side):
         before_y, before_x = max(-top, 0), max(-left, 0)
         after_y, after_x = side - before_y - inside.shape[0], side - before_x - inside.shape[1]
@@ -52,6 +68,11 @@ def crop_pill(
     return resize(inside, size, size)
 
 
+def _halved_part(image: np.ndarray, rows: slice, columns: slice) -> np.ndarray:
+    """A part of the photo's half, without making all of it."""
+    return halve(image[2 * rows.start : 2 * rows.stop, 2 * columns.start : 2 * columns.stop])
+
+
 def without_background(
     crop: np.ndarray,  # RGB, uint8, (size, size, 3), from `crop_pill`
     mask: PillMask,  # of its pill
@@ -60,7 +81,7 @@ def without_background(
     photo: tuple[int, int],  # width, height of the photo, pixels
 ) -> np.ndarray:  # RGB, uint8, (size, size, 3)
     """The pill of a crop on black; the crop as it is where hardly anything was outlined."""
-    return remove_background(crop, crop_cover(mask, crop_window(box, margin, *photo), photo, len(crop)))
+    return remove_background(crop, crop_cover(mask, crop_window(box, margin, *photo, len(crop)), photo, len(crop)))
 
 
 def _clip_box(

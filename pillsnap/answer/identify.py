@@ -26,7 +26,7 @@ from .verdicts.reasons import LOOK_ALIKES, NO_COLOUR, NONE_ALIKE, NOT_CALIBRATED
 from .verdicts.verdicts import AMBIGUOUS, IDENTIFIED, NO_PILL, UNKNOWN
 from ..errors import PillsnapError
 from ..runtime.boxes import Box
-from ..runtime.letterbox import halve, letterbox, normalise
+from ..runtime.letterbox import Halves, halves_of, letterbox, normalise
 from ..runtime.session import ModelError, all_outputs
 
 # %% auto #0
@@ -181,7 +181,6 @@ def softmax(
 
 # %% ../../nbs/answer/03_identify.ipynb #457f2dae
 PIPELINES = ("single", "combo")
-_LARGE = 1024  # longer side of a photo that is halved once for all steps, pixels
 DETAIL = 256  # side of a crop in which letters can be read, pixels
 _DETAILS = 8  # of a photo at most, which bounds the time that an answer takes
 _REFINED = 100  # candidates that a second look puts in another order
@@ -280,8 +279,8 @@ class Identifier:
                 "The pipeline combo needs a detector, and this model has none: use single, or add detector.onnx."
             )
         started = perf_counter()
-        half = halve(image) if max(image.shape[:2]) >= _LARGE and min(image.shape[:2]) > 1 else None
-        boxes, scores = pills or self._detect(image, pipeline, confidence, half)
+        halves = halves_of(image)
+        boxes, scores = pills or self._detect(image, pipeline, confidence, halves)
         detected = perf_counter()
         hint = (
             f"{len(boxes)} pills were found and only the clearest was named: the pipeline combo names them all."
@@ -290,11 +289,11 @@ class Identifier:
         )
         found = boxes
         boxes, scores, notes = _select(boxes, scores, pipeline, self.finds_pills)
-        crops = self._crops(image, boxes, whole=pipeline == "single")
+        crops = self._crops(image, boxes, pipeline == "single", halves)
         grey = is_grey(image)
-        around = surroundings(image, found, half) if len(crops) else None
+        around = surroundings(image, found, halves) if len(crops) else None
         balance = self._correct(crops, around, boxes)
-        details = self._details(image, boxes, whole=pipeline == "single")
+        details = self._details(image, boxes, pipeline == "single", halves)
         masks = self._cut_out(crops, image, boxes)
         notes += [_GREY_NOTE] if grey else _light_notes(untrusted(image, around, _or_whole(boxes, crops)))
         seconds = {"detect": detected - started, "crop": perf_counter() - detected}
@@ -375,7 +374,7 @@ class Identifier:
         image: np.ndarray,  # RGB, uint8, (height, width, 3)
         confidence: float | None = None,  # a detection below it is left out, 0 to 1; None = the rules' box_confidence
         size: int | None = None,  # side of the letterboxed photo, pixels; None = the rules' detector_size
-        half: np.ndarray | None = None,  # the photo at half its size, as for `resize`
+        halves: Halves = (),  # of the photo, as for `resize`
     ) -> tuple[np.ndarray, np.ndarray]:  # boxes x1 y1 x2 y2 in photo pixels (n, 4) and scores (n,), best first
         """Detect the pills of a photo; without a detector there are none."""
         if self.detect is None:
@@ -390,7 +389,7 @@ class Identifier:
             side,
             self.rules.box_confidence if confidence is None else confidence,
             self.rules.nms_iou,
-            half,
+            halves,
         )
 
     def _detect(
@@ -398,15 +397,15 @@ class Identifier:
         image: np.ndarray,  # RGB, uint8, (height, width, 3)
         pipeline: str,  # "single" or "combo"
         confidence: float | None,  # as `find`
-        half: np.ndarray | None,  # as `find`
+        halves: Halves,  # as `find`
     ) -> tuple[np.ndarray, np.ndarray]:  # as `find`
         if pipeline == "single" and self.rules.single_size != self.rules.detector_size:
-            boxes, scores = self.find(image, confidence, self.rules.single_size, half)
+            boxes, scores = self.find(image, confidence, self.rules.single_size, halves)
             if len(boxes):
                 return boxes, scores
         if pipeline == "single" and self.detect is None and self.rules.background == REMOVE:
             return self._outlined(image, confidence)
-        return self.find(image, confidence, half=half)
+        return self.find(image, confidence, halves=halves)
 
     def _outlined(
         self,
@@ -427,13 +426,14 @@ class Identifier:
         image: np.ndarray,  # RGB, uint8, (height, width, 3)
         boxes: np.ndarray,  # x1 y1 x2 y2, pixels, (n, 4)
         whole: bool,  # take the whole photo when there is no box
+        halves: Halves,  # as `find`
     ) -> np.ndarray:  # RGB, uint8, (n, size, size, 3)
         size = self.rules.classifier_size
         if not len(boxes) and whole:
-            return letterbox(image, size)[0][None]
+            return letterbox(image, size, halves)[0][None]
         crops = np.empty((len(boxes), size, size, 3), np.uint8)
         for index, box in enumerate(boxes):
-            crops[index] = crop_pill(image, Box(*map(float, box)), self.rules.margin, size)
+            crops[index] = crop_pill(image, Box(*map(float, box)), self.rules.margin, size, halves)
         return crops
 
     def _details(
@@ -441,13 +441,14 @@ class Identifier:
         image: np.ndarray,  # RGB, uint8, (height, width, 3)
         boxes: np.ndarray,  # x1 y1 x2 y2, pixels, (n, 4)
         whole: bool,  # take the whole photo when there is no box
+        halves: Halves,  # as `find`
     ) -> list[np.ndarray]:  # RGB, uint8, (DETAIL, DETAIL, 3)
         if self.refine is None:
             return []
         if not len(boxes) and whole:
-            return [letterbox(image, DETAIL)[0]]
+            return [letterbox(image, DETAIL, halves)[0]]
         found = (Box(*map(float, box)) for box in boxes[:_DETAILS])
-        return [crop_pill(image, box, self.rules.margin, DETAIL) for box in found]
+        return [crop_pill(image, box, self.rules.margin, DETAIL, halves) for box in found]
 
     def _correct(
         self,
@@ -485,7 +486,7 @@ class Identifier:
         found: np.ndarray | None = None,  # all pills of the photo, no part of its light; None = the same
     ) -> np.ndarray:  # RGB, uint8, (n, size, size, 3)
         """Crop pills whose places are known, with the colours and the background that a request gives them."""
-        crops = self._crops(image, boxes, whole=False)
+        crops = self._crops(image, boxes, False, halves_of(image) if len(boxes) > 1 else ())
         if self.rules.color != NO_CORRECTION:
             self._correct(crops, surroundings(image, boxes if found is None else found), boxes)
         self._cut_out(crops, image, boxes)

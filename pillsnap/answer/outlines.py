@@ -38,7 +38,7 @@ def box_in_crop(
     size: int,  # side of the crop, pixels
 ) -> Box:  # pixels of the crop
     """Where a box lies in its crop."""
-    left, top, side = crop_window(box, OUTLINE_MARGIN, *photo)
+    left, top, side = crop_window(box, OUTLINE_MARGIN, *photo, size)
     scale = size / side
     return Box((box.x1 - left) * scale, (box.y1 - top) * scale, (box.x2 - left) * scale, (box.y2 - top) * scale)
 
@@ -61,7 +61,7 @@ def crop_mask(
     size: int,  # side of the crop, pixels
 ) -> np.ndarray:  # bool (size, size)
     """The part of a mask that the crop of a box shows."""
-    left, top, side = crop_window(box, OUTLINE_MARGIN, mask.shape[1], mask.shape[0])
+    left, top, side = crop_window(box, OUTLINE_MARGIN, mask.shape[1], mask.shape[0], size)
     window = np.zeros((side, side), np.uint8)
     inside = mask[max(top, 0) : top + side, max(left, 0) : left + side]
     row, column = max(-top, 0), max(-left, 0)

@@ -12,7 +12,8 @@ import cv2
 import numpy as np
 
 # %% auto #0
-__all__ = ['GREY', 'halve', 'resize', 'Placement', 'place_letterbox', 'letterbox', 'to_letterbox', 'to_photo', 'normalise']
+__all__ = ['GREY', 'Halves', 'halve', 'halves_of', 'next_half', 'resize', 'Placement', 'place_letterbox', 'letterbox',
+           'to_letterbox', 'to_photo', 'normalise']
 
 # %% ../../nbs/runtime/03_letterbox.ipynb #173aa8d2
 GREY = 114  # fill outside of a photo, 0 to 255
@@ -26,16 +27,39 @@ def halve(
     return cv2.resize(image[: 2 * height, : 2 * width], (width, height), interpolation=cv2.INTER_AREA)
 
 
+Halves = Sequence[np.ndarray]  # RGB, uint8, (height, width, 3): of a photo, of its half and so on, from `halves_of`
+
+
+def halves_of(
+    image: np.ndarray,  # RGB, uint8, (height, width, 3)
+    longest: int = 1024,  # longer side that is not halved any more, pixels
+) -> tuple[np.ndarray, ...]:
+    """Halve a photo as often as it is large."""
+    halves = []
+    while max(image.shape[:2]) >= longest and min(image.shape[:2]) > 1:
+        image = halve(image)
+        halves.append(image)
+    return tuple(halves)
+
+
+def next_half(
+    image: np.ndarray,  # RGB, uint8, (height, width, 3)
+    halves: Halves,  # of this image, as far as they are made
+) -> tuple[np.ndarray, Halves]:  # its half, and the halves of that
+    """Take the half of a photo, or make it."""
+    return (halves[0], halves[1:]) if len(halves) else (halve(image), ())
+
+
 def resize(
     image: np.ndarray,  # RGB, uint8, (height, width, 3)
     width: int,  # wanted, pixels
     height: int,  # wanted, pixels
     into: np.ndarray | None = None,  # where to write it; None = a new array
-    half: np.ndarray | None = None,  # the photo as `halve` makes it, where somebody has it; None = nobody
+    halves: Halves = (),  # of the photo, where somebody has made them
 ) -> np.ndarray:  # RGB, uint8, (height, width, 3)
     """Scale a photo: by averaging when it shrinks, linearly when it grows."""
     while image.shape[1] > 2 * width and image.shape[0] > 2 * height:
-        image, half = halve(image) if half is None else half, None
+        image, halves = next_half(image, halves)
     shrinks = width < image.shape[1] or height < image.shape[0]
     return cv2.resize(image, (width, height), dst=into, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
 
@@ -62,7 +86,7 @@ def place_letterbox(
 def letterbox(
     image: np.ndarray,  # RGB, uint8, (height, width, 3)
     size: int,  # side of the square, pixels
-    half: np.ndarray | None = None,  # as for `resize`
+    halves: Halves = (),  # as for `resize`
 ) -> tuple[np.ndarray, Placement]:  # RGB, uint8, (size, size, 3), and where the photo lies in it
     """Scale the photo to fit a square, centred on grey."""
     height, width = image.shape[:2]
@@ -73,7 +97,7 @@ def letterbox(
     if (new_width, new_height) == (width, height):
         inside[:] = image
     else:
-        resize(image, new_width, new_height, into=inside, half=half)
+        resize(image, new_width, new_height, into=inside, halves=halves)
     return square, placement
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from .boxes import covered_matrix, iou_matrix
-from .letterbox import letterbox, normalise, to_photo
+from .letterbox import Halves, letterbox, normalise, to_photo
 
 # %% auto #0
 __all__ = ['SAME_PILL', 'non_maximum_suppression', 'detections_from_output', 'find_pills', 'without_repeats']
@@ -60,10 +60,10 @@ def find_pills(
     size: int,  # side of the letterboxed photo, pixels
     confidence: float,  # a detection below it is left out, 0 to 1
     nms_iou: float,  # overlap above which the weaker of two boxes is dropped, 0 to 1
-    half: np.ndarray | None = None,  # the photo at half its size, as for `resize`
+    halves: Halves = (),  # of the photo, as for `resize`
 ) -> tuple[np.ndarray, np.ndarray]:  # boxes x1 y1 x2 y2 in photo pixels (n, 4) and scores (n,), best first
     """Find the pills of a photo."""
-    square, placement = letterbox(image, size, half)
+    square, placement = letterbox(image, size, halves)
     raw = np.asarray(detect(normalise(square[None], (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))))
     boxes, scores = detections_from_output(raw[0], confidence, nms_iou)
     boxes = to_photo(boxes, placement, width=image.shape[1], height=image.shape[0])

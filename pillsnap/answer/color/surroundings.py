@@ -13,10 +13,10 @@ import numpy as np
 
 from ...runtime.boxes import Box
 from ...runtime.color.spaces import to_linear
-from ...runtime.letterbox import halve
+from ...runtime.letterbox import Halves, next_half
 
 # %% auto #0
-__all__ = ['CLIPPED', 'LINEAR', 'Surroundings', 'surroundings']
+__all__ = ['CLIPPED', 'LINEAR', 'brightest_channel', 'Surroundings', 'surroundings']
 
 # %% ../../../nbs/answer/color/00_surroundings.ipynb #8e7b9eec
 _SIDE = 256  # longer side of the small copy, pixels
@@ -32,8 +32,10 @@ def _light(pixels: np.ndarray) -> np.ndarray:
     return light
 
 
-def _brightest(image: np.ndarray) -> np.ndarray:
-    """Level of the brightest channel; much faster than `max` of three."""
+def brightest_channel(
+    image: np.ndarray,  # RGB, uint8, (height, width, 3)
+) -> np.ndarray:  # uint8 (height, width)
+    """Level of the brightest channel of each pixel; much faster than `max` of three."""
     red, green, blue = cv2.split(image)
     return cv2.max(cv2.max(red, green), blue)
 
@@ -70,7 +72,7 @@ class Surroundings:
 
     def edges(self) -> np.ndarray:
         """How much the light changes from pixel to pixel, linear (n, 3), where it does and nothing is clipped."""
-        kept = (self.seen & (_brightest(self.small) < CLIPPED)).astype(np.uint8)
+        kept = (self.seen & (brightest_channel(self.small) < CLIPPED)).astype(np.uint8)
         inside = cv2.erode(kept, np.ones((5, 5), np.uint8))[1:-1, 1:-1] > 0
         soft = cv2.GaussianBlur(cv2.LUT(self.small, LINEAR), (0, 0), 1)
         edges = cv2.magnitude(soft[1:-1, 2:] - soft[1:-1, :-2], soft[2:, 1:-1] - soft[:-2, 1:-1])
@@ -117,10 +119,10 @@ def _span(box: np.ndarray, reach: float) -> tuple[slice, slice]:
 _LEAST = 0.02  # fraction of the photo that has to be seen, or nothing is corrected
 
 
-def _small(image: np.ndarray, half: np.ndarray | None) -> np.ndarray:
+def _small(image: np.ndarray, halves: Halves) -> np.ndarray:
     """A copy of at most `_SIDE` pixels; halving is much faster than taking the mean of other numbers of pixels."""
     while min(image.shape[:2]) > 1 and max(image.shape[:2]) >= 2 * _SIDE:
-        image, half = halve(image) if half is None else half, None
+        image, halves = next_half(image, halves)
     scale = min(1.0, _SIDE / max(image.shape[:2]))
     size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
     return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
@@ -129,12 +131,12 @@ def _small(image: np.ndarray, half: np.ndarray | None) -> np.ndarray:
 def surroundings(
     image: np.ndarray,  # RGB, uint8, (height, width, 3)
     boxes: Sequence[Box] | np.ndarray = (),  # pills: x1 y1 x2 y2, pixels; rows with NaN are not known
-    half: np.ndarray | None = None,  # the photo as `halve` makes it, where somebody has it; None = nobody
+    halves: Halves = (),  # of the photo, as for `resize`
 ) -> Surroundings | None:  # None: the photo has no surroundings, its colours are canonical
     """Take the pixels that tell the light."""
-    small = _small(image, half)
+    small = _small(image, halves)
     scale = max(small.shape[:2]) / max(image.shape[:2])
-    seen = _brightest(small) >= _BLACK
+    seen = brightest_channel(small) >= _BLACK
     known = np.asarray(boxes, np.float64).reshape(-1, 4)
     known = known[~np.isnan(known).any(axis=1)]
     if not len(known) and _framed(seen):

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import cv2
 import numpy as np
 
-from .surroundings import CLIPPED, LINEAR, Surroundings
+from .surroundings import CLIPPED, LINEAR, Surroundings, brightest_channel
 from ...runtime.boxes import Box
 
 # %% auto #0
@@ -51,8 +52,10 @@ def badly_exposed(
     if box is None:
         height, width = (side / around.scale for side in around.small.shape[:2])
         box = Box(width / 4, height / 4, width * 3 / 4, height * 3 / 4)
-    _, second, brightest = np.sort(around.inside(box), axis=1).T
-    missing = min(_darkness(brightest, 95), _darkness(around.near(box, _REACH).max(axis=2), 90))
+    red, green, blue = cv2.split(around.inside(box)[None])
+    higher = cv2.max(red, green)
+    second, brightest = cv2.max(cv2.min(red, green), cv2.min(higher, blue)), cv2.max(higher, blue)
+    missing = min(_darkness(brightest, 95), _darkness(brightest_channel(around.near(box, _REACH)), 90))
     return missing > _MISSING or float((second >= CLIPPED).mean()) > _LOST
 
 # %% ../../../nbs/answer/color/04_trust.ipynb #c694b92e

@@ -45,7 +45,7 @@ def cut_crop(
 ) -> np.ndarray:  # RGB, uint8, (side, side, 3)
     """A pill on grey; with its background where the mask misses it."""
     photo = (image.shape[1], image.shape[0])
-    cover = crop_cover(mask, crop_window(box, _MARGIN, *photo), photo, _SIDE)
+    cover = crop_cover(mask, crop_window(box, _MARGIN, *photo, _SIDE), photo, _SIDE)
     return remove_background(crop_pill(image, box, _MARGIN, _SIDE), cover)
 
 # %% ../../../nbs/bench/masks/03_cutouts.ipynb #cffed13b
