@@ -22,7 +22,7 @@ import httpx
 import papermill
 
 from .answer.factory import load_identifier
-from .answer.identify import percent
+from .answer.pills import percent
 from .atomic import write_bytes, write_json
 from .bench.report import goal, goal_lines, report_head
 from .bench.serving.server_process import free_port

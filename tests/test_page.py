@@ -49,7 +49,8 @@ from tiny_models import (
 )
 
 from pillsnap.answer.classes import ClassMap, Drug
-from pillsnap.answer.identify import Identifier, percent
+from pillsnap.answer.identify import Identifier
+from pillsnap.answer.pills import percent
 from pillsnap.answer.search.catalog import import_register
 from pillsnap.answer.verdicts.verdicts import Verdicts
 from pillsnap.config.environment import Environment

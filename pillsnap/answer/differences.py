@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .classes import Drug
-from .identify import Match
+from .pills import Match
 
 # %% auto #0
 __all__ = ['differences']

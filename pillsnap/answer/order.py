@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from .identify import Candidate
+from .pills import Candidate
 
 # %% auto #0
 __all__ = ['rank']

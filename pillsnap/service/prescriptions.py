@@ -9,7 +9,8 @@ from dataclasses import replace
 from typing import Any
 
 from ..answer.closely import crop_closely
-from ..answer.identify import EVERY, Identification, Identifier, Pill, PillCrops
+from ..answer.identify import EVERY, Identifier, PillCrops
+from ..answer.pills import Identification, Pill
 from ..answer.search.expected import Expected, read_expected
 from ..answer.search.prescription import check_prescription, unclear, weigh
 from ..runtime.images import Photo

@@ -12,9 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ..answer.classes import Drug
 from ..answer.differences import differences
-from ..answer.identify import Identification, Identifier, Pill
+from ..answer.identify import Identifier
 from ..answer.outlined import Outlined
 from ..answer.outlines import Outliner
+from ..answer.pills import Identification, Pill
 from ..answer.quality.judge import Judge, Verdict
 from ..answer.verdicts.reasons import WHY_NOT
 

@@ -15,7 +15,7 @@ from .surroundings import CLIPPED, LINEAR, Surroundings, brightest_channel
 from ...runtime.boxes import Box
 
 # %% auto #0
-__all__ = ['light_cast', 'badly_exposed', 'untrusted']
+__all__ = ['light_cast', 'badly_exposed', 'untrusted', 'is_grey']
 
 # %% ../../../nbs/answer/color/04_trust.ipynb #62ccd189
 _CAST = 1.75  # beyond it, a channel has too few levels left
@@ -75,3 +75,18 @@ def untrusted(
     if len(rows) and light_cast(around) > _CAST:
         return [True] * len(rows)
     return [badly_exposed(around, None if np.isnan(row).any() else Box(*row.tolist())) for row in rows]
+
+# %% ../../../nbs/answer/color/04_trust.ipynb #d6aa3257
+_NO_COLOUR = 4  # steps of 256 between the channels of a pixel
+
+
+def is_grey(
+    image: np.ndarray,  # RGB, uint8, (height, width, 3)
+) -> bool:
+    """Whether a photo has no colour: the channels of its pixels are equal."""
+    for side in (16, 256):  # most photos show a colour in the first few pixels
+        step = max(1, min(image.shape[:2]) // side)
+        red, green, blue = image[::step, ::step].astype(np.int16).transpose(2, 0, 1)
+        if max(np.abs(red - green).max(), np.abs(green - blue).max(), np.abs(red - blue).max()) > _NO_COLOUR:
+            return False
+    return True

@@ -18,7 +18,8 @@ from ..factory import load_identifier
 from .gallery_file import GALLERY_FILE, read_gallery
 from .references import Gallery, GalleryError
 from .search import Search
-from ..identify import MATCHES, MATCHES_REFINED, Candidate, Identifier, Match, Pill
+from ..identify import MATCHES, MATCHES_REFINED, Identifier
+from ..pills import Candidate, Match, Pill
 from ..rules import ModelMismatch, Rules
 from ..shapes.masks import PillMask
 from ..verdicts.reasons import GALLERY_DISAGREES, LOOK_ALIKES, NO_COLOUR, NONE_ALIKE, SAME_APPEARANCE

@@ -12,10 +12,10 @@ from dataclasses import replace
 import numpy as np
 
 from ..classes import Drug
-from ..identify import Pill
 from .joining import Reading
 from .reader import ImprintReader
 from ..order import rank
+from ..pills import Pill
 from ..search.appearance import Sides, appearance_of
 from pillsnap.answer.search.imprints import (
     ALIKE,

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ..identify import Pill
 from ..order import rank
+from ..pills import Pill
 from .expected import Expected
 from .imprints import plain
 from ..verdicts.reasons import ANOTHER_EXPECTED

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from ...answer.identify import Identifier, Pill
+from ...answer.identify import Identifier
+from ...answer.pills import Pill
 from .draws import interval
 from ...color.data.pills import PillPhoto
 from ...evaluation.calibrate import calibration_error

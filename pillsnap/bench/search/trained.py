@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from ...answer.gallery.recognise import GalleryIdentifier, open_identifier
-from ...answer.identify import Pill
 from ...answer.imprint.setting import read_imprints
+from ...answer.pills import Pill
 from ..networks import trained_network
 from ..report import goal
 from ...data.moved import dataset_of_run

@@ -22,9 +22,10 @@ import httpx
 from tabulate import tabulate
 from tqdm import tqdm
 
-from ...answer.identify import IdentifyError, percent
+from ...answer.identify import IdentifyError
 from ...answer.outlined import Scale, outline_pills
 from ...answer.outlines import OutlinerError
+from ...answer.pills import percent
 from ...answer.quality.judge import judge_crops
 from ...answer.sides import SIDES, classify_sides
 from ...answer.verdicts.reasons import LOOK_ALIKES, NONE_ALIKE, NOTHING_FOUND

@@ -18,8 +18,9 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ...answer.color.balance import Balance
-from ...answer.identify import PIPELINES, IdentifyError, Pill, PillCrops
+from ...answer.identify import PIPELINES, IdentifyError, PillCrops
 from ...answer.outlined import Outlined, Scale, outline_pills
+from ...answer.pills import Pill
 from ...answer.quality.judge import Verdict, judge_crops
 from ...answer.shapes.camera import ELEVATIONS, ScaleError
 from ...answer.shapes.references import COINS

@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ...answer.identify import Pill, percent
+from ...answer.pills import Pill, percent
 from ...runlog import decide
 
 # %% auto #0
