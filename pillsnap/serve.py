@@ -21,8 +21,9 @@ from fastapi.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from . import __version__
+from .answer.cropping import PIPELINES
 from .answer.gallery.recognise import open_identifier
-from .answer.identify import PIPELINES, Identifier
+from .answer.identify import Identifier
 from .answer.imprint.setting import read_imprints
 from .answer.search.lookup import Lookup
 from .config.environment import Environment, load_environment

@@ -28,7 +28,7 @@ from tiny_models import (
     save_classifier,
 )
 
-from pillsnap.answer.identify import Identifier
+from pillsnap.answer.cropping import Cropper
 
 
 def test_health_with_a_model(client: TestClient) -> None:
@@ -298,7 +298,7 @@ def test_unexpected_error_is_one_sentence(
     def fail(*_: object) -> None:
         raise RuntimeError("a secret of the server")
 
-    monkeypatch.setattr(Identifier, "crop_pills", fail)
+    monkeypatch.setattr(Cropper, "crop_pills", fail)
     response = post_photo(client, jpeg)
     check_error(response, 500)
     assert "secret" not in response.text and "a secret of the server" in caplog.text
@@ -349,9 +349,9 @@ def test_a_photo_of_any_format_is_predicted(client: TestClient, jpeg: bytes, kin
 def test_at_most_half_of_the_threads_hold_the_pixels_of_a_photo(
     models: Path, jpeg: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    crop_pills, lock, now, most = Identifier.crop_pills, threading.Lock(), [0], [0]
+    crop_pills, lock, now, most = Cropper.crop_pills, threading.Lock(), [0], [0]
 
-    def counted(self: Identifier, *arguments: object) -> object:
+    def counted(self: Cropper, *arguments: object) -> object:
         with lock:
             now[0] += 1
             most[0] = max(most[0], now[0])
@@ -362,7 +362,7 @@ def test_at_most_half_of_the_threads_hold_the_pixels_of_a_photo(
 
     statuses: list[int] = []
     with client_for(models, (RIGHT,), "serve.workers=4", "serve.requests_per_minute=0") as opened:
-        monkeypatch.setattr(Identifier, "crop_pills", counted)
+        monkeypatch.setattr(Cropper, "crop_pills", counted)
         senders = [
             threading.Thread(target=lambda: statuses.append(post_photo(opened, jpeg).status_code)) for _ in range(8)
         ]
@@ -377,14 +377,14 @@ def test_health_responds_while_photos_are_processed(
     client: TestClient, jpeg: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started, go_on = threading.Event(), threading.Event()
-    crop_pills = Identifier.crop_pills
+    crop_pills = Cropper.crop_pills
 
-    def slow(self: Identifier, *arguments: object) -> object:
+    def slow(self: Cropper, *arguments: object) -> object:
         started.set()
         go_on.wait(10)
         return crop_pills(self, *arguments)
 
-    monkeypatch.setattr(Identifier, "crop_pills", slow)
+    monkeypatch.setattr(Cropper, "crop_pills", slow)
     statuses = []
     worker = threading.Thread(target=lambda: statuses.append(post_photo(client, jpeg).status_code))
     worker.start()

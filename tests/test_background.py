@@ -58,7 +58,7 @@ def served(photo: Path, background: Background, color: str) -> np.ndarray:
     rules = replace(removing(background), color=color)
     found = FOUND[:2].T[None]
     identifier = Identifier(lambda batch: batch, lambda batch: found, rules, background.outline)
-    return identifier.crop_pills(decode_image(photo), "combo").crops
+    return identifier.cropper.crop_pills(decode_image(photo), "combo").crops
 
 
 @pytest.mark.parametrize("color", ["none", "gray_world"])
@@ -108,7 +108,7 @@ def test_files_with_another_segmenter_are_refused(
     with pytest.raises(ModelMismatch, match=f"its hash begins with {background.hash[:12]}"):
         load_identifier(folder)
     shutil.copy(background.file, folder)
-    crops = load_identifier(folder).crop_pills(decode_image(photo_jpeg()), "combo")
+    crops = load_identifier(folder).cropper.crop_pills(decode_image(photo_jpeg()), "combo")
     assert len(crops.masks) == 2 and (crops.crops[0][:4, :4] == GREY).all()
 
 

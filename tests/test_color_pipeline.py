@@ -52,7 +52,7 @@ def identifier_of(rule: str) -> Identifier:
 
 def served(photo: Path, rule: str) -> np.ndarray:
     """The crop that the classifier gets in serving."""
-    return identifier_of(rule).crop_pills(np.asarray(Image.open(photo)), "combo").crops[0]
+    return identifier_of(rule).cropper.crop_pills(np.asarray(Image.open(photo)), "combo").crops[0]
 
 
 @each_rule
@@ -95,8 +95,8 @@ def test_the_light_is_gone(photo: Path):
 
 def test_the_whole_photo_can_be_shown_as_it_was_compared(photo: Path):
     pixels = np.asarray(Image.open(photo))
-    assert np.array_equal(identifier_of(NO_CORRECTION).crop_pills(pixels, "combo").balance(pixels), pixels)
-    shown = identifier_of("gray_world").crop_pills(pixels, "combo").balance(pixels)
+    assert np.array_equal(identifier_of(NO_CORRECTION).cropper.crop_pills(pixels, "combo").balance(pixels), pixels)
+    shown = identifier_of("gray_world").cropper.crop_pills(pixels, "combo").balance(pixels)
     assert np.ptp(shown[:60].reshape(-1, 3).mean(axis=0)) < 4
 
 
@@ -132,7 +132,7 @@ FAR = "too coloured, too dark or too bright to trust the colours"
 
 def notes_of(image: np.ndarray, rule: str, *boxes: Box) -> list[str]:
     found = np.array(boxes, np.float32).reshape(-1, 4), np.ones(len(boxes), np.float32)
-    return identifier_of(rule).crop_pills(image, "combo" if boxes else "single", pills=found).notes
+    return identifier_of(rule).cropper.crop_pills(image, "combo" if boxes else "single", pills=found).notes
 
 
 def in_light(gains: tuple[float, ...], ground: tuple[int, ...] = (190, 190, 190)) -> np.ndarray:
@@ -189,7 +189,7 @@ def test_references_see_the_light_without_the_other_pills(rule: str, tmp_path: P
     identifier = identifier_of(rule)
     references.references_of(identifier, references.chosen_rows(pl.DataFrame(rows), 2), 10**6)
     pixels, boxes = in_light((1.0, 0.9, 0.6)), np.array([SECOND, BOX], np.float32)
-    asked = identifier.crop_pills(pixels, "combo", pills=(boxes, np.ones(2, np.float32)))
+    asked = identifier.cropper.crop_pills(pixels, "combo", pills=(boxes, np.ones(2, np.float32)))
     assert np.array_equal(np.array(made), asked.crops)
 
 

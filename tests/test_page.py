@@ -49,7 +49,7 @@ from tiny_models import (
 )
 
 from pillsnap.answer.classes import ClassMap, Drug
-from pillsnap.answer.identify import Identifier
+from pillsnap.answer.cropping import Cropper
 from pillsnap.answer.pills import percent
 from pillsnap.answer.search.catalog import import_register
 from pillsnap.answer.verdicts.verdicts import Verdicts
@@ -1138,7 +1138,7 @@ def test_every_response_has_the_security_headers(models: Path, jpeg: bytes, monk
         client.post("/predict", headers=KEY, files={"image": content})
         for content in (jpeg, b"a letter", bytes(25_000_000))
     ]
-    monkeypatch.setattr(Identifier, "crop_pills", fail)
+    monkeypatch.setattr(Cropper, "crop_pills", fail)
     responses.append(client.post("/predict", headers=KEY, files={"image": jpeg}))
     assert [response.status_code for response in responses] == [200] * 7 + [404, 401, 304, 200, 405, 200, 415, 413, 500]
     for response in responses:

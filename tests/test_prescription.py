@@ -131,7 +131,7 @@ def test_an_enrolled_drug_is_expected_by_its_code(tmp_path: Path) -> None:
     identifier = open_identifier(tmp_path)
     seen = identifier.identify(decode_image(photo_jpeg()), "combo")
     identifier.with_embeddings = True
-    crops = identifier.crop_pills(decode_image(photo_jpeg()), "combo")
+    crops = identifier.cropper.crop_pills(decode_image(photo_jpeg()), "combo")
     new = Reference(("G-1",), "", identifier.embed(crops.crops[:1])[0], b"", "photo")
     gallery = Gallery(network_of(identifier), {}, ()).added([Drug("G-1", "Enrolled")], [new])
     together = with_gallery(identifier, gallery)

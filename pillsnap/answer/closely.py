@@ -10,7 +10,8 @@ from time import perf_counter
 
 import numpy as np
 
-from .identify import Identifier, PillCrops, softmax
+from .cropping import PillCrops
+from .identify import Identifier, softmax
 from ..runtime.boxes import covered_matrix, iou_matrix
 
 # %% auto #0
@@ -59,7 +60,7 @@ def divide(
 
 def _are_drugs(identifier: Identifier, image: np.ndarray, parts: np.ndarray) -> bool:
     """Whether each part is another drug."""
-    logits = identifier.logits_of(identifier.crops_of(image, parts), turned=False)  # as _SURE was chosen
+    logits = identifier.logits_of(identifier.cropper.crops_of(image, parts), turned=False)  # as _SURE was chosen
     confidences = softmax(logits)  # a temperature below 1 would make it sure of halves, too
     different = len(set(confidences.argmax(axis=1).tolist())) == len(parts)
     return different and float(confidences.max(axis=1).min()) >= _SURE
@@ -102,11 +103,11 @@ def crop_closely(
     """Detect and crop the pills of a handful, after a closer look; raises `IdentifyError` without a detector."""
     shape = getattr(identifier.detect, "input_shape", None)
     if identifier.rules.detector_size is None or (shape and isinstance(shape[-1], int)):
-        return identifier.crop_pills(image, "combo", confidence, size)
+        return identifier.cropper.crop_pills(image, "combo", confidence, size)
     begun = perf_counter()
     side = round(_CLOSER * identifier.rules.detector_size / 32) * 32
-    closer = identifier.find(image, confidence, side)
-    pills = confirmed(divide(identifier, image, identifier.find(image, confidence), closer[0]), closer)
+    closer = identifier.cropper.find(image, confidence, side)
+    pills = confirmed(divide(identifier, image, identifier.cropper.find(image, confidence), closer[0]), closer)
     seconds = perf_counter() - begun
-    crops = identifier.crop_pills(image, "combo", confidence, size, pills)
+    crops = identifier.cropper.crop_pills(image, "combo", confidence, size, pills)
     return replace(crops, seconds=crops.seconds | {"detect": seconds})

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .identify import PillCrops
+from .cropping import PillCrops
 from .outlines import Outliner
 from .shapes.camera import FAR, ScaleError, TableView, camera_view
 from .shapes.masks import PillMask

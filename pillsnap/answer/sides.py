@@ -10,7 +10,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from .identify import EVERY, Identifier, PillCrops
+from .cropping import PillCrops
+from .identify import EVERY, Identifier
 from .pills import Candidate, Identification, Match, Pill
 from .verdicts.reasons import NONE_ALIKE, SIDE_UNKNOWN, SIDES_DISAGREE
 from .verdicts.verdicts import AMBIGUOUS, IDENTIFIED, NO_PILL, UNKNOWN

@@ -68,7 +68,7 @@ def ask(
             continue
         corners = rows.select("x1", "y1", "x2", "y2").rows()
         boxes = np.array([photo.reduced(Box(*box)) for box in corners], np.float32)
-        crops = identifier.crops_of(photo.pixels, boxes)
+        crops = identifier.cropper.crops_of(photo.pixels, boxes)
         logits.append(identifier.logits_of(crops))
         nearest += [search.nearest(embedding, 1)[0] for embedding in identifier.embed(crops)]
         labels += [drugs.index_of(code) if code in drugs else -1 for code in rows["code"]]

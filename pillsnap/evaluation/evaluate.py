@@ -191,7 +191,7 @@ def evaluate_combo(
     truth, detections, found, matched, correct, pills = [], [], 0, 0, 0, 0
     for photo, image in decoded(photos, "evaluate combo", max_pixels):
         truth.append(photo.boxes)
-        detections.append(identifier.find(image, confidence=0.001))
+        detections.append(identifier.cropper.find(image, confidence=0.001))
         predicted = identifier.identify(image, "combo").pills
         pairs = match_boxes(np.array([pill.box for pill in predicted]), photo.boxes)
         found, matched, pills = found + len(predicted), matched + len(pairs), pills + len(photo.boxes)
@@ -216,8 +216,8 @@ def evaluate_boxes(
     truth, detections, found, matched, pills = [], [], 0, 0, 0
     for photo, image in decoded(photos, "evaluate detector", max_pixels):
         truth.append(photo.boxes)
-        detections.append(identifier.find(image, confidence=0.001))
-        boxes = identifier.find(image)[0]
+        detections.append(identifier.cropper.find(image, confidence=0.001))
+        boxes = identifier.cropper.find(image)[0]
         found, pills = found + len(boxes), pills + len(photo.boxes)
         matched += len(match_boxes(boxes, photo.boxes))
     counts = {"precision": matched / max(1, found), "recall": matched / max(1, pills), "pills": pills}

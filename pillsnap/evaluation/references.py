@@ -14,10 +14,11 @@ import polars as pl
 from tqdm import tqdm
 
 from ..answer.classes import ClassMap
+from ..answer.cropping import DETAIL
 from ..answer.crops import crop_pill
 from ..answer.gallery.enroll import make_reference
 from ..answer.gallery.references import Gallery, GalleryError, Reference
-from ..answer.identify import DETAIL, Identifier
+from ..answer.identify import Identifier
 from ..answer.search.appearance import appearance_of
 from ..data.reading.photo_files import read_photo
 from ..progress import progress_stream
@@ -89,7 +90,7 @@ def reference_of(
         data, corners = read_photo(row.image), [row.x1, row.y1, row.x2, row.y2]
         photo = open_photo(data, max_pixels, name=row.image)
         box, *others = (photo.reduced(Box(*found)) for found in (corners, *row.boxes))
-        crop = identifier.crops_of(photo.pixels, np.array([box]), np.array(others or [box]))[0]
+        crop = identifier.cropper.crops_of(photo.pixels, np.array([box]), np.array(others or [box]))[0]
         place = repr(corners).encode() if row.photo_kind == "combination" else b""  # else as where it is enrolled
         digest = hashlib.sha256(data + place).hexdigest()
         side = row.side if row.side in ("front", "back") else ""

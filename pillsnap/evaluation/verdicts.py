@@ -55,7 +55,7 @@ def tell(
     """Ask about photos of known and of other drugs."""
     codes, verdicts, rows = identifier.rules.class_map.codes, identifier.rules.verdicts, []
     for photo, image in decoded(photos, "evaluate verdicts", max_pixels):
-        crops, true = identifier.crop_pills(image, "single"), photo.classes[0]
+        crops, true = identifier.cropper.crop_pills(image, "single"), photo.classes[0]
         pill = identifier.classify_crops(crops, top_k=1).pills[0]
         by_similarity = verdicts.similar is not None and pill.matches
         score = pill.matches[0].similarity if by_similarity else verdicts.scores(identifier.logits_of(crops.crops))[0]

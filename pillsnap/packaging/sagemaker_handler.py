@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..answer.cropping import PIPELINES, IdentifyError
 from ..answer.factory import load_identifier
-from ..answer.identify import PIPELINES, Identifier, IdentifyError
+from ..answer.identify import Identifier
 from ..answer.quality.judge import Judge, find_judge, judge_crops
 from ..errors import PillsnapError
 from ..runtime.images import ImageError, NotAnImage, Photo, open_photo
@@ -119,7 +120,7 @@ def predict_fn(
     """Identify the pills; raises `RequestError` when the models do not support the pipeline."""
     try:
         photo, pipeline = data
-        crops = models.identifier.crop_pills(photo.pixels, pipeline, None, photo.size)
+        crops = models.identifier.cropper.crop_pills(photo.pixels, pipeline, None, photo.size)
         verdict = None if models.judge is None else judge_crops(models.judge, photo, crops).to_json()
         return models.identifier.classify_crops(crops).to_json() | {"quality": verdict}
     except IdentifyError as error:

@@ -9,7 +9,8 @@ from dataclasses import replace
 from typing import Any
 
 from ..answer.closely import crop_closely
-from ..answer.identify import EVERY, Identifier, PillCrops
+from ..answer.cropping import PillCrops
+from ..answer.identify import EVERY, Identifier
 from ..answer.pills import Identification, Pill
 from ..answer.search.expected import Expected, read_expected
 from ..answer.search.prescription import check_prescription, unclear, weigh
@@ -28,7 +29,7 @@ def crop_expected(
 ) -> PillCrops:
     """Detect and crop the pills of a photo; raises `IdentifyError` as `Identifier.identify`."""
     if text is None or pipeline != "combo":
-        return identifier.crop_pills(photo.pixels, pipeline, confidence, photo.size)
+        return identifier.cropper.crop_pills(photo.pixels, pipeline, confidence, photo.size)
     return crop_closely(identifier, photo.pixels, confidence, photo.size)
 
 # %% ../../nbs/service/03_prescriptions.ipynb #40f33297
@@ -49,7 +50,7 @@ def classify_expected(
     compared = _response(
         {drug.code: drug.name for drug in drugs},
         expected,
-        [pill for pill in read if pill.box_confidence is not None or not identifier.finds_pills],
+        [pill for pill in read if pill.box_confidence is not None or not identifier.cropper.finds_pills],
     )
     kept = [replace(pill, imprint=looked.imprint) for pill, looked in zip(whole.pills, read, strict=True)]
     weighed = [weigh(pill, expected, top_k) for pill in kept]

@@ -13,8 +13,9 @@ import cv2
 import numpy as np
 
 from ..classes import Drug
+from ..cropping import PillCrops
 from .references import Gallery, GalleryError, Reference, check_drug, side_of
-from ..identify import Identifier, PillCrops
+from ..identify import Identifier
 from ...runtime.images import decode_image
 from ...runtime.letterbox import resize
 
@@ -69,10 +70,10 @@ def crop_one_pill(
     if whole:
         alone = Identifier(identifier.classify, None, identifier.rules, identifier.outline)
         alone.refine = identifier.refine
-        return alone.crop_pills(image, "single")
+        return alone.cropper.crop_pills(image, "single")
     if identifier.detect is None:
         raise GalleryError(f"There is no detector to find the pill in {photo.name}: cut it out, and enrol it --whole.")
-    found = identifier.crop_pills(image, "single")
+    found = identifier.cropper.crop_pills(image, "single")
     if found.scores[0] is None:
         raise GalleryError(
             f"No pill was found in {photo.name}: take a sharper or closer photo, or enrol it --whole if it shows "

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..identify import PillCrops
+from ..cropping import PillCrops
 from .reasons import REASONS
 from .rules import QualityRules
 from .views import network_input, quality_views

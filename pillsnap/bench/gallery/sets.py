@@ -51,7 +51,7 @@ def embed_set(
     for (image,), pills in rows.group_by("image", maintain_order=True):
         photo = decode_photo(str(image))
         boxes = np.array([photo.reduced(Box(*corners)) for corners in pills.select("x1", "y1", "x2", "y2").rows()])
-        crops = identifier.crops_of(photo.pixels, boxes)
+        crops = identifier.cropper.crops_of(photo.pixels, boxes)
         asked.append(identifier.embed(crops))
         enrolled.append(identifier.embed(crops, turned=True))
     codes, sources = rows["code"].to_numpy(), rows["group"].to_numpy()

@@ -54,7 +54,7 @@ def whole_crop(
 ) -> np.ndarray:  # RGB, uint8, (size, size, 3)
     """The crop that serving makes without a detector."""
     alone = Identifier(identifier.classify, None, identifier.rules, identifier.outline)
-    crop: np.ndarray = alone.crop_pills(photo, "single").crops[0]
+    crop: np.ndarray = alone.cropper.crop_pills(photo, "single").crops[0]
     return crop
 
 
@@ -202,7 +202,7 @@ def ask_lit(
         except MaskError:
             continue
         drawn = [lit_photo(cutout, generator) for cutout in cutouts]
-        vectors += [identifier.embed(identifier.crops_of(photo, np.array([box])))[0] for photo, box in drawn]
+        vectors += [identifier.embed(identifier.cropper.crops_of(photo, np.array([box])))[0] for photo, box in drawn]
         right.append(place)
     scores = studio.scores(np.stack(vectors)).reshape(len(right), 2, -1)
     one = np.mean([(ranks_of(scores[:, side], right) == 1).mean() for side in (0, 1)])

@@ -42,7 +42,7 @@ def pipeline_map(
     truth, found = [], []
     for own in rows.partition_by("image", maintain_order=True):
         photo, size = decode_photo(own["image"][0], max_pixels).pixels, (own["width"][0], own["height"][0])
-        boxes, scores = detector.find(photo, _LOW)
+        boxes, scores = detector.cropper.find(photo, _LOW)
         truth.append([mask_of(outline, *size) for outline in own["outline"]])
         found.append(
             (outliner.masks(photo, [Box(*box) for box in boxes.tolist()]) if len(boxes) else [], scores.tolist())

@@ -27,7 +27,7 @@ def right_in_light(
     right: list[bool] = []
     for photo in photos:
         image = in_light(decode_image(photo.path), light)
-        logits = identifier.logits_of(identifier.crops_of(image, np.array(photo.boxes, np.float32)))
+        logits = identifier.logits_of(identifier.cropper.crops_of(image, np.array(photo.boxes, np.float32)))
         named = [identifier.rules.class_map[number].code for number in logits.argmax(axis=1).tolist()]
         right += [name == code for name, code in zip(named, photo.codes, strict=True)]
     return np.array(right)

@@ -125,7 +125,7 @@ def bent(
     photo: TruePhoto,  # from `strangers_of`
 ) -> bool:
     """Whether the pill is taken for the drug that looks most like it, where a list asks for that drug."""
-    crops = identifier.crop_pills(decode_image(Path(photo.image)), "single")
+    crops = identifier.cropper.crop_pills(decode_image(Path(photo.image)), "single")
     likeliest = identifier.classify_crops(crops, 1).pills[0].code
     compared = classify_expected(identifier, crops, 1, likeliest)[1]
     return compared is not None and bool(compared["matched"])

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from ...answer.cropping import DETAIL
 from ...answer.crops import crop_pill
 from ...answer.gallery.recognise import open_identifier
-from ...answer.identify import DETAIL, Identifier
+from ...answer.identify import Identifier
 from ...answer.imprint.ranking import ImprintRanking
 from ...answer.imprint.reader import open_reader
 from ...answer.search.appearance import read_imprint
@@ -87,7 +88,7 @@ def read_singles(
     for single in singles:
         image = decode_image(Path(single.image))
         identifier.refine = ranking  # so that there are larger crops
-        crops = identifier.crop_pills(image, "single")
+        crops = identifier.cropper.crop_pills(image, "single")
         identifier.refine = None
         pill = identifier.classify_crops(crops, len(identifier.rules.class_map)).pills[0]
         identifier.refine = ranking

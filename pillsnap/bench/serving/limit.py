@@ -45,7 +45,7 @@ def engine_calls(
         return None if call is None else record
 
     recorder = Identifier(recording("classify"), recording("detect"), identifier.rules, identifier.outline)
-    crops = recorder.crop_pills(image, "single")
+    crops = recorder.cropper.crop_pills(image, "single")
     if identifier.rules.color != NO_CORRECTION:
         known = crops.scores[0] is not None
         calls.append(("correct", np.asarray(crops.boxes if known else np.full((1, 4), np.nan), np.float64)))

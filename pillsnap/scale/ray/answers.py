@@ -11,9 +11,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ...answer.cropping import IdentifyError
 from ...answer.gallery.gallery_file import gallery_stamp
 from ...answer.gallery.recognise import open_identifier
-from ...answer.identify import Identifier, IdentifyError
+from ...answer.identify import Identifier
 from ...answer.imprint.setting import read_imprints
 from ...answer.outlines import OutlinerError
 from ...config.schema import Settings

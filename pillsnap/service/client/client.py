@@ -22,7 +22,7 @@ import httpx
 from tabulate import tabulate
 from tqdm import tqdm
 
-from ...answer.identify import IdentifyError
+from ...answer.cropping import IdentifyError
 from ...answer.outlined import Scale, outline_pills
 from ...answer.outlines import OutlinerError
 from ...answer.pills import percent
@@ -215,7 +215,10 @@ def predict_local(
     crops = crop_expected(loaded.identifier, opened, pipeline, None, expected)
     verdict = None if loaded.judge is None else judge_crops(loaded.judge, opened, crops)
     more, back = (
-        [loaded.identifier.crop_pills(open_photo(read_photo(one), max_pixels).pixels, "single") for one in photos]
+        [
+            loaded.identifier.cropper.crop_pills(open_photo(read_photo(one), max_pixels).pixels, "single")
+            for one in photos
+        ]
         for photos in ((sides or {}).get(name, ()) for name in SIDES)
     )
     if more or back:

@@ -18,7 +18,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ...answer.color.balance import Balance
-from ...answer.identify import PIPELINES, IdentifyError, PillCrops
+from ...answer.cropping import PIPELINES, IdentifyError, PillCrops
 from ...answer.outlined import Outlined, Scale, outline_pills
 from ...answer.pills import Pill
 from ...answer.quality.judge import Verdict, judge_crops

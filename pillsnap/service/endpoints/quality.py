@@ -46,7 +46,7 @@ def judge_frame(
         )
     with answering(), service.work_queue.decode_slots:
         photo = open_photo(data, service.max_pixels)
-        crops = loaded.identifier.crop_pills(photo.pixels, "single", None, photo.size)
+        crops = loaded.identifier.cropper.crop_pills(photo.pixels, "single", None, photo.size)
         return judge_crops(loaded.judge, photo, crops).to_json()
 
 
