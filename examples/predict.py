@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-from pillsnap.answer.identify import percent
+from pillsnap.answer.pills import percent
 from pillsnap.service.client.client import ClientError, predict_remote
 
 photo, url = Path(sys.argv[1]), sys.argv[2]
