@@ -133,8 +133,8 @@ def test_rules_are_compared_with_trained_classifiers(data: Path, capsys: pytest.
     report = json.loads((data / "out" / "rules.json").read_text())
     top1 = report["values"]["top1"]["tray"]
     assert set(top1) == {rules.KEPT, "learned"} and len(top1["learned"]) == 6
-    gain = np.mean([top1["learned"][light][0] - value[0] for light, value in top1[rules.KEPT].items()])
-    assert [item["name"] for item in report["goals"]] == ["learned_gain"]
+    gain = np.mean([value[0] - top1["learned"][light][0] for light, value in top1[rules.KEPT].items()])
+    assert [item["name"] for item in report["goals"]] == ["uncorrected_gain"]
     assert abs(report["goals"][0]["value"] - gain) < 1e-4 and "tray, learned: as is" in capsys.readouterr().out
 
 

@@ -232,5 +232,5 @@ def test_the_rule_can_neither_be_misspelt_nor_changed_by_a_resumed_run(tmp_path:
         check_choices(wrong)
     content = {"config": settings_as_yaml(settings)}
     check_same_settings(content, tmp_path / "last.pt", settings)
-    with pytest.raises(CheckpointError, match="identify.color was none, now gray_world"):
+    with pytest.raises(CheckpointError, match="identify.color was learned, now gray_world"):
         check_same_settings(content, tmp_path / "last.pt", other)

@@ -88,7 +88,7 @@ class Identify(Section):
     missed: Fraction = 0.05
     turned: bool = True
     single_scale: Annotated[float, Field(ge=0.1, le=1)] = 0.5
-    color: str = "none"  # or a key of COLOR_RULES
+    color: str = "learned"  # a key of COLOR_RULES, or "none"
     imprint: Literal["auto", "off"] = "auto"
     background: Literal["keep", "remove"] = "keep"
     segmenter: PosixPath | None = None

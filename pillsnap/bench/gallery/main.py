@@ -58,6 +58,7 @@ def parse(
     text = "settings of all trainings, for example model.classifier.image_size=128"
     parser = benchmark_parser("gallery", "Measure galleries and verdicts.", "gallery.json", text)
     add_photos(parser, "studio photos to train on and to enrol, DRUG/front.jpg and DRUG/back.jpg", studio_needed=True)
+    parser.add_argument("--run", type=Path, metavar="DIR", help="exported run to serve (default: the sample's product)")
     parser.add_argument("--skip", nargs="+", default=[], choices=PARTS, help="parts that are not measured")
     for name, default, meaning in (
         ("steps", 300, "steps of each classifier of a dataset; its detector takes twice as many"),
@@ -205,7 +206,7 @@ def _readings(out: Path) -> KeptReadings | None:
 def measure_speed(
     identifier: Identifier,  # the general network
     product: Path,  # folder of an exported run, to serve
-    options: Namespace,  # embeddings is read
+    options: Namespace,  # embeddings and run are read
     work: Path,
 ) -> Part:
     """Time a search, an enrolment and the service."""
@@ -213,7 +214,7 @@ def measure_speed(
     whole, pills = load_identifier(product / "export"), pill_photos(product, "test")
     photo = large_photo(whole, (decode_image(pill.path) for pill in pills))
     searched, enrolling = search_milliseconds(options.embeddings, size), enroll_seconds(whole, photo, work)
-    served = served_over_limit(product, work)
+    served = served_over_limit(options.run or product, work)
     goals = [
         goal("enroll_seconds", median_of(enrolling), at_most=1, n=len(enrolling), spread=spread(enrolling)),
         goal("search_ms", median_of(searched), at_most=10, n=len(searched), spread=spread(searched)),
@@ -232,6 +233,8 @@ def bench_gallery(
     began, out, folders = time.perf_counter(), options.out.resolve(), folders_of(options)
     if not set(folders) <= set(SHOTS):
         raise BenchError(f"--data takes the names {' and '.join(SHOTS)}, not {', '.join(sorted(folders))}.")
+    if options.run is not None and not (options.run / "export" / "classifier.onnx").is_file():
+        raise BenchError(f"There is no exported classifier in {options.run}: `pillsnap export --run` writes one.")
     work = out / "gallery"
     work.mkdir(parents=True, exist_ok=True)
     parts: dict[str, Part] = {}
