@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 import polars as pl
 
-from ...answer.identify import Identifier
+from ...answer.cropping import Cropper
 from ...answer.outlines import Outliner
 from ...color.data.pills import PillPhoto
 from ...data.reading.photo_files import decode_photo
@@ -34,7 +34,7 @@ _LOW = 0.05  # score from which a detection is outlined
 
 def pipeline_map(
     outliner: Outliner,
-    detector: Identifier,
+    detector: Cropper,
     rows: pl.DataFrame,  # held-out pills with outlines, of the manifest
     max_pixels: int,  # of a photo
 ) -> dict[str, float]:  # map50, map50_95: 0 to 1; images: count
@@ -42,7 +42,7 @@ def pipeline_map(
     truth, found = [], []
     for own in rows.partition_by("image", maintain_order=True):
         photo, size = decode_photo(own["image"][0], max_pixels).pixels, (own["width"][0], own["height"][0])
-        boxes, scores = detector.cropper.find(photo, _LOW)
+        boxes, scores = detector.find(photo, _LOW)
         truth.append([mask_of(outline, *size) for outline in own["outline"]])
         found.append(
             (outliner.masks(photo, [Box(*box) for box in boxes.tolist()]) if len(boxes) else [], scores.tolist())

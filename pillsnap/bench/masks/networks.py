@@ -7,9 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-
-from ...answer.identify import Identifier
+from ...answer.cropping import Cropper
 from ...answer.rules import Rules
 from ..errors import BenchError
 from ...runtime.session import open_model
@@ -33,11 +31,9 @@ DETECTOR = (*_COMMON, "train.only=detector", "train.detector.epochs=1", "train.d
 # %% ../../../nbs/bench/masks/01_networks.ipynb #b572f04e
 def open_detector(
     folder: Path,  # with detector.onnx
-) -> Identifier:  # that finds pills and names none
+) -> Cropper:  # that finds pills
     """Open a detector; raises `BenchError` for a folder without one."""
     if not (folder / "detector.onnx").is_file():
         raise BenchError(f"There is no detector.onnx in {folder}: name the export folder of a run with a detector.")
     model = open_model(folder / "detector.onnx", device="cpu")
-    return Identifier(
-        lambda crops: np.zeros((len(crops), 1), np.float32), model, Rules.from_json(model.metadata["rules"])
-    )
+    return Cropper(Rules.from_json(model.metadata["rules"]), model)
