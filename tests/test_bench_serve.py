@@ -178,7 +178,7 @@ def test_the_service_and_the_limit_correct_colours(run: Path, tmp_path: Path) ->
     assert report["servers"]["ours"]["1"]["errors"] == report["servers"]["ours"]["1"]["other_drug"] == 0
     folder = session.with_color(run / "export", "gray_world", tmp_path / "models")
     assert load_identifier(folder).rules.color == "gray_world"
-    assert load_identifier(run / "export").rules.color == "none"
+    assert load_identifier(run / "export").rules.color == "learned"
 
 
 def test_errors_and_the_end_of_a_server_are_in_the_report(
