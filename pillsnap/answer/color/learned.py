@@ -136,9 +136,9 @@ def learned_colors(
     boxes: np.ndarray,  # of pills, pixels of the photo, (n, 4); a row with NaN stands for the whole photo
 ) -> np.ndarray:  # (n, 3): linear light of the colour 1
     """Estimate the light at each pill."""
-    every = np.concatenate([boxes, around.pills])
+    every, places = np.unique(np.concatenate([boxes, around.pills]), axis=0, return_inverse=True)  # each once
     features = light_features(around, every)
     exposures = pill_exposures(features, pill_lights(around, every))
-    known = exposures[len(boxes) :] if len(around.pills) else exposures
-    middle = float(np.median(known))
-    return mixed_colors(features[: len(boxes)], exposures[: len(boxes)], middle)
+    asked, known = np.split(places.reshape(-1), [len(boxes)])
+    middle = float(np.median(exposures[known if len(known) else asked]))
+    return mixed_colors(features[asked], exposures[asked], middle)
