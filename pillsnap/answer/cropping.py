@@ -108,11 +108,12 @@ class Cropper:
         )
         found = boxes
         boxes, scores, notes = _select(boxes, scores, pipeline, self.finds_pills)
-        crops = self._crops(image, boxes, pipeline == "single", halves)
+        single, side = pipeline == "single", self.rules.classifier_size
+        crops = self._crops(image, boxes, single, halves, side)
         grey = is_grey(image)
         around = surroundings(image, found, halves) if len(crops) else None
         balance = self._correct(crops, around, boxes)
-        details = self._details(image, boxes, pipeline == "single", halves)
+        details = list(self._crops(image, boxes[:_DETAILS], single, halves, DETAIL)) if self.detailed else []
         masks = self._cut_out(crops, image, boxes)
         notes += [_GREY_NOTE] if grey else _light_notes(untrusted(image, around, _or_whole(boxes, crops)))
         seconds = {"detect": detected - started, "crop": perf_counter() - detected}
@@ -182,28 +183,14 @@ class Cropper:
         boxes: np.ndarray,  # x1 y1 x2 y2, pixels, (n, 4)
         whole: bool,  # take the whole photo when there is no box
         halves: Halves,  # as `find`
+        size: int,  # side of a crop, pixels
     ) -> np.ndarray:  # RGB, uint8, (n, size, size, 3)
-        size = self.rules.classifier_size
         if not len(boxes) and whole:
             return letterbox(image, size, halves)[0][None]
         crops = np.empty((len(boxes), size, size, 3), np.uint8)
         for index, box in enumerate(boxes):
             crops[index] = crop_pill(image, Box(*map(float, box)), self.rules.margin, size, halves)
         return crops
-
-    def _details(
-        self,
-        image: np.ndarray,  # RGB, uint8, (height, width, 3)
-        boxes: np.ndarray,  # x1 y1 x2 y2, pixels, (n, 4)
-        whole: bool,  # take the whole photo when there is no box
-        halves: Halves,  # as `find`
-    ) -> list[np.ndarray]:  # RGB, uint8, (DETAIL, DETAIL, 3)
-        if not self.detailed:
-            return []
-        if not len(boxes) and whole:
-            return [letterbox(image, DETAIL, halves)[0]]
-        found = (Box(*map(float, box)) for box in boxes[:_DETAILS])
-        return [crop_pill(image, box, self.rules.margin, DETAIL, halves) for box in found]
 
     def _correct(
         self,
@@ -241,7 +228,8 @@ class Cropper:
         found: np.ndarray | None = None,  # all pills of the photo, no part of its light; None = the same
     ) -> np.ndarray:  # RGB, uint8, (n, size, size, 3)
         """Crop pills whose places are known, with the colours and the background that a request gives them."""
-        crops = self._crops(image, boxes, False, halves_of(image) if len(boxes) > 1 else ())
+        halves = halves_of(image) if len(boxes) > 1 else ()
+        crops = self._crops(image, boxes, False, halves, self.rules.classifier_size)
         if self.rules.color != NO_CORRECTION:
             self._correct(crops, surroundings(image, boxes if found is None else found), boxes)
         self._cut_out(crops, image, boxes)

@@ -30,13 +30,15 @@ def halve(
 Halves = Sequence[np.ndarray]  # RGB, uint8, (height, width, 3): of a photo, of its half and so on, from `halves_of`
 
 
+_LARGE = 1024  # longer side of a photo that is halved, pixels
+
+
 def halves_of(
     image: np.ndarray,  # RGB, uint8, (height, width, 3)
-    longest: int = 1024,  # longer side that is not halved any more, pixels
 ) -> tuple[np.ndarray, ...]:
     """Halve a photo as often as it is large."""
     halves = []
-    while max(image.shape[:2]) >= longest and min(image.shape[:2]) > 1:
+    while max(image.shape[:2]) >= _LARGE and min(image.shape[:2]) > 1:
         image = halve(image)
         halves.append(image)
     return tuple(halves)
