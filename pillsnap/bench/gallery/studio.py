@@ -18,7 +18,7 @@ from ...answer.identify import Identifier
 from ...answer.imprint.ranking import READING_WEIGHT
 from ..color.differences import phone_pairs
 from ..color.lights import LIGHTS, in_light
-from ..search.phones import with_imprints
+from ..search.phones import Asked, with_imprints
 from ..search.references import KeptReadings
 from ...masks.cutouts import Cutout, CutoutArchive, MaskError
 from ...runtime.boxes import Box
@@ -88,7 +88,7 @@ WRONG = 0.05  # of the answers that are given, at most
 
 
 def coverage_at(
-    best: np.ndarray,  # (questions,) score of the answer
+    best: np.ndarray,  # (questions,) confidence of the answer
     right: np.ndarray,  # (questions,) whether it is right
     drugs: Sequence[str],  # true drug of each question
     limit: float = WRONG,  # wrong answers of those that are given
@@ -124,23 +124,25 @@ def ask_phones(
     """Ask with phone photos; raises `BenchError` where none shows an enrolled drug."""
     pairs = list(phone_pairs(phone, archive))
     asked = identifier.embed(np.stack([whole_crop(identifier, taken) for _, taken, _ in pairs]))
-    scores, drugs = studio.scores(asked), [drug for drug, _, _ in pairs]
-    ranks = ranks_of(scores, np.searchsorted(studio.drugs, drugs).tolist())
-    answered, wrong = coverage_at(scores.max(axis=1), ranks == 1, drugs)
-    shares = _shares(ranks)
-    kinds = {"photos": len(pairs), "drugs": len(set(drugs)), "folds": _FOLDS}
-    told = {"answered": answered, "wrong": wrong, "coverage": kept_coverage(answered, wrong)}
-    found: dict[str, Any] = {**kinds, **shares, **{name: round(value, 4) for name, value in told.items()}}
+    scores, nothing, names = studio.scores(asked), np.zeros(len(studio.drugs)), studio.drugs.tolist()
+    looks = [Asked(drug, names.index(drug), row, nothing) for (drug, _, _), row in zip(pairs, scores, strict=True)]
+    counts = {"photos": len(looks), "drugs": len({one.drug for one in looks}), "folds": _FOLDS}
+    found: dict[str, Any] = {**counts, **_answers(looks)}
     if kept is not None:
-        asked_more = with_imprints(pairs, studio.drugs.tolist(), scores, CutoutArchive(archive), kept.read, kept)
+        asked_more = with_imprints(pairs, names, scores, CutoutArchive(archive), kept.read, kept)
         kept.save()
-        found["with_imprints"] = _shares(np.array([one.rank(READING_WEIGHT) for one in asked_more]))
+        found["with_imprints"] = _answers(asked_more)
     return found
 
 
-def _shares(ranks: np.ndarray) -> dict[str, float]:
-    """How many right drugs are among the first."""
-    return {f"top{top}": round(float((ranks <= top).mean()), 4) for top in (1, 5, 20)}
+def _answers(asked: Sequence[Asked]) -> dict[str, float]:
+    """How many right drugs are among the first, and how many answers can be given."""
+    ranks = np.array([one.rank(READING_WEIGHT) for one in asked])
+    confidences = np.array([one.confidence() for one in asked])
+    answered, wrong = coverage_at(confidences, ranks == 1, [one.drug for one in asked])
+    found = {f"top{top}": float((ranks <= top).mean()) for top in (1, 5, 20)}
+    found |= {"answered": answered, "wrong": wrong, "coverage": kept_coverage(answered, wrong)}
+    return {name: round(value, 4) for name, value in found.items()}
 
 # %% ../../../nbs/bench/gallery/04_studio.ipynb #c4e10c09
 _SIDE = 256  # pixels of a drawn photo

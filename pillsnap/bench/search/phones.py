@@ -49,6 +49,16 @@ class Asked:
         scores = self.similar + weight * self.fits
         return 1 + int((scores[first] > scores[self.place]).sum())
 
+    def confidence(
+        self,
+        weight: float = READING_WEIGHT,  # of the imprint
+        most: int = MATCHES_REFINED,  # as in `rank`
+    ) -> float:  # 0 to 1
+        """How probable the first drug is: a cosine divided by the weight is a logit, as the likelihood has it."""
+        first = np.argsort(-self.similar, kind="stable")[:most]
+        logits = self.similar[first] / weight + self.fits[first]
+        return float(1 / np.exp(logits - logits.max()).sum())
+
 
 def ask_phones(
     pairs: Sequence[tuple[str, np.ndarray, np.ndarray]],  # from `phone_pairs`
