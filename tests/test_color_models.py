@@ -335,7 +335,7 @@ def run(*words: str) -> int:
 def test_the_command_from_training_to_the_store(
     cubes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr("pillsnap.color_commands.find_root", lambda: tmp_path)
+    monkeypatch.setattr("pillsnap.commands.color.find_root", lambda: tmp_path)
     folder, model = tmp_path / "run", tmp_path / "run" / "best.pt"
     train = ["color", "train", "--data-type", "cube", "--cube-dir", str(cubes), "--run-dir", str(folder)]
     assert run(*train, *TINY, *SHORT, f"paths.run_root={tmp_path}") == 0

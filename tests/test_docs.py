@@ -16,7 +16,7 @@ from PIL import Image
 from test_architecture import LAYERS
 from tiny_models import KEY, RIGHT, RULES, photo_jpeg, save_classifier
 
-import pillsnap.commands as commands
+import pillsnap.commands.export as commands
 import pillsnap.export.formats as formats
 import pillsnap.runtime.engines as engines
 from pillsnap import cli
@@ -302,11 +302,13 @@ def test_example_of_an_endpoint(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_example_of_a_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delitem(cli.OPTIONS, "formats", raising=False)  # the end of the test takes it away again
     command = example("A command", commands)["formats"]
     monkeypatch.setitem(cli.COMMANDS, "formats", command)
-    arguments = cli.parse(["formats"])
-    assert isinstance(arguments, Namespace) and arguments.action(arguments) == 0
-    assert '"onnx": "serving' in capsys.readouterr().out
+    for words, shown in (([], '"onnx": "serving'), (["--names"], '"onnx",')):
+        arguments = cli.parse(["formats", *words])
+        assert isinstance(arguments, Namespace) and arguments.action(arguments) == 0
+        assert shown in capsys.readouterr().out
 
 
 def test_example_in_python(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -58,7 +58,8 @@ from fastapi import APIRouter
 from torch.nn import functional
 
 from pillsnap.atomic import replacing
-from pillsnap.cli import COMMANDS, OPTIONS
+from pillsnap.cli import COMMANDS
+from pillsnap.commands.options import option, takes
 from pillsnap.data.augment import CROP_AUGMENTATIONS
 from pillsnap.data.readers.layouts import READERS
 from pillsnap.data.reading.reader import Reader
@@ -131,6 +132,7 @@ def answer():
     return {"toy": True}
 
 
+@takes(option("--word", default="hello"))
 def toy(arguments: Namespace) -> int:
     """Print a word."""
     print(arguments.word.upper())
@@ -143,7 +145,6 @@ FORMATS["toy"] = Format("onnx.gz", write_gz, open_gz, "slow lines")
 ENGINES["toy"] = Engine("onnx", "onnx", open_one)
 ROUTERS["toy"] = Endpoint("mvp", lambda app: router)
 COMMANDS["toy"] = toy
-OPTIONS["toy"] = [(("--word",), {"default": "hello"})]
 '''
 
 
