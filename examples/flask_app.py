@@ -20,7 +20,7 @@ from pillsnap.answer.identify import Identifier
 from pillsnap.answer.imprint.setting import read_imprints
 from pillsnap.config.load import find_root, load_settings
 from pillsnap.errors import PillsnapError
-from pillsnap.service.client.client import predict_local
+from pillsnap.service.client.local import predict_local
 from pillsnap.service.inference.model_manager import load
 
 app = Flask(__name__)

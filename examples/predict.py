@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 from pillsnap.answer.pills import percent
-from pillsnap.service.client.client import ClientError, predict_remote
+from pillsnap.service.client.photos import ClientError
+from pillsnap.service.client.remote import predict_remote
 
 photo, url = Path(sys.argv[1]), sys.argv[2]
 try:

@@ -22,7 +22,9 @@ from tiny_models import RIGHT as KEY
 from tiny_models import photo_jpeg
 
 from pillsnap import cli
-from pillsnap.service.client.client import ClientError, ServerUnusable, as_table, predict_remote
+from pillsnap.service.client.photos import ClientError, ServerUnusable
+from pillsnap.service.client.remote import predict_remote
+from pillsnap.service.client.table import as_table
 
 ROOT = Path(__file__).parents[1]
 
@@ -369,7 +371,7 @@ def test_the_example_works(photos: Path, server: str) -> None:
 
 def test_the_client_imports_no_training_packages(photos: Path, server: str) -> None:
     check = (
-        "import sys\nfrom pathlib import Path\nfrom pillsnap.service.client.client import predict_remote\n"
+        "import sys\nfrom pathlib import Path\nfrom pillsnap.service.client.remote import predict_remote\n"
         f"predict_remote({server!r}, {KEY!r}, Path({str(photos / 'one.jpg')!r}))\n"
         "print(sorted({'torch', 'polars', 'matplotlib'} & set(sys.modules)))"
     )

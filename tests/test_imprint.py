@@ -35,7 +35,7 @@ from pillsnap.runtime.images import decode_image
 from pillsnap.sample.plan import plan_sample
 from pillsnap.sample.write import draw_photo
 from pillsnap.serve import create_app
-from pillsnap.service.client.client import as_table
+from pillsnap.service.client.table import as_table
 
 
 class Says(ImprintReader):

@@ -56,7 +56,7 @@ from pillsnap.answer.verdicts.verdicts import Verdicts
 from pillsnap.config.environment import Environment
 from pillsnap.config.load import load_settings
 from pillsnap.serve import create_app
-from pillsnap.service.client.client import as_table
+from pillsnap.service.client.table import as_table
 from pillsnap.service.guard.security_headers import HEADERS
 
 FLAGS = (

@@ -11,7 +11,8 @@ from fastapi.testclient import TestClient
 from tiny_models import KEY, client_for, photo_jpeg, post_photo, save_quality
 
 from pillsnap.answer.factory import load_identifier
-from pillsnap.service.client.client import as_table, predict_local
+from pillsnap.service.client.local import predict_local
+from pillsnap.service.client.table import as_table
 from pillsnap.service.inference.model_manager import load
 
 BRIGHT, DARK = photo_jpeg(), photo_jpeg(0.2)

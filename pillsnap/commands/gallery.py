@@ -69,7 +69,7 @@ def photos_of_drugs(
 
     Folders of one name are of one drug, wherever they are.
     """
-    from pillsnap.service.client.client import find_photos
+    from pillsnap.service.client.photos import find_photos
 
     folders = [word for word in words if word.is_dir()]
     below = {folder: sorted(path for path in folder.iterdir() if path.is_dir()) for folder in folders}
@@ -92,7 +92,7 @@ def photos_of_drugs(
 def _enroll(words: list[Path], arguments: Namespace, settings: Settings) -> int:
     from pillsnap.answer.gallery.enroll import NamedPhoto, code_of, enrolled
     from pillsnap.answer.gallery.references import check_drug
-    from pillsnap.service.client.client import read_photo
+    from pillsnap.service.client.photos import read_photo
 
     photos = photos_of_drugs(words, arguments.name)
     folder = model_folder(arguments.model, settings)

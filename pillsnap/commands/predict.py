@@ -103,7 +103,9 @@ def predict(arguments: Namespace) -> int:
         raise SettingsError("--engine ray answers into a table: name it with --out, such as answers.parquet")
     import httpx
 
-    from pillsnap.service.client.client import TIMEOUT, predict_local, predict_photos, predict_remote
+    from pillsnap.service.client.local import predict_local
+    from pillsnap.service.client.many import predict_photos
+    from pillsnap.service.client.remote import TIMEOUT, predict_remote
 
     settings = settings_or_defaults(arguments)
     environment = load_environment(root_or_here(), settings.serve)

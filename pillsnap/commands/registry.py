@@ -137,7 +137,8 @@ def _infer(arguments: Namespace) -> int:
     from pillsnap.registry.chosen import fetch_models, photos_of_data
     from pillsnap.registry.registered import weights_of
     from pillsnap.registry.tracking import open_tracking
-    from pillsnap.service.client.client import predict_local, predict_photos
+    from pillsnap.service.client.local import predict_local
+    from pillsnap.service.client.many import predict_photos
 
     tracking, cache = open_tracking(settings), settings.paths.cache_root / "models"
     with tempfile.TemporaryDirectory() as folder:

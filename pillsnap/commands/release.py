@@ -118,7 +118,7 @@ def watch(arguments: Namespace) -> int:
     """Poll a server's readiness and print when it changes; with --once status 1 when it is not ready."""
     if not 1 <= arguments.every <= 86_400:
         raise SettingsError(f"--every is {arguments.every}, but must be 1 to 86400 seconds")
-    from pillsnap.service.client.client import server_url
+    from pillsnap.service.client.remote import server_url
     from pillsnap.service.client.watch import watch as watch_server
 
     return watch_server(server_url(arguments.url), 0 if arguments.once else arguments.every, partial(print, flush=True))

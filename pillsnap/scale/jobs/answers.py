@@ -17,7 +17,7 @@ from typing import Any
 
 from ...atomic import replacing, write_text
 from .work import Work
-from ...service.client.client import predict_local
+from ...service.client.local import predict_local
 from ...service.endpoints.predict import answering
 from ...service.errors import ApiError
 from ...service.inference.model_manager import LoadedModels

@@ -22,7 +22,8 @@ from ...data.reading.photo_files import read_photo
 from ...runtime.engines import choose_engine
 from ...runtime.images import ImageError
 from .errors import ScaleError
-from ...service.client.client import ClientError, predict_local
+from ...service.client.local import predict_local
+from ...service.client.photos import ClientError
 from ...service.inference.model_manager import LoadedModels, load, version_of
 
 # %% auto #0

@@ -14,7 +14,7 @@ from ...data.reading.archives import list_archive
 from ...data.reading.photo_files import member_reference
 from ...runtime.images import SUFFIXES
 from .errors import ScaleError
-from ...service.client.client import find_photos
+from ...service.client.photos import find_photos
 
 # %% auto #0
 __all__ = ['photos_of_archive', 'photos_of_manifest', 'list_photos']
