@@ -95,7 +95,7 @@ def test_everything_in_small(data: Path, capsys: pytest.CaptureFixture[str]):
     found = report["values"]["lights"]["tray"]
     assert found["learned"]["warm"]["median"] < found["none"]["warm"]["median"] / 2, "a uniform light is taken out"
     fitted, served = report["values"]["fitted"], report["values"]["learned"]
-    assert set(fitted) == set(served) == {"brightness", "color", "level", "pill", "white", "shared"}
+    assert set(fitted) == set(served) == {"brightness", "color", "level", "pill", "white", "shared", "darker"}
     assert sum(fitted["brightness"]) == pytest.approx(1, abs=1e-3) == sum(served["color"])
     assert fitted["white"] != served["white"], "that of these studio photos"
     draws = report["values"]["draws"]["tray"]

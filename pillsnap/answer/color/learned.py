@@ -74,6 +74,7 @@ class LightWeights:
     pill: float = 0.0  # weight of the pills' brightness in the exposure, 0 to 1
     white: float = -1.24  # log2 of linear light: brightest channel of a pill in the studio
     shared: float = 0.5  # weight of the photo's middle pill in that brightness, 0 to 1; the rest is the pill's own
+    darker: float = 1.5  # EV by which pills that are dark beside the ground may lower the exposure
 
     def to_json(self) -> dict[str, object]:
         """Convert to plain values."""
@@ -104,9 +105,6 @@ def pill_exposures(
     return exposures
 
 
-_MOST = 1.5  # EV by which pills may move the exposure
-
-
 def mixed_colors(
     features: np.ndarray,  # (n, features, 3), from `light_features`
     exposures: np.ndarray,  # (n,), EV, from `pill_exposures`
@@ -116,7 +114,7 @@ def mixed_colors(
     """Mix the numbers; where a pill's exposure is not known, the ground alone tells it."""
     exposure = features.mean(axis=2) @ np.asarray(weights.brightness) - weights.level
     pills = (1 - weights.shared) * exposures + weights.shared * middle
-    exposure = exposure + np.nan_to_num(np.clip(weights.pill * (pills - exposure), -_MOST, _MOST))
+    exposure = exposure + np.nan_to_num(np.maximum(weights.pill * (pills - exposure), -weights.darker))
     colors: np.ndarray = 2 ** (_casts(features, weights) + exposure[:, None])
     return colors
 

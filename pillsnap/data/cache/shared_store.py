@@ -10,7 +10,7 @@ import time
 
 from .crop_store import CropStore
 
-CROP_VERSION = 5  # version of decoding, cropping and scaling; raised when they change, so that no old pixels are read
+CROP_VERSION = 6  # version of decoding, cropping and scaling; raised when they change, so that no old pixels are read
 
 # %% auto #0
 __all__ = ['CROP_VERSION', 'lock_byte', 'unlock_byte', 'SharedStore']
