@@ -11,7 +11,6 @@ import pytest
 
 from pillsnap.bench import publish
 from pillsnap.bench.engines.infer import table
-from pillsnap.bench.tables import TABLES
 
 ROOT = Path(__file__).parents[1]
 RESULTS = sorted((ROOT / "results").glob("*.json"))
@@ -51,7 +50,14 @@ def test_tables_say_what_the_results_say(path: Path) -> None:
 
 def test_every_table_is_shown() -> None:
     marked = [name for path in TEXTS for name in re.findall(r"<!-- table ([\w-]+) -->", path.read_text("utf-8"))]
-    assert sorted(marked) == sorted(TABLES)
+    assert sorted(marked) == sorted(publish.TABLES)
+
+
+@pytest.mark.parametrize("name", publish.TABLES)
+def test_all_rows_of_a_table_have_as_many_cells_as_its_head(name: str) -> None:
+    report, rows_of = publish.TABLES[name]
+    rows = rows_of(reports()[report])
+    assert len(rows) > 1 and {len(row) for row in rows} == {len(rows[0])}
 
 
 def test_a_changed_figure_is_noticed() -> None:

@@ -27,7 +27,8 @@ from .jobs import measure_jobs
 from .network import NotPermitted
 from .nodes import Nodes
 from .sums import sums
-from ..tables import markdown, scale_rows
+from ..speed_tables import scale_rows
+from ..tables import markdown
 from ...runlog import decide, setup_logging
 from ...sample.write import write_sample
 
