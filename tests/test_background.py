@@ -30,8 +30,9 @@ from pillsnap.packaging.shipped import exported_files
 from pillsnap.runtime.images import decode_image
 from pillsnap.runtime.letterbox import GREY
 from pillsnap.runtime.session import ModelError
-from pillsnap.training.checkpoint import CheckpointError, keep_segmenter, load_trained
+from pillsnap.training.checkpoint import CheckpointError
 from pillsnap.training.run import check_choices, train
+from pillsnap.training.trained import keep_segmenter, load_trained
 
 BOXES = np.array([[134, 114, 306, 286], [350, 266, 562, 390]], np.float64)  # that the detector finds
 

@@ -24,7 +24,8 @@ from pillsnap.data.cache.open import open_store
 from pillsnap.evaluation import references
 from pillsnap.runtime.boxes import Box
 from pillsnap.runtime.color.spaces import to_encoded, to_linear
-from pillsnap.training.checkpoint import CheckpointError, check_same_settings
+from pillsnap.training.checkpoint import CheckpointError
+from pillsnap.training.resume import check_same_settings
 from pillsnap.training.run import check_choices
 
 BOX = Box(120, 80, 220, 160)

@@ -28,8 +28,9 @@ from pillsnap.models.classifier import PillNetwork
 from pillsnap.registry.model_info import get_model_info
 from pillsnap.runtime.images import decode_image
 from pillsnap.runtime.session import Network
-from pillsnap.training.checkpoint import load_checkpoint, load_trained, save_checkpoint
+from pillsnap.training.checkpoint import load_checkpoint, save_checkpoint
 from pillsnap.training.run import train
+from pillsnap.training.trained import load_trained
 
 FORMATS = dict(ALL_FORMATS)
 

@@ -20,8 +20,9 @@ from pillsnap.evaluation.evaluate import evaluate_run, held_out, identifier_of
 from pillsnap.export.report import export_run
 from pillsnap.packaging.shipped import ShipError, exported_files
 from pillsnap.registry.release import exported_networks
-from pillsnap.training.checkpoint import CheckpointError, best_file, load_trained
+from pillsnap.training.checkpoint import CheckpointError
 from pillsnap.training.run import train
+from pillsnap.training.trained import best_file, load_trained
 
 
 @pytest.fixture(scope="module", params=["classifier", "detector"])

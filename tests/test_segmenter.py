@@ -25,8 +25,8 @@ from pillsnap.masks.network import fade_outside as fade_on_device
 from pillsnap.runtime.boxes import Box
 from pillsnap.runtime.outlines import encode_runs
 from pillsnap.runtime.session import ModelError
-from pillsnap.training.checkpoint import load_trained
 from pillsnap.training.run import train
+from pillsnap.training.trained import load_trained
 
 SIZE = 96
 SPLITS = ("train", "validation")

@@ -24,10 +24,11 @@ from pillsnap.evaluation.advisor import advise
 from pillsnap.evaluation.evaluate import evaluate_run
 from pillsnap.export.report import export_run
 from pillsnap.metrics import NothingToEvaluate
-from pillsnap.training.checkpoint import CheckpointError, load_best, load_checkpoint, save_checkpoint
+from pillsnap.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from pillsnap.training.classifier_task import ClassifierTask
 from pillsnap.training.run import train
 from pillsnap.training.schedule import TrainingError
+from pillsnap.training.trained import load_best
 
 
 def photo(path: Path) -> Path:

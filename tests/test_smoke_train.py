@@ -18,8 +18,9 @@ from pillsnap.config.schema import Settings
 from pillsnap.data.manifest import load_dataset
 from pillsnap.evaluation.evaluate import TruePhoto, evaluate_run, held_out, identifier_of
 from pillsnap.runtime.images import decode_image
-from pillsnap.training.checkpoint import CheckpointError, load_trained
+from pillsnap.training.checkpoint import CheckpointError
 from pillsnap.training.run import train
+from pillsnap.training.trained import load_trained
 
 
 def test_run_folder_has_all_files(trained_run: Path):

@@ -27,9 +27,10 @@ from pillsnap.data.manifest import Dataset, load_dataset
 from pillsnap.evaluation.advisor import advise
 from pillsnap.training import checkpoint, loop, step
 from pillsnap.training import run as run_module
-from pillsnap.training.checkpoint import CheckpointError, load_checkpoint, load_trained
+from pillsnap.training.checkpoint import CheckpointError, load_checkpoint
 from pillsnap.training.run import train
 from pillsnap.training.schedule import TrainingError
+from pillsnap.training.trained import load_trained
 
 SHORT = ("train.amp=off", "train.log_every=1000", "train.classifier.epochs=2", "train.detector.epochs=2")
 

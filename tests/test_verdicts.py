@@ -27,7 +27,8 @@ from pillsnap.atomic import sha256
 from pillsnap.data.moved import dataset_of_run
 from pillsnap.data.reading.photo_files import decode_photo
 from pillsnap.evaluation.calibrate import ask
-from pillsnap.training.checkpoint import CALIBRATION_FILE, CheckpointError, load_trained
+from pillsnap.training.checkpoint import CheckpointError
+from pillsnap.training.trained import CALIBRATION_FILE, load_trained
 
 
 def photo_of(run: Path) -> np.ndarray:

@@ -28,8 +28,9 @@ from .references import gallery_of
 from ..runlog import Decision, decide
 from ..runtime.boxes import Box
 from ..runtime.images import ImageError
-from ..training.checkpoint import CALIBRATION_FILE, CheckpointError, load_trained
+from ..training.checkpoint import CheckpointError
 from ..training.run import train
+from ..training.trained import CALIBRATION_FILE, load_trained
 
 logger = logging.getLogger("pillsnap")
 

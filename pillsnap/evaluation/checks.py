@@ -14,7 +14,7 @@ from ..atomic import sha256
 from ..errors import PillsnapError
 from ..runs import read_run
 from ..runtime.engines import ENGINES, TASKS
-from ..training.checkpoint import best_file
+from ..training.trained import best_file
 
 # %% auto #0
 __all__ = ['GateError', 'Check', 'judge', 'served_file', 'differences', 'check_comparison', 'accuracy']

@@ -41,8 +41,9 @@ from ..runs import read_run
 from ..runtime.boxes import Box
 from ..runtime.images import ImageError, decode_image
 from ..runtime.session import Network
-from ..training.checkpoint import CheckpointError, Trained, load_trained
+from ..training.checkpoint import CheckpointError
 from ..training.device.hardware import choose_device, device_name
+from ..training.trained import Trained, load_trained
 
 logger = logging.getLogger("pillsnap")
 from ..data.readers.layouts import READERS

@@ -93,7 +93,7 @@ def open_backend(
     import torch
 
     from pillsnap.evaluation.evaluate import identifier_of
-    from pillsnap.training.checkpoint import load_trained
+    from pillsnap.training.trained import load_trained
 
     if threads:
         torch.set_num_threads(threads)

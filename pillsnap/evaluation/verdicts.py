@@ -21,7 +21,7 @@ from ..data.moved import dataset_of_run
 from .calibrate import verdict_rates
 from .evaluate import TruePhoto, decoded, held_out, identifier_of, true_photos
 from .references import gallery_of
-from ..training.checkpoint import load_trained
+from ..training.trained import load_trained
 
 # %% auto #0
 __all__ = ['photos_to_ask', 'tell', 'with_verdicts']

@@ -49,15 +49,8 @@ from pillsnap.export.samples import (
 )
 from ..runlog import decide
 from ..runtime.letterbox import normalise
-from pillsnap.training.checkpoint import (
-    NETWORKS,
-    CheckpointError,
-    Trained,
-    best_file,
-    load_checkpoint,
-    load_trained,
-    with_background,
-)
+from ..training.checkpoint import CheckpointError, load_checkpoint
+from ..training.trained import NETWORKS, Trained, best_file, load_trained, with_background
 
 # %% auto #0
 __all__ = ['sources_of', 'weights_hash', 'Comparison', 'export_format', 'export_run', 'export_formats']

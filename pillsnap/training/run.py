@@ -34,24 +34,17 @@ from ..models.embedding_losses import EMBEDDING_LOSSES
 from ..provenance import git_revision
 from ..runlog import LOGGER, RunLog, decide, open_run
 from ..sample.write import write_sample
-from pillsnap.training.checkpoint import (
-    CheckpointError,
-    check_same_settings,
-    earlier_weights,
-    keep_segmenter,
-    load_checkpoint,
-    newest_checkpoint,
-    resume_run,
-    save_run,
-)
+from .checkpoint import CheckpointError, load_checkpoint, newest_checkpoint
 from .classifier_task import AUGMENTATIONS, CLASS_WEIGHTS, LOSSES
 from .device.distributed import ProcessGroup, describe_group, join_group, leave_group
 from .device.hardware import choose_hardware, seed_everything
 from .loop import train_tasks
 from .report.plots import write_hardest, write_plots
+from .resume import check_same_settings, resume_run, save_run
 from .schedule import SCHEDULES
 from .setup import build_tasks
 from .tasks import Task
+from .trained import earlier_weights, keep_segmenter
 
 # %% auto #0
 __all__ = ['data_root', 'new_run_folder', 'latest_run', 'check_choices', 'train', 'lock_run_folder']

@@ -26,7 +26,7 @@ from ..masks.network import build_segmenter
 from ..models.classifier import PillNetwork, build_classifier, normalisation
 from ..models.detector import build_detector
 from ..runlog import decide
-from .checkpoint import CheckpointError, earlier_weights
+from .checkpoint import CheckpointError
 from .classifier_task import ClassifierTask
 from .detector_task import DetectorTask
 from .device.distributed import ALONE, ProcessGroup
@@ -35,6 +35,7 @@ from .device.memory_ladder import MemoryLadder
 from .schedule import TrainingError, samples_to_see
 from .segmenter_task import SegmenterTask
 from .tasks import Task, checkpoint_gradients
+from .trained import earlier_weights
 from .tuning import PROBE_BATCH, resumed_way, tuned_batch_size, tuned_way
 
 if TYPE_CHECKING:

@@ -37,7 +37,7 @@ from ...export.samples import crop_samples, frame_samples
 from ...runlog import decide
 from ...runtime.engines import DEFAULT_ENGINE, ENGINE_FILE, ENGINES, this_machine, why_unavailable
 from ...runtime.session import ModelError
-from ...training.checkpoint import load_trained
+from ...training.trained import load_trained
 
 logger = logging.getLogger("pillsnap")
 

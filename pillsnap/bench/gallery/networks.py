@@ -32,8 +32,8 @@ from ...evaluation.folds import without_drugs
 from ...evaluation.references import gallery_of
 from ...masks.cutouts import CutoutArchive
 from ...masks.write import Part, divide
-from ...training.checkpoint import CALIBRATION_FILE, load_trained
 from ...training.run import data_root, train
+from ...training.trained import CALIBRATION_FILE, load_trained
 
 # %% auto #0
 __all__ = ['ONCE', 'GENERAL', 'load_turned', 'general_segmenter', 'general_network', 'product_run', 'left_out_drugs',
