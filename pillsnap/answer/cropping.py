@@ -12,6 +12,7 @@ from time import perf_counter
 import numpy as np
 
 from .color.balance import NO_CORRECTION, Balance, balances_in
+from .color.learned import LEARNED_RULE
 from .color.surroundings import Surroundings, surroundings
 from .color.trust import is_grey, untrusted
 from .crops import crop_pill, without_background
@@ -217,8 +218,9 @@ class Cropper:
             return []
         pills = [Box(*map(float, box)) for box in boxes]
         masks = self.outline(image, pills)
+        size, level = (image.shape[1], image.shape[0]), self.rules.color == LEARNED_RULE
         for crop, box, mask in zip(crops, pills, masks, strict=True):
-            crop[:] = without_background(crop, mask, box, self.rules.margin, (image.shape[1], image.shape[0]))
+            crop[:] = without_background(crop, mask, box, self.rules.margin, size, level)
         return masks
 
     def crops_of(

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
+from .color.brightness import as_bright_as_others
 from .shapes.background import crop_cover, remove_background
 from .shapes.masks import PillMask
 from ..runtime.boxes import Box
@@ -79,9 +80,11 @@ def without_background(
     box: Box,  # that was cropped, pixels of the photo
     margin: float,  # as for `crop_pill`
     photo: tuple[int, int],  # width, height of the photo, pixels
+    level: bool = False,  # whether its exposure is taken out too
 ) -> np.ndarray:  # RGB, uint8, (size, size, 3)
-    """The pill of a crop on black; the crop as it is where hardly anything was outlined."""
-    return remove_background(crop, crop_cover(mask, crop_window(box, margin, *photo, len(crop)), photo, len(crop)))
+    """The pill of a crop on grey; the crop as it is where hardly anything was outlined."""
+    cover = crop_cover(mask, crop_window(box, margin, *photo, len(crop)), photo, len(crop))
+    return remove_background(as_bright_as_others(crop, cover) if level else crop, cover)
 
 
 def _clip_box(

@@ -275,7 +275,8 @@ class _MissingCrops:
                 pixels = balances[number](pixels) if balances else pixels
                 if box is not None and number in masks:
                     size = (decoded.pixels.shape[1], decoded.pixels.shape[0])
-                    pixels = without_background(pixels, masks[number], box, store.margin, size)
+                    level = store.crops.color == LEARNED_RULE
+                    pixels = without_background(pixels, masks[number], box, store.margin, size, level)
             except ValueError as error:
                 store.damaged[number] = f"{reference}: {error}"
                 continue
