@@ -28,77 +28,37 @@ from ...runlog import setup_logging
 __all__ = ['parse', 'check', 'bench_serve', 'main']
 
 # %% ../../../nbs/bench/serving/08_main.ipynb #1b2cf95b
+_NUMBERS: dict[str, tuple[float, str]] = {
+    "count": (24, "photos that are sent in turn"),
+    "megapixels": (12.0, "size that the run's photos are enlarged to"),
+    "requests": (48, "photos of one turn"),
+    "rounds": (6, "turns of every server with every number of clients"),
+    "starts": (3, "times that the service is started, to see how long that takes"),
+    "soak-minutes": (10.0, "minutes of constant load, in which memory is watched; 0: none"),
+    "soak-clients": (4, "clients of the constant load"),
+}
+
+
 def parse(
     argv: Sequence[str] | None = None,  # words of the command line; None: those of this process
 ) -> Namespace:
     """The options of a run."""
-    parser = benchmark_parser(
-        "serving",
-        "Measure the web service under load.",
-        "serve.json, and keeps the environments of the other servers",
-        "settings of the service, for example serve.threads=2",
-    )
-    parser.add_argument(
-        "--run",
-        type=Path,
-        default=Path("runs/bench/production"),
-        metavar="DIR",
-        help="run folder with export/ (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--color",
-        choices=list(COLOR_RULES),
-        help="correct colours by this rule, in the service and in the limit (default: as the run was trained)",
-    )
-    parser.add_argument(
-        "--photos",
-        type=Path,
-        metavar="DIR",
-        help="JPEG files of a phone (default: held-out photos of the run, enlarged)",
-    )
-    parser.add_argument("--count", type=int, default=24, help="photos that are sent in turn (default: %(default)s)")
-    parser.add_argument(
-        "--megapixels",
-        type=float,
-        default=12.0,
-        help="size that the run's photos are enlarged to (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--clients",
-        type=int,
-        nargs="+",
-        default=[1, 4, 16],
-        help="numbers of clients; the first and the last have goals (default: 1 4 16)",
-    )
-    parser.add_argument("--requests", type=int, default=48, help="photos of one turn (default: %(default)s)")
-    parser.add_argument(
-        "--rounds",
-        type=int,
-        default=6,
-        help="turns of every server with every number of clients (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--starts",
-        type=int,
-        default=3,
-        help="times that the service is started, to see how long that takes (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--peers",
-        nargs="*",
-        choices=[name for name in PEERS if name != "nothing"],
-        default=["litserve", "bentoml"],
-        help="other servers (default: litserve bentoml)",
-    )
-    parser.add_argument(
-        "--soak-minutes",
-        type=float,
-        default=10.0,
-        help="minutes of constant load, in which memory is watched; 0: none (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--soak-clients", type=int, default=4, help="clients of the constant load (default: %(default)s)"
-    )
+    written = "serve.json, and keeps the environments of the other servers"
+    settings = "settings of the service, for example serve.threads=2"
+    parser = benchmark_parser("serving", "Measure the web service under load.", written, settings)
+    text = "run folder with export/ (default: %(default)s)"
+    parser.add_argument("--run", type=Path, default=Path("runs/bench/production"), metavar="DIR", help=text)
+    text = "correct colours by this rule, in the service and in the limit (default: as the run was trained)"
+    parser.add_argument("--color", choices=list(COLOR_RULES), help=text)
+    text = "JPEG files of a phone (default: held-out photos of the run, enlarged)"
+    parser.add_argument("--photos", type=Path, metavar="DIR", help=text)
+    text = "numbers of clients; the first and the last have goals (default: 1 4 16)"
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16], help=text)
+    peers = [name for name in PEERS if name != "nothing"]
+    text = "other servers (default: litserve bentoml)"
+    parser.add_argument("--peers", nargs="*", choices=peers, default=["litserve", "bentoml"], help=text)
+    for name, (number, meaning) in _NUMBERS.items():
+        parser.add_argument(f"--{name}", type=type(number), default=number, help=f"{meaning} (default: {number:g})")
     return parser.parse_args(argv)
 
 
