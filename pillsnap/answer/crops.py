@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
-from .color.brightness import as_bright_as_others
 from .shapes.background import crop_cover, remove_background
 from .shapes.masks import PillMask
 from ..runtime.boxes import Box
@@ -84,7 +83,7 @@ def without_background(
 ) -> np.ndarray:  # RGB, uint8, (size, size, 3)
     """The pill of a crop on grey; the crop as it is where hardly anything was outlined."""
     cover = crop_cover(mask, crop_window(box, margin, *photo, len(crop)), photo, len(crop))
-    return remove_background(as_bright_as_others(crop, cover) if level else crop, cover)
+    return remove_background(crop, cover, level)
 
 
 def _clip_box(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
+from ..color.brightness import as_bright_as_others
 from .masks import PillMask, grid_size
 from ...runtime.letterbox import GREY
 from ...runtime.outlines import check_size
@@ -60,6 +61,9 @@ def crop_cover(
 def remove_background(
     crop: np.ndarray,  # RGB, uint8, (size, size, 3)
     cover: np.ndarray,  # float32 (size, size), 0 to 1, from `crop_cover`
+    level: bool = False,  # whether its exposure is taken out too
 ) -> np.ndarray:  # RGB, uint8, (size, size, 3)
     """The pill of a crop on grey; where hardly anything was outlined, the crop as it is."""
-    return cut_out(crop, cover) if cover.mean() >= _LEAST else crop
+    if cover.mean() < _LEAST:
+        return crop
+    return cut_out(as_bright_as_others(crop, cover) if level else crop, cover)
