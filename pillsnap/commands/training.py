@@ -79,7 +79,7 @@ _RISKS = ("identify.risk", "identify.missed", "identify.turned", "paths.", "data
 
 @takes(
     option("--run", type=Path, metavar="DIR", required=True, help="folder of a finished run"),
-    option("--folds", type=int, metavar="N", default=2, help="networks trained for it at least, 1 to 4 (%(default)s)"),
+    option("--folds", type=int, choices=range(1, 5), help="networks trained for it (as many as identify.risk needs)"),
 )
 def calibrate(arguments: Namespace) -> int:
     """Choose when a run identifies a pill, with networks that are trained without some of its drugs."""

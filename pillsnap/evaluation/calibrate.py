@@ -249,24 +249,28 @@ def figures_of(
 # %% ../../nbs/evaluation/08_calibrate.ipynb #4fc99459
 def folds_for(
     folds: Sequence[Fold],  # all of them
-    wanted: int,  # at least
     risk: float,  # as identify.risk
-) -> int:  # more than wanted where they have too few capture groups to promise the risk, and more have enough
-    """How many folds are asked."""
-    least = min(max(wanted, 1), len(folds))
+) -> int:  # two where all of their capture groups are too few for the risk
+    """How many folds are asked: so many that a single wrong group doesn't forbid that anything is identified."""
+    least = 2
     groups: tuple[set[object], set[object]] = (set(), set())
     for count, fold in enumerate(folds, start=1):
         for found, pills in zip(groups, (fold.known, fold.unknown), strict=True):
             found.update(pills.select("group", "code").rows())
-        if count >= least and (min(map(len, groups)) + 1) * risk >= 1:
+        if count >= least and _allowed(groups, risk) >= 1:
             return count
-    return least
+    return len(folds) if _allowed(groups, risk) >= 0 else least
+
+
+def _allowed(groups: tuple[set[object], set[object]], risk: float) -> float:
+    """How many of the groups may be wrong, see `lowest_threshold`."""
+    return (min(map(len, groups)) + 1) * risk - 1
 
 
 def calibrate_run(
     folder: Path,  # run folder with best weights
     settings: Settings,  # of the run
-    folds: int = 2,  # networks that are trained, 1 to FOLDS; more where their photos are too few for identify.risk
+    folds: int | None = None,  # networks that are trained, 1 to FOLDS; None = as many as identify.risk needs
 ) -> dict[str, Any]:  # verdicts, figures, photos left out, decisions, answers; also written to calibration.json
     """Choose the thresholds of a run; raises `CheckpointError` for a run without a classifier."""
     folder = Path(folder)
@@ -278,7 +282,7 @@ def calibrate_run(
     asked: list[Asked] = []
     decisions: list[Decision] = []
     divided = [make_fold(dataset, number, settings.seed) for number in range(FOLDS)]
-    for number, fold in enumerate(divided[: folds_for(divided, folds, settings.identify.risk)]):
+    for number, fold in enumerate(divided[: folds or folds_for(divided, settings.identify.risk)]):
         place = folder / "calibration" / f"fold{number}"
         left_out = f"{fold.unknown['code'].n_unique()} drugs left out"
         why = f"{len(fold.known)} pills of the other {len(fold.dataset.class_map)} are asked too"

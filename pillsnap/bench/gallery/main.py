@@ -63,7 +63,6 @@ def parse(
     for name, default, meaning in (
         ("steps", 300, "steps of each classifier of a dataset; its detector takes twice as many"),
         ("trainings", 5, "trainings on drug1 with other drugs left out"),
-        ("folds", 2, "networks of each calibration, at least"),
         ("lit", 300, "drugs asked with drawn photos"),
         ("embeddings", 100_000, "embeddings that are searched"),
     ):
@@ -223,7 +222,7 @@ def measure_speed(
     return goals, {"embedding_size": size, "served_drugs": DRUGS}
 
 # %% ../../../nbs/bench/gallery/06_main.ipynb #4d9df4ff
-_SETUP = ("steps", "trainings", "folds", "draws", "lit")  # options that say how it was measured
+_SETUP = ("steps", "trainings", "draws", "lit")  # options that say how it was measured
 
 
 def bench_gallery(

@@ -134,7 +134,7 @@ def partial_network(
     product: Path,  # folder of a run on all drugs, exported
     left_out: Collection[str],  # codes; none: the product itself is calibrated
     data: Path | None,  # dataset; None: the embedded sample
-    options: Namespace,  # steps, folds and overrides are read
+    options: Namespace,  # steps and overrides are read
     run: Path,  # keeps the classifier; the folder of the product where no drug is left out
 ) -> Identifier:  # with verdicts, and the detector of the product
     """Train and calibrate without some drugs, or take the earlier run."""
@@ -142,7 +142,7 @@ def partial_network(
     if not (run / CALIBRATION_FILE).is_file():
         if left_out:
             train(settings, run, dataset=without_drugs(dataset_of_run(product), left_out))
-        calibrate_run(run, settings, options.folds)
+        calibrate_run(run, settings)
     whole, part = load_identifier(product / "export"), identifier_of(load_trained(run))
     rules = replace(whole.rules, class_map=part.rules.class_map, verdicts=part.rules.verdicts)
     identifier = Identifier(part.classify, whole.detect, rules)
