@@ -29,6 +29,7 @@ from ..options import add_photos, benchmark_parser, folders_of
 from ..report import goal, goal_lines, median_of, report_head, run_benchmark, spread
 from ..search.references import KeptReadings
 from ...color.data.pills import PillPhoto, read_photos
+from ...config.load import load_settings
 from ...data.moved import dataset_of_run
 from ...masks.cutouts import CutoutArchive
 from ...runlog import setup_logging
@@ -213,13 +214,15 @@ def measure_speed(
     whole, pills = load_identifier(product / "export"), pill_photos(product, "test")
     photo = large_photo(whole, (decode_image(pill.path) for pill in pills))
     searched, enrolling = search_milliseconds(options.embeddings, size), enroll_seconds(whole, photo, work)
-    served = served_over_limit(options.run or product, work)
+    run = options.run or product
+    served, networks = served_over_limit(run, work), load_settings(run / "config.yaml").model
+    names = {"classifier": networks.classifier.name, "detector": networks.detector.name}
     goals = [
         goal("enroll_seconds", median_of(enrolling), at_most=1, n=len(enrolling), spread=spread(enrolling)),
         goal("search_ms", median_of(searched), at_most=10, n=len(searched), spread=spread(searched)),
         {**served, "name": "single_p95_over_limit"},
     ]
-    return goals, {"embedding_size": size, "served_drugs": DRUGS}
+    return goals, {"embedding_size": size, "served_drugs": DRUGS, "served": names}
 
 # %% ../../../nbs/bench/gallery/06_main.ipynb #4d9df4ff
 _SETUP = ("steps", "trainings", "draws", "lit")  # options that say how it was measured
