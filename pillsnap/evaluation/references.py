@@ -31,8 +31,8 @@ __all__ = ['references_per_side', 'chosen_rows', 'ReferenceRow', 'reference_rows
            'references_of', 'gallery_of']
 
 # %% ../../nbs/evaluation/07_references.ipynb #ea496f82
-_PER_SIDE = 6  # references of a side of a drug
-_MOST = 40_000  # references in all
+_PER_SIDE = (6, 20)  # references of a side of a drug: of many drugs, of few
+_SMALL, _MOST = 600, 40_000  # references in all: what is embedded in a minute, and what is searched fast
 _CORNERS = ("x1", "y1", "x2", "y2")
 
 
@@ -40,7 +40,9 @@ def references_per_side(
     drugs: int,
 ) -> int:  # at least 1
     """How many references each side of each drug gets."""
-    return max(1, min(_PER_SIDE, _MOST // (2 * max(1, drugs))))
+    sides = 2 * max(1, drugs)
+    wanted = min(max(_PER_SIDE[0], _SMALL // sides), _PER_SIDE[1])
+    return max(1, min(wanted, _MOST // sides))
 
 
 def chosen_rows(
