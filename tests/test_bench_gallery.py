@@ -67,6 +67,7 @@ def product(data: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(tiny_models, "RULES", replace(tiny_models.RULES, verdicts=Verdicts(identified=-1e9)))
     save_classifier(data / "run" / "export", embeddings=True)
     save_detector(data / "run" / "export")
+    (data / "run" / "config.yaml").write_text("stage: 1\n")
     return data / "run"
 
 

@@ -235,8 +235,9 @@ def bench_gallery(
     began, out, folders = time.perf_counter(), options.out.resolve(), folders_of(options)
     if not set(folders) <= set(SHOTS):
         raise BenchError(f"--data takes the names {' and '.join(SHOTS)}, not {', '.join(sorted(folders))}.")
-    if options.run is not None and not (options.run / "export" / "classifier.onnx").is_file():
-        raise BenchError(f"There is no exported classifier in {options.run}: `pillsnap export --run` writes one.")
+    needed = [] if options.run is None else [options.run / "export" / "classifier.onnx", options.run / "config.yaml"]
+    if not all(file.is_file() for file in needed):
+        raise BenchError(f"There is no exported run in {options.run}: `pillsnap export --run` exports one.")
     work = out / "gallery"
     work.mkdir(parents=True, exist_ok=True)
     parts: dict[str, Part] = {}
