@@ -18,7 +18,7 @@ from typing import Any
 from ...atomic import replacing, write_text
 from .work import Work
 from ...service.client.local import predict_local
-from ...service.endpoints.predict import answering
+from ...service.endpoints.photo import answering
 from ...service.errors import ApiError
 from ...service.inference.model_manager import LoadedModels
 from ...service.jobs.archives import ArchiveError, opened, photos_in, read_entry

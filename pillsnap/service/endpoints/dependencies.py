@@ -23,7 +23,7 @@ from ..inference.work_queue import WorkQueue
 from ..jobs.queue import JobQueue
 
 # %% auto #0
-__all__ = ['Service', 'require_key', 'require_admin_key', 'count_photo']
+__all__ = ['Service', 'require_key', 'require_admin_key', 'count_photo', 'load_models']
 
 # %% ../../../nbs/service/endpoints/00_dependencies.ipynb #39418f7e
 @dataclass
@@ -98,3 +98,12 @@ async def count_photo(
     """Check the API key and its rate limit; raises `ApiError`."""
     request.app.state.service.rate_limiter.check(name)
     return name
+
+
+async def load_models(
+    service: Service,
+) -> LoadedModels:
+    """The models of a request; a worker thread opens them where there are none yet."""
+    if service.model_manager.loaded is None:
+        return await service.work_queue.run(service.loaded)
+    return service.loaded()

@@ -13,10 +13,10 @@ from fastapi import APIRouter, FastAPI
 from .predict import predict_router
 from .quality import quality_router
 from .search import search_router
-from .shared_metrics import share_metrics
 from .status import status_router
 from ..page.docs import docs_router
 from ..page.page import page_router
+from ..shared_metrics import share_metrics
 
 # %% auto #0
 __all__ = ['FEATURES', 'ROUTERS', 'Endpoint', 'active_routers']
