@@ -118,10 +118,10 @@ def test_an_export_or_a_gate_that_ends_early_leaves_no_folder(
         raise ExportError("there is nothing to compare")
 
     monkeypatch.setattr(export_report, "export_formats", fail)
-    before = (trained_run / "export-rejected").exists()
+    shutil.rmtree(trained_run / "export-rejected", ignore_errors=True)  # of another file's tests
     with pytest.raises(ExportError, match="nothing to compare"):
         export_report.export_run(trained_run, Settings())
-    assert not (trained_run / "export-rejected").exists() and not before
+    assert not (trained_run / "export-rejected").exists()
     monkeypatch.setattr(gate, "checks_of", fail)
     with pytest.raises(ExportError, match="nothing to compare"):
         gate.gate_run(exported(tmp_path / "run"), Settings(), tmp_path / "reports")
