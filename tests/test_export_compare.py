@@ -20,10 +20,12 @@ from pillsnap.config.load import load_settings
 from pillsnap.config.schema import Settings
 from pillsnap.data.manifest import load_dataset
 from pillsnap.evaluation.evaluate import identifier_of, true_photos
-from pillsnap.export import report as export_report
+from pillsnap.export.comparison import Comparison
 from pillsnap.export.formats import FORMATS as ALL_FORMATS
 from pillsnap.export.onnx import model_opset
 from pillsnap.export.report import export_run
+from pillsnap.export.samples import crop_samples
+from pillsnap.export.sources import sources_of, weights_hash
 from pillsnap.models.classifier import PillNetwork
 from pillsnap.registry.model_info import get_model_info
 from pillsnap.runtime.images import decode_image
@@ -139,7 +141,7 @@ def test_a_file_with_other_predictions_is_not_released(
         model, metadata = FORMATS["onnx"].open(path)
         return (lambda batch: -model(batch)) if path.name == "classifier.onnx" else model, metadata
 
-    monkeypatch.setitem(export_report.FORMATS, "onnx", replace(FORMATS["onnx"], open=open_wrong))
+    monkeypatch.setitem(ALL_FORMATS, "onnx", replace(FORMATS["onnx"], open=open_wrong))
     status = cli.main(["export", "--run", str(trained_run)])
     assert status == 1
     assert "names another drug" in capsys.readouterr().err
@@ -150,9 +152,9 @@ def test_a_file_with_other_predictions_is_not_released(
 def test_a_file_without_embeddings_or_with_others_is_rejected(exported: dict[str, Any], trained_run: Path):
     settings = load_settings(trained_run / "config.yaml")
     trained, dataset = load_trained(trained_run), load_dataset(trained_run)
-    source = export_report.sources_of(trained, dataset, settings)["classifier"]
-    samples = export_report.crop_samples(dataset, trained.rules, settings)
-    comparison = export_report.Comparison(source, samples, trained.rules, settings)
+    source = sources_of(trained, dataset, settings)["classifier"]
+    samples = crop_samples(dataset, trained.rules, settings)
+    comparison = Comparison(source, samples, trained.rules, settings)
     model, metadata = FORMATS["onnx"].open(trained_run / "export" / "classifier.onnx")
     assert model.outputs(np.zeros((2, 3, source.size, source.size), np.float32))[1].shape == (2, 128)
 
@@ -166,7 +168,7 @@ def test_a_file_without_embeddings_or_with_others_is_rejected(exported: dict[str
             assert "embeddings have a" in reason
         assert comparison.failures(name, comparison.metrics((model, metadata))) == []
     assert metadata["weights_sha256"] == source.metadata["weights_sha256"]
-    assert source.metadata["weights_sha256"] != export_report.weights_hash(PillNetwork("test_efficientnet", 2))
+    assert source.metadata["weights_sha256"] != weights_hash(PillNetwork("test_efficientnet", 2))
 
 
 def test_a_full_disk_leaves_the_good_files(
@@ -178,7 +180,7 @@ def test_a_full_disk_leaves_the_good_files(
         path.write_bytes(b"half a file")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setitem(export_report.FORMATS, "onnx", replace(FORMATS["onnx"], write=full))
+    monkeypatch.setitem(ALL_FORMATS, "onnx", replace(FORMATS["onnx"], write=full))
     assert cli.main(["export", "--run", str(trained_run)]) == 1
     assert "No space left on device" in capsys.readouterr().err
     assert (trained_run / "export" / "classifier.onnx").read_bytes() == before

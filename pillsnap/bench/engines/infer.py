@@ -31,9 +31,10 @@ from pillsnap.evaluation.request_timing import (
     timed_photos,
 )
 from ...export.compare import Samples, failures
+from ...export.comparison import Comparison
 from ...export.onnx import ExportError
-from ...export.report import Comparison, sources_of
 from ...export.samples import crop_samples, frame_samples
+from ...export.sources import sources_of
 from ...runlog import decide
 from ...runtime.engines import DEFAULT_ENGINE, ENGINE_FILE, ENGINES, this_machine, why_unavailable
 from ...runtime.session import ModelError
