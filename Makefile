@@ -54,15 +54,21 @@ bench-data: .venv/ready  ## measure scan, cache and loaders next to others, writ
 bench-train: .venv/ready  ## measure training next to timm and ultralytics, write runs/bench/train.json (OPTIONS=)
 	@$(BIN)/python -m pillsnap.bench.training.main --out runs/bench $(OPTIONS)
 
-PRODUCTION := \
+SIZES := \
 	model.classifier.name=tf_efficientnetv2_s.in21k_ft_in1k model.classifier.image_size=384 \
 	model.detector.name=yolo11m.yaml model.detector.image_size=640 \
-	data.classes=8 data.images=320 identify.box_confidence=0.0005 train.evaluations=1 train.ema_decay=0.98 \
-	train.classifier.epochs=1 train.classifier.min_steps=100 train.classifier.batch_size=8 \
-	train.detector.epochs=1 train.detector.min_steps=320 train.detector.batch_size=4
+	data.classes=8 identify.box_confidence=0.0005 train.evaluations=1 train.ema_decay=0.98 \
+	train.classifier.epochs=1 train.classifier.batch_size=8 train.detector.epochs=1 train.detector.batch_size=4
+PRODUCTION := $(SIZES) data.images=320 train.classifier.min_steps=100 train.detector.min_steps=320
 # Networks of production size, trained just long enough to know some pills, so that it shows when an engine is wrong.
 runs/bench/production/best.pt: | .venv/ready
 	@$(BIN)/python -m pillsnap train --profile cpu --run-dir runs/bench/production train.resume=last $(PRODUCTION)
+
+# The same networks, to time a service: what they answer doesn't matter.
+runs/bench/timed/export/classifier.onnx: | .venv/ready
+	@$(BIN)/python -m pillsnap train --profile cpu --run-dir runs/bench/timed train.resume=last $(SIZES) \
+		data.images=48 train.classifier.min_steps=1 train.detector.min_steps=1
+	@$(BIN)/python -m pillsnap export --run runs/bench/timed > /dev/null
 
 bench-infer: .venv/ready runs/bench/production/best.pt  ## measure all engines, write runs/bench/infer.json (RUN=)
 	@$(BIN)/python -m pillsnap export --run $(or $(RUN),runs/bench/production) --format onnx-int8 > /dev/null

@@ -145,8 +145,8 @@ def test_paths_exist(path: Path):
 
 @each_text
 def test_make_targets_exist(path: Path):
-    targets = set(re.findall(r"^([\w.-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
-    command = re.compile(r"(?:^|&& )make ([\w.-]+)")
+    targets = set(re.findall(r"^([\w./-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
+    command = re.compile(r"(?:^|&& )make ([\w./-]+)")
     named = {target for text in (*spans(path), *code_lines(path)) for target in command.findall(text)}
     assert named <= targets
 

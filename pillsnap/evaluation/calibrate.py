@@ -24,7 +24,7 @@ from ..data.moved import dataset_of_run
 from ..data.reading.photo_files import decode_photo
 from .evaluate import identifier_of
 from .folds import FOLDS, Fold, make_fold
-from .references import gallery_of
+from .references import gallery_of, references_per_side
 from ..runlog import Decision, decide
 from ..runtime.boxes import Box
 from ..runtime.images import ImageError
@@ -281,6 +281,7 @@ def calibrate_run(
     chosen = settings.model_copy(update={"train": settings.train.model_copy(update=words)})
     asked: list[Asked] = []
     decisions: list[Decision] = []
+    per_side = references_per_side(len(dataset.class_map))  # as the run's own gallery, not as one of fewer drugs
     divided = [make_fold(dataset, number, settings.seed) for number in range(FOLDS)]
     for number, fold in enumerate(divided[: folds or folds_for(divided, settings.identify.risk)]):
         place = folder / "calibration" / f"fold{number}"
@@ -290,7 +291,7 @@ def calibrate_run(
         train(chosen, place, dataset=fold.dataset)
         identifier, largest = identifier_of(load_trained(place)), settings.data.max_pixels
         identifier.rules = replace(identifier.rules, verdicts=Verdicts(turned=settings.identify.turned))
-        search = Search(gallery_of(identifier, f"fold {number}", fold.dataset.manifest, largest))
+        search = Search(gallery_of(identifier, f"fold {number}", fold.dataset.manifest, largest, per_side))
         asked += [ask(identifier, search, rows, largest) for rows in (fold.known, fold.unknown)]
     verdicts, answers = choose_verdicts(asked, settings.identify.risk, settings.identify.missed)
     verdicts = replace(verdicts, turned=settings.identify.turned)

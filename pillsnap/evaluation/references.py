@@ -137,9 +137,11 @@ def gallery_of(
     network: str,  # weights_sha256 of the classifier
     manifest: pl.DataFrame,  # of the dataset that it was trained on
     max_pixels: int,  # width x height allowed
+    per_side: int | None = None,  # references of each side of a drug; None = as suits the number of drugs
 ) -> Gallery:
     """The gallery of the trained drugs."""
     drugs: ClassMap = identifier.rules.class_map
-    references = references_of(identifier, chosen_rows(manifest, references_per_side(len(drugs))), max_pixels)
+    rows = chosen_rows(manifest, per_side or references_per_side(len(drugs)))
+    references = references_of(identifier, rows, max_pixels)
     shown = {code for reference in references for code in reference.codes}
     return Gallery(network, {}, ()).added([drug for drug in drugs if drug.code in shown], references, same=True)
