@@ -17,6 +17,8 @@ from packaging.utils import canonicalize_name
 
 from pillsnap import cli
 from pillsnap.bench.gpu import main as gpu
+from pillsnap.bench.gpu import parts as gpu_parts
+from pillsnap.bench.report import goal
 
 ROOT = Path(__file__).parents[1]
 WHEELS = ROOT / "operation" / "gpu-wheels.txt"
@@ -89,10 +91,12 @@ def test_a_dry_run_from_a_bare_environment(bare: Path, tmp_path: Path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["gpu-dry.json"]
     report = json.loads((tmp_path / "out" / "gpu-dry.json").read_text(encoding="utf-8"))
     assert report["benchmark"] == "gpu" and report["setup"]["dry"] and report["revision"]
-    assert list(report["part_seconds"]) == list(gpu.PARTS)
-    unexpected = [item for item in report["not_shown"] if not any(reason in item["reason"] for reason in REASONS)]
+    assert list(report["parts"]) == list(gpu.PARTS)
+    not_shown = [item for part in report["parts"].values() for item in part["not_shown"]]
+    unexpected = [item for item in not_shown if not any(reason in item["reason"] for reason in REASONS)]
     assert not unexpected
-    assert report["values"]["tests"]["tests"]["failed"] == {} and report["values"]["tests"]["tests"]["passed"] >= 10
+    tests = report["parts"]["tests"]["values"]["tests"]
+    assert tests["failed"] == {} and tests["passed"] >= 10
     measured = {item["name"] for item in report["goals"] if item["value"] is not None}
     assert {
         "tests that pass",
@@ -144,9 +148,39 @@ def test_a_part_that_takes_too_long_is_killed_and_leaves_what_it_had(tmp_path: P
     )
     options = gpu.parse(["--dry", "--only", "classifier"])
     report = gpu.check_gpu(options, tmp_path / "gpu-dry.json")
-    assert report["values"]["classifier"] == {"classifier, bf16": 1.0}
-    assert report["not_shown"] == [{"name": "classifier, slow", "reason": "its 10 seconds were over."}]
+    assert report["parts"]["classifier"]["values"] == {"classifier, bf16": 1.0}
+    missing = [{"name": "classifier, slow", "reason": "its 10 seconds were over."}]
+    assert report["parts"]["classifier"]["not_shown"] == missing
     assert json.loads((tmp_path / "gpu-dry.json").read_text()) == report and "classifier, slow" in gpu.table(report)
+
+
+def test_a_run_of_some_parts_keeps_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The compiler's part is left out of a run of all parts, where it gets the time that is left: none here."""
+    measured: list[str] = []
+    clock = 0.0
+
+    def run(command: list[str], seconds: float, environment: dict[str, str]) -> str:
+        (name,) = command[command.index("--only") + 1].split(",")
+        measured.append(name)
+        nonlocal clock
+        clock += seconds
+        found = gpu_parts.Findings(Path(command[command.index("--into") + 1]) / f"{name}.json")
+        found.show(f"{name} {len(measured)}", seconds, "", [goal(f"{name}, ms", 1.0, at_most=2.0)])
+        return ""
+
+    head = gpu.report_head("gpu", gpu.PACKAGES) | {"revision": "given"}
+    monkeypatch.setattr(gpu, "report_head", lambda *_: dict(head))
+    monkeypatch.setattr(gpu, "run_limited", run)
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: clock)
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: True)
+    file = tmp_path / "gpu-card.json"
+    first = gpu.check_gpu(gpu.parse([]), file)
+    compiled = first["parts"].pop("compiled")["not_shown"]
+    assert len(measured) == len(gpu.PARTS) - 1 and "run --only compiled" in compiled[0]["reason"]
+    second = gpu.check_gpu(gpu.parse(["--only", "compiled"]), file)
+    assert measured[-1] == "compiled" and list(second["parts"]) == list(gpu.PARTS)
+    assert {name: part for name, part in second["parts"].items() if name != "compiled"} == first["parts"]
+    assert [item["name"] for item in second["goals"]] == [f"{name}, ms" for name in gpu.PARTS]
 
 
 def test_the_command_line_has_the_check(monkeypatch: pytest.MonkeyPatch):

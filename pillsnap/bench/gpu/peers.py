@@ -54,12 +54,13 @@ def measure_peer(
     """Our loop from the memory-mapped cache in turns with another trainer."""
     title = f"{name}, {peer}'s trainer"
     found.plan(title)
-    way = "float32" if setup.dry else "bf16, channels_last"
+    plain = "float32" if setup.dry else "bf16, channels_last"
+    way = f"{plain}, CUDA graphs" if setup.settings.train.cuda_graphs and not setup.dry else plain
     settings, drawn = settings_of_way(setup.settings, way), pictures_of(name, setup)
     batch = batch_of(name, setup) // (2 if peer == "ultralytics" else 1)  # its process and ours share the memory
     make = {"timm": _timm, "ultralytics": _ultralytics}[peer]
     with recorded(settings, setup.folder / f"{peer} run") as (run, _), ExitStack() as stack:
-        theirs = make(drawn_task(name, drawn, settings, batch), setup, stack)
+        theirs = make(drawn_task(name, drawn, settings_of_way(setup.settings, plain), batch), setup, stack)
         task = drawn_task(name, drawn, settings, batch)
         ours = fed_contender(task, cached_samples(drawn, setup.folder / f"{peer} cache"), run, [])
         rates = in_turns({"ours": ours, **theirs}, batch, 0 if setup.dry else 12)
