@@ -34,6 +34,7 @@ from .report import goal_lines
 from pillsnap.bench.speed_tables import (
     accuracy_rows,
     engine_rows,
+    gpu_rows,
     label_rows,
     loader_rows,
     scale_rows,
@@ -126,6 +127,8 @@ TABLES: dict[str, tuple[str, Callable[[Report], Rows]]] = {  # name -> report, f
     "gallery": ("gallery", goal_rows),
     "gallery-verdicts": ("gallery", verdict_rows),
     "scale": ("scale", goal_rows),
+    "gpu": ("gpu-nvidia-h200", gpu_rows),
+    "gpu-goals": ("gpu-nvidia-h200", goal_rows),
     "scale-sums": ("scale", scale_rows),
 }
 

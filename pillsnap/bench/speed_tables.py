@@ -9,7 +9,7 @@ from .tables import Report, Rows, goal_rows, markdown, value_of
 
 # %% auto #0
 __all__ = ['loader_rows', 'label_rows', 'training_rows', 'accuracy_rows', 'engine_rows', 'server_rows', 'service_rows',
-           'scale_rows']
+           'scale_rows', 'gpu_rows']
 
 # %% ../../nbs/bench/11_speed_tables.ipynb #7cf94d47
 _LOADERS = {  # label, contenders, ratio to the hotset
@@ -164,4 +164,20 @@ def scale_rows(
     for item in report["values"]["sums"]:
         numbers = (f"{item['memory_gb']:,.1f}", f"{item['hours']:,.1f}", f"{item['cost']:,.2f}")
         rows.append([str(item["nodes"]), f"{item['rate']:,.0f}", *numbers])
+    return rows
+
+# %% ../../nbs/bench/11_speed_tables.ipynb #60e23d80
+def gpu_rows(
+    report: Report,  # of the GPU check
+) -> Rows:
+    """Images per second and memory of a training step in each way, and of our loop."""
+    rows = [["network", "way", "batch", "images per second", "memory, GB"]]
+    for name in ("classifier", "detector"):
+        for title, found in report["parts"][name]["values"].items():
+            rates, way = found["images_per_second"], title.removeprefix(f"{name}, ")
+            if found.get("fallbacks"):
+                continue
+            if isinstance(rates, dict):
+                way, rates = f"{way}, from the hotset", rates["hotset"]
+            rows.append([name, way, str(found["batch"]), f"{rates:,.0f}", f"{found['peak_memory_mb'] / 1000:.1f}"])
     return rows
