@@ -5,25 +5,17 @@
 # %% ../../nbs/service/01_schemas.ipynb #7c6ec209
 from __future__ import annotations
 
-import base64
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..answer.classes import Drug
-from ..answer.differences import differences
-from ..answer.identify import Identifier
-from ..answer.outlined import Outlined
-from ..answer.outlines import Outliner
-from ..answer.pills import Identification, Pill
-from ..answer.quality.judge import Judge, Verdict
 from ..answer.verdicts.reasons import WHY_NOT
 
 # %% auto #0
 __all__ = ['NOTICE', 'DrugResponse', 'drug_response', 'ExpectedDrug', 'MatchedPill', 'DoubtfulPill', 'PrescriptionResponse',
            'BoxResponse', 'CandidateResponse', 'SizeResponse', 'MatchResponse', 'WhyNotResponse', 'PillResponse',
-           'PhotoResponse', 'HintResponse', 'ReasonResponse', 'QualityResponse', 'ModelResponse', 'Prediction',
-           'model_response', 'prediction_response']
+           'PhotoResponse', 'HintResponse', 'ReasonResponse', 'QualityResponse', 'ModelResponse', 'Prediction']
 
 # %% ../../nbs/service/01_schemas.ipynb #7f5180f5
 NOTICE = (
@@ -272,98 +264,3 @@ class Prediction(BaseModel):
     )
     notice: str = Field(examples=[NOTICE])
     model: ModelResponse
-
-# %% ../../nbs/service/01_schemas.ipynb #4d7ca7cb
-def model_response(
-    identifier: Identifier,  # the models
-    version: str,  # of their files
-    judge: Judge | None = None,  # of photos
-    outliner: Outliner | None = None,  # of pills
-) -> dict[str, Any]:  # as ModelResponse
-    """Name and input size of each model, and the hash of the class map."""
-    rules = identifier.rules
-    classifier: Any = identifier.classify  # a network with metadata
-    detector: Any = identifier.detect
-    return {
-        "version": version,
-        "classifier": str(classifier.metadata.get("model", "unnamed")),
-        "detector": None if detector is None else str(detector.metadata.get("model", "unnamed")),
-        "quality": None if judge is None else judge.name,
-        "segmenter": None if outliner is None else outliner.name,
-        "classes": len(rules.class_map),
-        "class_map_hash": rules.class_map.hash,
-        "classifier_size": rules.classifier_size,
-        "detector_size": None if detector is None else rules.detector_size,
-        "color": rules.color,
-        "background": rules.background,
-    }
-
-
-def _address(jpeg: bytes) -> str:
-    """A picture as a data: address."""
-    return f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
-
-
-def _why_not(reason: str) -> dict[str, str]:
-    """A reason with its sentences."""
-    return {"reason": reason, "ko": WHY_NOT[reason].korean, "en": WHY_NOT[reason].english}
-
-
-def _pill_response(pill: Pill) -> dict[str, Any]:
-    candidates = [
-        drug_response(candidate.drug)
-        | {"confidence": candidate.confidence}
-        | ({"picture": _address(candidate.picture)} if candidate.picture else {})
-        for candidate in pill.candidates
-    ]
-    matches = [
-        {
-            "drugs": [drug_response(drug) for drug in match.drugs],
-            "similarity": match.similarity,
-            "side": match.side or None,
-            "picture": _address(match.picture),
-        }
-        for match in pill.matches
-    ]
-    answer = {
-        "box": pill.box._asdict(),
-        "box_confidence": pill.box_confidence,
-        "verdict": pill.verdict,
-        "reason": _why_not(pill.reason) if pill.reason else None,
-        "alike": pill.alike,
-        "differ": differences([each.drug for each in pill.candidates[: pill.alike]], pill.matches),
-        "imprint": pill.imprint,
-        "candidates": candidates,
-    }
-    return candidates[0] | answer | ({"matches": matches} if matches else {})
-
-
-def prediction_response(
-    identification: Identification,  # of the identifier
-    size: tuple[int, int],  # width and height of the photo, pixels
-    decode_ms: float,  # that decoding it took
-    model: dict[str, Any],  # from `model_response`
-    annotated: str | None,  # photo with boxes and names, a data: URL
-    verdict: Verdict | None = None,  # on the photo
-    outlined: Outlined | None = None,  # the pills of its crops; None: not asked for
-) -> dict[str, Any]:  # as Prediction
-    """Convert the identification of a photo to the JSON of a response."""
-    before = {"decode": round(decode_ms, 3)} | ({"judge": verdict.milliseconds} if verdict else {})
-    before |= {"outline": outlined.milliseconds} if outlined else {}
-    outlined = outlined and outlined.of(identification.places)
-    outlines = outlined.to_json() if outlined else [{} for _ in identification.pills]
-    total = sum(before.values()) + identification.timings_ms["total"]
-    timings = before | identification.timings_ms | {"total": round(total, 3)}
-    hint = {"pipeline": "combo", "reason": identification.hint} if identification.hint else None
-    return {
-        "pipeline": identification.pipeline,
-        "photo": {"width": size[0], "height": size[1]},
-        "quality": verdict.to_json() if verdict else None,
-        "pills": [_pill_response(pill) | outline for pill, outline in zip(identification.pills, outlines, strict=True)],
-        "timings_ms": timings,
-        "notes": [*identification.notes, *(outlined.sentences() if outlined else [])],
-        "hint": hint,
-        "annotated": annotated,
-        "notice": NOTICE,
-        "model": model,
-    }

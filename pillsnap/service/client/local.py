@@ -15,10 +15,10 @@ from ...answer.outlines import OutlinerError
 from ...answer.quality.judge import judge_crops
 from ...answer.sides import SIDES, classify_sides
 from ...runtime.images import open_photo
+from ..answers import prediction_response
 from .photos import read_photo
 from ..inference.model_manager import LoadedModels
 from ..prescriptions import classify_expected, crop_expected
-from ..schemas import prediction_response
 
 # %% auto #0
 __all__ = ['predict_local']

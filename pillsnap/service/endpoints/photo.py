@@ -21,12 +21,12 @@ from ...answer.quality.judge import Verdict, judge_crops
 from ...answer.sides import SIDES, classify_sides
 from ...runtime.images import ImageError, NotAnImage, Photo, TooManyPixels, open_photo
 from ...runtime.session import ModelError
+from ..answers import prediction_response
 from .dependencies import Service
 from .parameters import PredictParameters
 from ..errors import ApiError
 from ..inference.model_manager import LoadedModels
 from ..prescriptions import classify_expected, crop_expected
-from ..schemas import prediction_response
 
 # %% auto #0
 __all__ = ['answering', 'predict_photo']

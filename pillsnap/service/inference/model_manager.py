@@ -23,8 +23,8 @@ from ...answer.quality.judge import QUALITY_FILE, Judge, find_judge
 from ...runlog import decide
 from ...runtime.boxes import Box
 from ...runtime.session import ModelError, ModelMissing
+from ..answers import model_response
 from ..errors import ApiError
-from ..schemas import model_response
 
 LOGGER = logging.getLogger("pillsnap")
 
