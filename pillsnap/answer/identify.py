@@ -17,6 +17,7 @@ from .cropping import Cropper, Detect, Outline, PillCrops
 from .crops import without_neighbours
 from .pills import Candidate, Identification, Pill
 from .rules import ModelMismatch, Rules
+from .shapes.background import REMOVE
 from .verdicts.reasons import LOOK_ALIKES, NO_COLOUR, NONE_ALIKE, NOT_CALIBRATED, NOTHING_FOUND
 from .verdicts.verdicts import AMBIGUOUS, IDENTIFIED, NO_PILL, UNKNOWN
 from ..runtime.boxes import Box
@@ -204,7 +205,7 @@ class Identifier:
             )
         if embeddings and len(outputs) < 2:
             raise ModelMismatch("The classifier gives no embeddings: train and export it with this version.")
-        return (outputs[0], with_colours(outputs[1], crops)) if embeddings else outputs
+        return (outputs[0], with_colours(outputs[1], crops, self.rules.background == REMOVE)) if embeddings else outputs
 
     def _verdict(
         self,

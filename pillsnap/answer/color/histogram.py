@@ -8,6 +8,8 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
+from ...runtime.letterbox import GREY
+
 # %% auto #0
 __all__ = ['COLOURS', 'colour_histogram', 'with_colours']
 
@@ -43,26 +45,44 @@ def _cells(pixels: np.ndarray, axis: tuple[tuple[float, float, float], float, fl
     return shares
 
 
+_INSIDE, _FEWEST = 0.95, 5.0  # share of a pixel of the reduced crop that the pill has to fill; such pixels at least
+
+
+def _of_pill(crop: np.ndarray) -> np.ndarray:
+    """Weight of each pixel, (pixels,): none where the background was taken away, or where the pill ends."""
+    seen = cv2.erode((crop != GREY).any(axis=2).astype(np.float32), np.ones((3, 3)))
+    filled = cv2.resize(seen, (_SIDE, _SIDE), interpolation=cv2.INTER_AREA).reshape(-1) > _INSIDE
+    weights: np.ndarray = _DISC * filled
+    return weights if weights.sum() >= _FEWEST else _DISC
+
+
 def colour_histogram(
     crop: np.ndarray,  # RGB, uint8, (size, size, 3)
+    alone: bool = False,  # the background was taken away
 ) -> np.ndarray:  # float32 (COLOURS,), of length 1
     """Square roots of the shares of the colours of a crop."""
     small = cv2.resize(crop, (_SIDE, _SIDE), interpolation=cv2.INTER_AREA)
     pixels = small.reshape(-1, 3).astype(np.float32) / 255
+    weights = _of_pill(crop) if alone else _DISC
     lightness, red_green, yellow_blue = (_cells(pixels, axis) for axis in _AXES)
-    pairs = (red_green[:, :, None] * yellow_blue[:, None]).reshape(len(pixels), -1) * _DISC[:, None]
+    pairs = (red_green[:, :, None] * yellow_blue[:, None]).reshape(len(pixels), -1) * weights[:, None]
     counts = pairs.T @ lightness
     roots: np.ndarray = np.sqrt(counts.reshape(-1) / counts.sum())
     return roots
 
 # %% ../../../nbs/answer/color/03_histogram.ipynb #49d6fd69
+_SHARE, _SHARE_ALONE = 0.5, 0.3  # of the squared length of an embedding, with the background and without it
+
+
 def with_colours(
     embeddings: np.ndarray,  # float32 (n, size) of the network, of length 1
     crops: np.ndarray,  # RGB, uint8, (n, side, side, 3), from which they were computed
+    alone: bool = False,  # the background was taken away
 ) -> np.ndarray:  # float32 (n, size + COLOURS), of length 1
     """Embeddings that keep the colours of the crops."""
-    histograms = [colour_histogram(crop) for crop in crops]
+    histograms = [colour_histogram(crop, alone) for crop in crops]
     colours = np.stack(histograms) if histograms else np.zeros((0, COLOURS), np.float32)
     colours[~embeddings.any(axis=1)] = 0  # nothing was seen on an even surface
-    both: np.ndarray = np.concatenate([embeddings, colours], axis=1, dtype=np.float32) * np.float32(np.sqrt(0.5))
-    return both
+    share = _SHARE_ALONE if alone else _SHARE
+    both: np.ndarray = np.concatenate([embeddings * np.sqrt(1 - share), colours * np.sqrt(share)], axis=1)
+    return both.astype(np.float32)

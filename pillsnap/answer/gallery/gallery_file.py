@@ -26,7 +26,7 @@ __all__ = ['GALLERY_FILE', 'gallery_hash', 'write_gallery', 'read_gallery', 'gal
 
 # %% ../../../nbs/answer/gallery/01_gallery_file.ipynb #6451f427
 GALLERY_FILE = "gallery.npz"  # beside classifier.onnx
-_FORMAT = 3  # 1 had embeddings without colours, 2 no imprints
+_FORMAT = 4  # 1 had embeddings without colours, 2 no imprints, 3 the colours of backgrounds that were taken away
 
 
 def gallery_hash(

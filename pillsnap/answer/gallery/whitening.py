@@ -61,13 +61,13 @@ def whitened(
 
 # %% ../../../nbs/answer/gallery/02_whitening.ipynb #e52f208b
 _FEW = 5  # pairs of photos that count for half of what they say about colours
-_LONGEST = 4.0  # factor; photos taken in a row hardly differ in colour, and the rest has to count, too
+_LONGEST = 2.0  # factor; photos taken in a row hardly differ in colour, and the rest has to count, too
 
 
 def colour_factor(
     embeddings: np.ndarray,  # float32 (n, size), whitened; the last COLOURS numbers are the histogram
     drugs: np.ndarray,  # (n,) numbers of what each of them shows, from 0 on
-) -> float:  # 1 to 4; the colours are multiplied by it
+) -> float:  # 1 to 2; the colours are multiplied by it
     """How much longer the colours have to be, so that both parts count as much as they tell."""
     spread, freedom = _from_means(embeddings, drugs), len(drugs) - (drugs.max() + 1)
     told = []
