@@ -11,7 +11,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from ..report import goal, goal_lines, is_met
+from ..report import goal_lines, is_met
 from ...config.schema import Settings
 
 # %% auto #0
@@ -19,13 +19,14 @@ __all__ = ['setup_of', 'make_report', 'report_file', 'table', 'parts_there']
 
 # %% ../../../nbs/bench/gpu/08_findings.ipynb #e9a432f3
 def setup_of(
-    dry: bool,  # tiny networks
+    options: Namespace,  # dry and overrides are read
     settings: Settings,  # model and dataloader are read
 ) -> dict[str, Any]:  # plain values for JSON
     """What was measured."""
     networks = {name: getattr(settings.model, name) for name in ("classifier", "detector")}
     return {
-        "dry": dry,
+        "dry": options.dry,
+        "overrides": options.overrides,
         "weights": "random: they cost the same time as trained ones",
         "networks": {name: f"{network.name} {network.image_size} px" for name, network in networks.items()},
         "workers": settings.dataloader.num_workers,

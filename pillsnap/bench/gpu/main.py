@@ -173,7 +173,7 @@ def check_gpu(
     head["revision"] = head["revision"] or options.revision
     file.parent.mkdir(parents=True, exist_ok=True)
     groups = [names] if options.dry else [[name] for name in names]
-    setup = setup_of(options.dry, settings)
+    setup = setup_of(options, settings)
     parts = parts_there(file, head, setup) if options.only else {}
     into = Path(tempfile.mkdtemp(prefix="pillsnap-gpu-"))
     try:
