@@ -57,7 +57,7 @@ def write_scripted(
         warnings.simplefilter("ignore")
         try:
             script = torch.jit.script(copy.deepcopy(source.network))
-        except (RuntimeError, OSError, torch.jit.frontend.FrontendError) as error:
+        except (RuntimeError, OSError, ValueError, torch.jit.frontend.FrontendError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(":. ")[:200]
             raise ExportError(
                 f"the code of {source.metadata.get('model', source.task)} can't be translated to TorchScript "

@@ -5,7 +5,6 @@
 # %% ../../nbs/masks/03_network.ipynb #1145be41
 from __future__ import annotations
 
-import importlib.util
 from typing import Any, cast
 
 import timm
@@ -15,7 +14,7 @@ from torch.nn import functional
 
 from ..answer.outlines import FADED
 from ..config.schema import SettingsError
-from ..models.classifier import PACKAGED_WEIGHTS, normalisation, packaged_state
+from ..models.classifier import load_stages, normalisation
 from ..runlog import decide
 from ..runtime.letterbox import GREY
 
@@ -100,20 +99,14 @@ def segmenter_network(
 
 def build_segmenter(
     name: str,  # timm name of the encoder
-    pretrained: bool = True,  # start the encoder from ImageNet weights that a package carries
+    pretrained: bool = True,  # start the encoder from ImageNet weights
 ) -> Segmenter:
     """A segmenter to train; where there are no weights it starts from random ones, which is recorded as a fallback."""
-    network, package = segmenter_network(name), PACKAGED_WEIGHTS.get(name)
-    if not pretrained:
-        decide("segmenter weights", "random initialisation", "model.segmenter.pretrained is false")
-    elif package and importlib.util.find_spec(package):
-        whole = packaged_state(timm.create_model(name), package)
-        own = network.encoder.state_dict()
-        network.encoder.load_state_dict({key: whole[key] for key in own})
-        decide("segmenter weights", "ImageNet", f"encoder {name} from the installed package {package}")
+    network = segmenter_network(name)
+    if pretrained:
+        load_stages(network.encoder, name, "segmenter")
     else:
-        reason = f"no installed package carries the weights of {name}; outlines will be less exact"
-        decide("segmenter weights", "RANDOM INITIALISATION", reason, fallback=True)
+        decide("segmenter weights", "random initialisation", "model.segmenter.pretrained is false")
     return network
 
 # %% ../../nbs/masks/03_network.ipynb #eee66470

@@ -25,8 +25,8 @@ from ..config.training import FEATURES, FROZEN_COPY, STAGES
 from ..runlog import decide
 
 # %% auto #0
-__all__ = ['PACKAGED_WEIGHTS', 'EMBEDDING_SIZE', 'packaged_state', 'moments', 'PillNetwork', 'network_of', 'as_arrays',
-           'build_classifier', 'normalisation']
+__all__ = ['PACKAGED_WEIGHTS', 'EMBEDDING_SIZE', 'packaged_state', 'load_stages', 'moments', 'PillNetwork', 'network_of',
+           'as_arrays', 'build_classifier', 'normalisation']
 
 # %% ../../nbs/models/00_classifier.ipynb #094518eb
 PACKAGED_WEIGHTS = {  # timm name -> import name of the package that carries its weights
@@ -51,6 +51,31 @@ def packaged_state(
             f"install the version of {package} that constraints.txt pins."
         )
     return dict(zip(wanted, carried))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+
+
+def load_stages(
+    encoder: nn.Module,  # timm network with features_only
+    name: str,  # its timm name
+    part: str,  # network that it belongs to, as it is recorded
+) -> None:
+    """Load ImageNet weights into stages; where they can't be had they stay random, which is recorded as a fallback."""
+    package, numbers = PACKAGED_WEIGHTS.get(name), cast(Any, encoder).feature_info.out_indices
+    try:
+        if package and importlib.util.find_spec(package):
+            whole, origin = packaged_state(timm.create_model(name), package), f"the installed package {package}"
+        else:
+            own = timm.create_model(name, pretrained=True, features_only=True, out_indices=numbers)
+            whole, origin = own.state_dict(), "the model hub"
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = f"the weights of {name} can't be had ({_first_line(error)}); accuracy will be far lower"
+        decide(f"{part} weights", "RANDOM INITIALISATION", reason, fallback=True)
+        return
+    encoder.load_state_dict({key: whole[key] for key in encoder.state_dict()})
+    decide(f"{part} weights", "ImageNet", f"stages of {name} from {origin}")
 
 # %% ../../nbs/models/00_classifier.ipynb #e81444e0
 EMBEDDING_SIZE = 128  # numbers of an embedding where the settings don't say
@@ -241,10 +266,6 @@ def _from_package(name: str, package: str, network: PillNetwork) -> PillNetwork:
         each.load_state_dict(original.state_dict())
     decide("classifier weights", "ImageNet", f"{name} from the installed package {package}")
     return network
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 # %% ../../nbs/models/00_classifier.ipynb #bbab064c
 def normalisation(

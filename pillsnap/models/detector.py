@@ -8,21 +8,23 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import cv2
+import timm
 import torch
 from PIL import Image
 from torch import nn
 
 from ..config.schema import SettingsError
+from .classifier import load_stages, normalisation
 from ..runlog import decide
 
 # %% auto #0
-__all__ = ['detector_network', 'build_detector', 'detection_loss', 'RawDetections', 'for_one_size', 'for_any_size',
-           'DetectionModel']
+__all__ = ['Backbone', 'Stage', 'detector_network', 'build_detector', 'detection_loss', 'RawDetections', 'for_one_size',
+           'for_any_size', 'DetectionModel']
 
 # %% ../../nbs/models/01_detector.ipynb #3e4e7f63
 _REPLACED = ((Image, ("open",)), (torch, ("save",)), (cv2, ("imread", "imwrite", "imshow")))
@@ -34,6 +36,7 @@ os.environ.setdefault("YOLO_VERBOSE", "false")
 os.environ.setdefault("YOLO_CONFIG_DIR", str(Path(tempfile.gettempdir()) / f"pillsnap-ultralytics-{os.getuid()}"))
 Path(os.environ["YOLO_CONFIG_DIR"]).mkdir(parents=True, exist_ok=True)
 
+from ultralytics.nn.modules import SPPF, Conv
 from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import DEFAULT_CFG_DICT, SETTINGS, IterableSimpleNamespace
 
@@ -45,30 +48,126 @@ if reporting := {name: False for name in ("sync", "mlflow", "raytune") if SETTIN
     SETTINGS.update(reporting)  # type: ignore[no-untyped-call]  # ultralytics has no annotations here
 _all_ = ["DetectionModel"]  # imported from here by other modules, because of the protected import
 
+# %% ../../nbs/models/01_detector.ipynb #aa9dd983
+class Backbone(nn.Module):
+    """Stages of a timm network, as the first layer of a detector."""
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(
+        self,
+        name: str,  # timm name
+        strides: Sequence[int],  # of the wanted stages
+    ) -> None:
+        """Raise `SettingsError` for a name that timm doesn't know, or without such stages."""
+        super().__init__()
+        if not timm.is_model(name.split(".")[0]):
+            raise SettingsError(f"model.detector.name: timm has no network {name!r}; use tf_efficientnet_lite0.")
+        found = list(cast(Any, timm.create_model(name, features_only=True)).feature_info.reduction())
+        if not set(strides) <= set(found):
+            raise SettingsError(
+                f"model.detector.name: {name} has maps at 1/{found} of the resolution and the detector needs "
+                f"1/{list(strides)}; use for example tf_efficientnet_lite0."
+            )
+        numbers = [found.index(stride) for stride in strides]
+        self.encoder = timm.create_model(name, features_only=True, out_indices=numbers)
+        for statistic, values in zip(("mean", "std"), normalisation(timm.create_model(name)), strict=True):
+            self.register_buffer(statistic, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
+
+    def forward(
+        self,
+        images: torch.Tensor,  # float (n, 3, size, size), 0 to 1
+    ) -> list[torch.Tensor]:  # float (n, channels, size / stride, size / stride) each
+        """The stages."""
+        stages: list[torch.Tensor] = self.encoder((images - self.mean) / self.std)
+        return stages
+
+
+class Stage(nn.Module):
+    """One of them, with the channels of the layer whose place it takes."""
+
+    def __init__(
+        self,
+        number: int,  # of the stage
+        channels: int,  # that it has
+        wanted: int,  # channels
+    ) -> None:
+        super().__init__()
+        self.number, self.conv = number, Conv(channels, wanted, 1)  # type: ignore[no-untyped-call]
+
+    def forward(
+        self,
+        stages: list[torch.Tensor],  # from `Backbone`
+    ) -> torch.Tensor:  # float (n, wanted, height, width)
+        """Convolve it."""
+        convolved: torch.Tensor = self.conv(stages[self.number])
+        return convolved
+
+
+def _shapes(layers: nn.Sequential) -> list[tuple[int, int]]:
+    """Channels and stride of each layer."""
+    found, images = [], torch.zeros(1, 3, 64, 64)
+    with torch.no_grad():
+        for layer in layers.eval():
+            images = layer(images)
+            found.append((images.shape[1], 64 // images.shape[2]))
+    return found
+
+
+def _replace_backbone(network: Any, name: str) -> None:  # network: DetectionModel; name: timm name
+    """Put the stages of a timm network in the place of the layers before the pooling."""
+    layers = network.model
+    end = next((number for number, layer in enumerate(layers) if isinstance(layer, SPPF)), 0)
+    if not end or any(layer.f != -1 for layer in layers[:end]):
+        raise SettingsError(
+            "model.detector.name: only a network whose layers follow one another up to an SPPF layer can have another "
+            "backbone; use for example tf_efficientnet_lite0+yolo11n.yaml."
+        )
+    later = [place for layer in layers[end:] for place in (layer.f if isinstance(layer.f, list) else [layer.f])]
+    places = sorted({place for place in later if 0 <= place < end} | {end - 1})
+    shapes = _shapes(layers[:end])
+    backbone = Backbone(name, [shapes[place][1] for place in places])
+    channels = cast(Any, backbone.encoder).feature_info.channels()
+    stages = {place: Stage(number, channels[number], shapes[place][0]) for number, place in enumerate(places)}
+    for place in range(end):
+        layer: Any = stages.get(place, nn.Identity()) if place else backbone
+        layer.i, layer.f, layer.type = place, 0 if place in stages else -1, type(layer).__name__
+        layers[place] = layer
+    network.save = sorted({0, *network.save})
+
 # %% ../../nbs/models/01_detector.ipynb #282eb6a6
 def detector_network(
-    name: str,  # ultralytics network description, for example yolo11n.yaml
+    name: str,  # ultralytics network description, for example yolo11n.yaml; before a + the timm name of its backbone
 ) -> nn.Module:  # training: dictionary for `detection_loss`; evaluation: (raw (n, 5, anchors), ...)
     """A one-class detector with random weights; raises `SettingsError` for an unknown name."""
+    backbone, _, description = name.rpartition("+")
     try:
         network = DetectionModel(  # type: ignore[no-untyped-call]  # ultralytics has no annotations here
-            name, nc=1, verbose=False
+            description, nc=1, verbose=False
         )
     except (FileNotFoundError, KeyError, ValueError) as error:
         raise SettingsError(
-            f"model.detector.name: ultralytics has no network {name!r}; "
+            f"model.detector.name: ultralytics has no network {description!r}; "
             "use for example yolo11n.yaml, yolo11s.yaml or yolo11m.yaml."
         ) from error
     cast(Any, network).args = IterableSimpleNamespace(**DEFAULT_CFG_DICT)
-    return network
+    if backbone:
+        _replace_backbone(network, backbone)
+    return network.train()
 
 
 def build_detector(
-    name: str,  # ultralytics network description, for example yolo11n.yaml
+    name: str,  # as `detector_network`
+    pretrained: bool = True,  # start a backbone of timm from ImageNet weights
 ) -> nn.Module:  # as `detector_network`
-    """A detector to train from random weights, which is recorded as a decision."""
-    network = detector_network(name)
-    decide("detector weights", "random initialisation", f"{name} describes a network, no weights belong to it")
+    """A detector to train; what it starts from is recorded as a decision."""
+    network, (backbone, _, description) = detector_network(name), name.rpartition("+")
+    if backbone and pretrained:
+        load_stages(cast(Any, network).model[0].encoder, backbone, "detector")
+    else:
+        reason = f"{description} describes a network, without weights"
+        decide("detector weights", "random initialisation", "other weights take their place" if backbone else reason)
     return network
 
 # %% ../../nbs/models/01_detector.ipynb #e5dd99ee

@@ -100,7 +100,7 @@ def build_networks(
     names, earlier, wanted = settings.model.classifier, earlier_weights(settings), networks_of(settings)
     networks: dict[str, nn.Module] = {}
     if "detector" in wanted:
-        networks["detector"] = build_detector(settings.model.detector.name)
+        networks["detector"] = build_detector(settings.model.detector.name, "detector" not in (earlier or {}))
     if "segmenter" in wanted:
         chosen = settings.model.segmenter
         networks["segmenter"] = build_segmenter(chosen.name, chosen.pretrained and "segmenter" not in (earlier or {}))

@@ -62,7 +62,7 @@ def parse(
     parser.add_argument("--run", type=Path, metavar="DIR", help="exported run to serve (default: the sample's product)")
     parser.add_argument("--skip", nargs="+", default=[], choices=PARTS, help="parts that are not measured")
     for name, default, meaning in (
-        ("steps", 300, "steps of each classifier of a dataset; its detector takes twice as many"),
+        ("steps", 300, "steps of each classifier of a dataset, and of its detector"),
         ("trainings", 5, "trainings on drug1 with other drugs left out"),
         ("lit", 300, "drugs asked with drawn photos"),
         ("embeddings", 100_000, "embeddings that are searched"),

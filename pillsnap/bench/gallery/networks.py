@@ -109,7 +109,7 @@ def product_run(
     work: Path,  # keeps the run
 ) -> Path:  # folder of the run, exported
     """Train the product on all drugs of a dataset, or take the earlier run."""
-    fixed = (*ONCE, f"train.classifier.min_steps={options.steps}", f"train.detector.min_steps={2 * options.steps}")
+    fixed = (*ONCE, f"train.classifier.min_steps={options.steps}", f"train.detector.min_steps={options.steps}")
     return trained_network(work / f"{name}-all", fixed, data, options.overrides).parent
 
 # %% ../../../nbs/bench/gallery/02_networks.ipynb #c4e10a07

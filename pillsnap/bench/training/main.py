@@ -97,6 +97,8 @@ def settings_of(
 ) -> Settings:
     """The profile with the options on top; raises `BenchError` for a batch size that is no number."""
     overrides = ["data.cache=hotset", "train.grad_accum=1"]
+    detector = load_settings(profile=options.profile).model.detector.name
+    overrides.append(f"model.detector.name={detector.rpartition('+')[2]}")  # its peer trains no other backbone
     for key, given in (("model.{}.image_size", options.size), ("train.{}.batch_size", options.batch)):
         overrides += [f"{key.format(name)}={value}" for name, value in zip(("classifier", "detector"), given or ())]
     if options.workers is not None:
