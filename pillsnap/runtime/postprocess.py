@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import cv2
 import numpy as np
 
 from .boxes import covered_matrix, iou_matrix
@@ -24,13 +25,13 @@ def non_maximum_suppression(
 ) -> np.ndarray:  # indices into boxes, best first, (kept,) int64
     """Greedy non-maximum suppression; equal scores keep the order they came in."""
     order = np.argsort(-np.asarray(scores), kind="stable")
-    boxes = np.asarray(boxes, dtype=np.float32).reshape(-1, 4)
-    kept: list[int] = []
-    while order.size and (limit is None or len(kept) < limit):
-        best, rest = order[0], order[1:]
-        kept.append(int(best))
-        order = rest[iou_matrix(boxes[best], boxes[rest])[0] <= iou_threshold]
-    return np.asarray(kept, dtype=np.int64)
+    if not len(order):
+        return order
+    corners = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)[order]
+    with_sizes = np.hstack([corners[:, :2], corners[:, 2:] - corners[:, :2]])
+    ranks = list(range(len(order), 0, -1))
+    kept: np.ndarray = order[np.ravel(cv2.dnn.NMSBoxes(with_sizes.tolist(), ranks, 0.0, iou_threshold))]
+    return kept[:limit]
 
 # %% ../../nbs/runtime/04_postprocess.ipynb #100191f9
 def detections_from_output(
