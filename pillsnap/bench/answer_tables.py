@@ -132,13 +132,14 @@ def verdict_rows(
 ) -> Rows:
     """What is said about the pills of each dataset, with all drugs trained and without some."""
     found = report["values"].get("verdicts") or {"left_out": {}, "all_drugs": {}}
-    head = "right | identified | identified wrongly | calibration error | untrained drugs, identified"
+    head = "right | identified | identified wrongly | calibration error | by chance | untrained drugs, identified"
     rows = [["dataset", "pills of trained drugs", *head.split(" | ")]]
     for kind, title in (("left_out", "{}, some drugs left out"), ("all_drugs", "{}, all drugs trained")):
         for name, told in found[kind].items():
             shares = [(told[key] or {}).get("value") for key in ("right", "coverage", "identified_wrong")]
             others = told["untrained_identified"]
             untrained = "-" if others is None else f"{others['value']:.3f} of {told['untrained']:,}"
-            numbers = ["-" if value is None else f"{value:.3f}" for value in (*shares, told["calibration_error"])]
+            errors = told["calibration_error"], told["error_by_chance"]
+            numbers = ["-" if value is None else f"{value:.3f}" for value in (*shares, *errors)]
             rows.append([title.format(name), f"{told['known']:,}", *numbers, untrained])
     return rows

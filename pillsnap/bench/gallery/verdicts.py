@@ -20,7 +20,7 @@ from ...metrics import match_boxes
 from ...runtime.images import decode_image
 
 # %% auto #0
-__all__ = ['Told', 'ask_verdicts', 'verdict_figures', 'together', 'worst']
+__all__ = ['Told', 'ask_verdicts', 'error_by_chance', 'verdict_figures', 'together', 'worst']
 
 # %% ../../../nbs/bench/gallery/03_verdicts.ipynb #c4e10b05
 @dataclass
@@ -75,6 +75,17 @@ def ask_verdicts(
     return told
 
 # %% ../../../nbs/bench/gallery/03_verdicts.ipynb #c4e10b07
+def error_by_chance(
+    confidence: np.ndarray,  # (n,) of the answers, 0 to 1
+    draws: int = 1000,
+) -> float:  # 0 to 1
+    """Mean calibration error of as many answers that are right exactly as often as they say."""
+    generator = np.random.default_rng(0)
+    return float(
+        np.mean([calibration_error(confidence, generator.random(len(confidence)) < confidence) for _ in range(draws)])
+    )
+
+
 def verdict_figures(
     told: Told,
 ) -> dict[str, Any]:  # plain values for JSON; shares 0 to 1
@@ -90,6 +101,7 @@ def verdict_figures(
         "untrained": int((~known).sum()),
         "untrained_identified": _share(identified[~known], sources[~known]),
         "calibration_error": round(calibration_error(confidence[seen], right[seen]), 4) if seen.any() else None,
+        "error_by_chance": round(error_by_chance(confidence[seen]), 4) if seen.any() else None,
     }
 
 
