@@ -104,6 +104,7 @@ def test_evaluation_measures_masks_at_the_photos_size(trained: tuple[Path, Setti
 
 def test_the_exported_file_answers_as_the_network(trained: tuple[Path, Settings]) -> None:
     folder, settings = trained
+    evaluate_run(folder, settings)
     report = export_run(folder, settings)
     assert report["passed"] and report["networks"] == ["segmenter"]
     assert report["formats"]["onnx"]["segmenter"]["min_iou"] >= 0.99

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from ..answer.outlines import FADED
 from ..config.schema import SettingsError
-from ..models.classifier import load_stages, normalisation
+from ..models.classifier import normalisation, start_from_imagenet
 from ..runlog import decide
 from ..runtime.letterbox import GREY
 
@@ -104,7 +104,7 @@ def build_segmenter(
     """A segmenter to train; where there are no weights it starts from random ones, which is recorded as a fallback."""
     network = segmenter_network(name)
     if pretrained:
-        load_stages(network.encoder, name, "segmenter")
+        start_from_imagenet([network.encoder], name, "segmenter", features_only=True)
     else:
         decide("segmenter weights", "random initialisation", "model.segmenter.pretrained is false")
     return network

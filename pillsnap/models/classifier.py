@@ -9,7 +9,6 @@ import copy
 import importlib.util
 import inspect
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,7 +24,7 @@ from ..config.training import FEATURES, FROZEN_COPY, STAGES
 from ..runlog import decide
 
 # %% auto #0
-__all__ = ['PACKAGED_WEIGHTS', 'EMBEDDING_SIZE', 'packaged_state', 'load_stages', 'moments', 'PillNetwork', 'network_of',
+__all__ = ['PACKAGED_WEIGHTS', 'EMBEDDING_SIZE', 'packaged_state', 'start_from_imagenet', 'moments', 'PillNetwork', 'network_of',
            'as_arrays', 'build_classifier', 'normalisation']
 
 # %% ../../nbs/models/00_classifier.ipynb #094518eb
@@ -57,25 +56,26 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
-def load_stages(
-    encoder: nn.Module,  # timm network with features_only
-    name: str,  # its timm name
-    part: str,  # network that it belongs to, as it is recorded
+def start_from_imagenet(
+    networks: Sequence[nn.Module],  # parts of the timm network, all with its names of weights
+    name: str,  # timm name
+    part: str,  # what they belong to, as it is recorded
+    **options: Any,  # for timm, so that it has no other weights: num_classes, features_only
 ) -> None:
-    """Load ImageNet weights into stages; where they can't be had they stay random, which is recorded as a fallback."""
-    package, numbers = PACKAGED_WEIGHTS.get(name), cast(Any, encoder).feature_info.out_indices
-    try:
-        if package and importlib.util.find_spec(package):
-            whole, origin = packaged_state(timm.create_model(name), package), f"the installed package {package}"
-        else:
-            own = timm.create_model(name, pretrained=True, features_only=True, out_indices=numbers)
-            whole, origin = own.state_dict(), "the model hub"
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = f"the weights of {name} can't be had ({_first_line(error)}); accuracy will be far lower"
-        decide(f"{part} weights", "RANDOM INITIALISATION", reason, fallback=True)
-        return
-    encoder.load_state_dict({key: whole[key] for key in encoder.state_dict()})
-    decide(f"{part} weights", "ImageNet", f"stages of {name} from {origin}")
+    """Load ImageNet weights; where they can't be had, those that are there stay, which is recorded as a fallback."""
+    package = PACKAGED_WEIGHTS.get(name)
+    if package and importlib.util.find_spec(package):
+        weights, origin = packaged_state(timm.create_model(name), package), f"the installed package {package}"
+    else:
+        try:
+            weights, origin = timm.create_model(name, pretrained=True, **options).state_dict(), "the model hub"
+        except (OSError, RuntimeError, ValueError) as error:
+            reason = f"the weights of {name} can't be had ({_first_line(error)}); accuracy will be far lower"
+            decide(f"{part} weights", "RANDOM INITIALISATION", reason, fallback=True)
+            return
+    for network in networks:
+        network.load_state_dict({key: weights[key] for key in network.state_dict()})
+    decide(f"{part} weights", "ImageNet", f"{name} from {origin}")
 
 # %% ../../nbs/models/00_classifier.ipynb #e81444e0
 EMBEDDING_SIZE = 128  # numbers of an embedding where the settings don't say
@@ -236,35 +236,12 @@ def build_classifier(
     if not timm.is_model(name.split(".")[0]):
         near = timm.list_models(f"*{name.split('.')[0][:12]}*")[:3]
         raise SettingsError(f"model.classifier.name: timm has no network {name!r}; near names are {near}.")
-    make = partial(PillNetwork, name, classes, embedding_size, embedding_from, drop_rate=drop_rate)
-    package = PACKAGED_WEIGHTS.get(name)
-    if not pretrained:
+    network = PillNetwork(name, classes, embedding_size, embedding_from, drop_rate=drop_rate)
+    if pretrained:
+        parts = [part for part in (network.body, network.frozen_copy) if part is not None]
+        start_from_imagenet(parts, name, "classifier", num_classes=0)
+    else:
         decide("classifier weights", "random initialisation", "model.classifier.pretrained is false")
-        return make()
-    if package and importlib.util.find_spec(package):
-        return _from_package(name, package, make())
-    try:
-        network = make(pretrained=True)
-    except (OSError, RuntimeError, ValueError) as error:
-        decide(
-            "classifier weights",
-            "RANDOM INITIALISATION",
-            f"the weights of {name} can't be had ({_first_line(error)}); accuracy will be far lower",
-            fallback=True,
-        )
-        return make()
-    decide("classifier weights", "ImageNet", f"{name} from the model hub")
-    return network
-
-
-def _from_package(name: str, package: str, network: PillNetwork) -> PillNetwork:
-    """The network with the weights of an installed package."""
-    original = timm.create_model(name)
-    original.load_state_dict(packaged_state(original, package))
-    cast(Any, original).reset_classifier(0)
-    for each in filter(None, (network.body, network.frozen_copy)):
-        each.load_state_dict(original.state_dict())
-    decide("classifier weights", "ImageNet", f"{name} from the installed package {package}")
     return network
 
 # %% ../../nbs/models/00_classifier.ipynb #bbab064c

@@ -19,12 +19,12 @@ from PIL import Image
 from torch import nn
 
 from ..config.schema import SettingsError
-from .classifier import load_stages, normalisation
+from .classifier import normalisation, start_from_imagenet
 from ..runlog import decide
 
 # %% auto #0
-__all__ = ['Backbone', 'Stage', 'detector_network', 'build_detector', 'detection_loss', 'RawDetections', 'for_one_size',
-           'for_any_size', 'DetectionModel']
+__all__ = ['Backbone', 'Stage', 'backbone_and_description', 'detector_network', 'build_detector', 'detection_loss',
+           'RawDetections', 'for_one_size', 'for_any_size', 'DetectionModel']
 
 # %% ../../nbs/models/01_detector.ipynb #3e4e7f63
 _REPLACED = ((Image, ("open",)), (torch, ("save",)), (cv2, ("imread", "imwrite", "imshow")))
@@ -64,15 +64,18 @@ class Backbone(nn.Module):
         super().__init__()
         if not timm.is_model(name.split(".")[0]):
             raise SettingsError(f"model.detector.name: timm has no network {name!r}; use tf_efficientnet_lite0.")
-        found = list(cast(Any, timm.create_model(name, features_only=True)).feature_info.reduction())
+        self.encoder = timm.create_model(name, features_only=True)
+        info = cast(Any, self.encoder).feature_info
+        found = info.reduction()
         if not set(strides) <= set(found):
+            shares = ", ".join(f"1/{stride}" for stride in sorted({*strides} - {*found}))
             raise SettingsError(
-                f"model.detector.name: {name} has maps at 1/{found} of the resolution and the detector needs "
-                f"1/{list(strides)}; use for example tf_efficientnet_lite0."
+                f"model.detector.name: {name} has no maps at {shares} of the resolution, which the detector needs; "
+                "use for example tf_efficientnet_lite0."
             )
-        numbers = [found.index(stride) for stride in strides]
-        self.encoder = timm.create_model(name, features_only=True, out_indices=numbers)
-        for statistic, values in zip(("mean", "std"), normalisation(timm.create_model(name)), strict=True):
+        self.numbers = [found.index(stride) for stride in strides]
+        self.channels = [info.channels()[number] for number in self.numbers]
+        for statistic, values in zip(("mean", "std"), normalisation(self.encoder), strict=True):
             self.register_buffer(statistic, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
 
     def forward(
@@ -80,8 +83,8 @@ class Backbone(nn.Module):
         images: torch.Tensor,  # float (n, 3, size, size), 0 to 1
     ) -> list[torch.Tensor]:  # float (n, channels, size / stride, size / stride) each
         """The stages."""
-        stages: list[torch.Tensor] = self.encoder((images - self.mean) / self.std)
-        return stages
+        stages = self.encoder((images - self.mean) / self.std)
+        return [stages[number] for number in self.numbers]
 
 
 class Stage(nn.Module):
@@ -128,8 +131,8 @@ def _replace_backbone(network: Any, name: str) -> None:  # network: DetectionMod
     places = sorted({place for place in later if 0 <= place < end} | {end - 1})
     shapes = _shapes(layers[:end])
     backbone = Backbone(name, [shapes[place][1] for place in places])
-    channels = cast(Any, backbone.encoder).feature_info.channels()
-    stages = {place: Stage(number, channels[number], shapes[place][0]) for number, place in enumerate(places)}
+    wanted = [shapes[place][0] for place in places]
+    stages = {place: Stage(number, backbone.channels[number], wanted[number]) for number, place in enumerate(places)}
     for place in range(end):
         layer: Any = stages.get(place, nn.Identity()) if place else backbone
         layer.i, layer.f, layer.type = place, 0 if place in stages else -1, type(layer).__name__
@@ -137,11 +140,19 @@ def _replace_backbone(network: Any, name: str) -> None:  # network: DetectionMod
     network.save = sorted({0, *network.save})
 
 # %% ../../nbs/models/01_detector.ipynb #282eb6a6
+def backbone_and_description(
+    name: str,  # as model.detector.name
+) -> tuple[str, str]:  # timm name of the backbone, empty = that of the description; name or path of the description
+    """The parts of a detector's name; a + in a folder of a description divides nothing."""
+    backbone, _, description = name.rpartition("+")
+    return ("", name) if "/" in backbone else (backbone, description)
+
+
 def detector_network(
     name: str,  # ultralytics network description, for example yolo11n.yaml; before a + the timm name of its backbone
 ) -> nn.Module:  # training: dictionary for `detection_loss`; evaluation: (raw (n, 5, anchors), ...)
     """A one-class detector with random weights; raises `SettingsError` for an unknown name."""
-    backbone, _, description = name.rpartition("+")
+    backbone, description = backbone_and_description(name)
     try:
         network = DetectionModel(  # type: ignore[no-untyped-call]  # ultralytics has no annotations here
             description, nc=1, verbose=False
@@ -154,7 +165,7 @@ def detector_network(
     cast(Any, network).args = IterableSimpleNamespace(**DEFAULT_CFG_DICT)
     if backbone:
         _replace_backbone(network, backbone)
-    return network.train()
+    return network
 
 
 def build_detector(
@@ -162,9 +173,9 @@ def build_detector(
     pretrained: bool = True,  # start a backbone of timm from ImageNet weights
 ) -> nn.Module:  # as `detector_network`
     """A detector to train; what it starts from is recorded as a decision."""
-    network, (backbone, _, description) = detector_network(name), name.rpartition("+")
+    network, (backbone, description) = detector_network(name), backbone_and_description(name)
     if backbone and pretrained:
-        load_stages(cast(Any, network).model[0].encoder, backbone, "detector")
+        start_from_imagenet([cast(Any, network).model[0].encoder], backbone, "detector", features_only=True)
     else:
         reason = f"{description} describes a network, without weights"
         decide("detector weights", "random initialisation", "other weights take their place" if backbone else reason)

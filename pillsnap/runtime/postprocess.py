@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import cv2
 import numpy as np
 
-from .boxes import covered_matrix, iou_matrix
+from .boxes import covered_matrix
 from .letterbox import Halves, letterbox, normalise, to_photo
 
 # %% auto #0

@@ -79,7 +79,10 @@ def error_by_chance(
     confidence: np.ndarray,  # (n,) of the answers, 0 to 1
     draws: int = 1000,
 ) -> float:  # 0 to 1
-    """Mean calibration error of as many answers that are right exactly as often as they say."""
+    """Mean calibration error of as many answers that are right exactly as often as they say.
+
+    Consistency resampling (Broecker and Smith 2007, doi:10.1175/WAF993.1).
+    """
     generator = np.random.default_rng(0)
     return float(
         np.mean([calibration_error(confidence, generator.random(len(confidence)) < confidence) for _ in range(draws)])

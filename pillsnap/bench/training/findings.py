@@ -31,6 +31,7 @@ DIFFERENCES = (
     "where accuracy is measured, our code does that for it; its mosaics keep pills at their size",
     "the network that timm's loop trains gives embeddings too, which it leaves untrained; ours trains them",
     "ultralytics computes with one thread less than there are cores: it was given as many threads as ours",
+    "the detector is the ultralytics network of the profile without a backbone of timm, which its trainer doesn't know",
     "ours keeps freed memory for the next step, which timm's loop gains as well, because it runs in the same process; "
     "ultralytics' trainer does not",
 )

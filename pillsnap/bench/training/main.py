@@ -94,15 +94,22 @@ def settings_of(
     root: Path | None,  # dataset; None: the embedded sample
 ) -> Settings:
     """The profile with the options on top; raises `BenchError` for a batch size that is no number."""
+    from pillsnap.models.detector import backbone_and_description
+
     overrides = ["data.cache=hotset", "train.grad_accum=1"]
     if not any(text.startswith("model.detector.name=") for text in options.overrides):
-        _, _, detector = load_settings(profile=options.profile).model.detector.name.rpartition("+")
-        overrides.append(f"model.detector.name={detector}")  # the peer trains no other backbone
+        detector = load_settings(profile=options.profile).model.detector.name
+        overrides.append(f"model.detector.name={backbone_and_description(detector)[1]}")
     for key, given in (("model.{}.image_size", options.size), ("train.{}.batch_size", options.batch)):
         overrides += [f"{key.format(name)}={value}" for name, value in zip(("classifier", "detector"), given or ())]
     if options.workers is not None:
         overrides.append(f"dataloader.num_workers={options.workers}")
     settings = load_settings(profile=options.profile, data_root=root, overrides=[*overrides, *options.overrides])
+    if backbone_and_description(settings.model.detector.name)[0]:
+        raise BenchError(
+            f"model.detector.name is {settings.model.detector.name}, and ultralytics' trainer knows no backbone of "
+            "timm: leave out what stands before the +."
+        )
     if "auto" in (
         settings.train.classifier.batch_size,
         settings.train.detector.batch_size,
