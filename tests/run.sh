@@ -3,6 +3,17 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+# Temporary files of notebooks and tests, gone at the end however it ends.
+TMPDIR=$(mktemp -d "${TMPDIR:-/tmp}/pillsnap-tests.XXXXXX")
+export TMPDIR
+trap 'rm -rf "$TMPDIR"' EXIT
+free=$(($(df -kP "$TMPDIR" | awk 'END {print $4}') / 1000000))
+if [ "$free" -lt 5 ]; then
+    echo "The tests need 5 GB of disk for temporary files, and $free GB are free in $(dirname "$TMPDIR"):" \
+        "make room there, or set TMPDIR to a folder with more."
+    exit 1
+fi
+
 echo "== notebooks are clean and exported"
 before=$(git status --porcelain -- nbs pillsnap | sort)
 changes=$(git diff -- nbs pillsnap | sha256sum)

@@ -114,8 +114,8 @@ def _wait(server: subprocess.Popen[bytes], log: Path) -> None:
         except Exception as error:  # any error while it starts
             last = error
             time.sleep(0.5)
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-    raise BenchError(f"SeaweedFS did not start ({last or lines}): {log} says why.")
+    says = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+    raise BenchError(f"SeaweedFS did not start: {last or 'it ended'}; the last line of its log: {''.join(says)}")
 
 # %% ../../../nbs/bench/registry/00_places.ipynb #754065e8
 _STAND_IN = Path(pillsnap.__file__).parents[1] / "tests" / "lakefs_stand_in.py"
