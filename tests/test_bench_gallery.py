@@ -108,7 +108,13 @@ def test_everything_in_small(
     }
     assert None not in found.values()
     assert found["sample_untrained_identified"] == found["untrained_identified"] == 1, "this product is always sure"
-    assert report["values"]["studio"]["phones"].keys() >= {"answered", "wrong", "coverage", "with_imprints"}
+    assert report["values"]["studio"]["phones"].keys() >= {
+        "answered",
+        "wrong",
+        "coverage",
+        "with_imprints",
+        "with_others",
+    }
     assert len(json.loads((data / "out" / "search" / "readings-studio.json").read_text())) == 6, "both sides of all"
     assert "enroll seconds" in capsys.readouterr().out
 
@@ -117,7 +123,7 @@ def test_coverage_counts_only_with_few_wrong_answers(
     data: Path, product: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     identifier = load_identifier(product / "export", detect=False)
-    options = Namespace(studio=data / "studio.zip", phone=data / "phone", lit=1, out=data / "out")
+    options = Namespace(studio=data / "studio.zip", phone=data / "phone", lit=1, draws=2, out=data / "out")
     for wrong, expected in ((0.04, 0.6), (0.06, 0.0)):
         monkeypatch.setattr(studio, "coverage_at", lambda *_, found=wrong: (0.6, found))
         goals, values = bench.measure_studio(identifier, options)

@@ -10,7 +10,7 @@ from .tables import Report, Rows, goal_rows, markdown
 
 # %% auto #0
 __all__ = ['search_rows', 'search_detail_rows', 'outline_rows', 'quality_rows', 'color_rows', 'rules_rows', 'color_phone_rows',
-           'verdict_rows']
+           'verdict_rows', 'gallery_phone_rows']
 
 # %% ../../nbs/bench/12_answer_tables.ipynb #acbfaf19
 def search_rows(
@@ -142,4 +142,24 @@ def verdict_rows(
             errors = told["calibration_error"], told["error_by_chance"]
             numbers = ["-" if value is None else f"{value:.3f}" for value in (*shares, *errors)]
             rows.append([title.format(name), f"{told['known']:,}", *numbers, untrained])
+    return rows
+
+
+_HELPED = {
+    "": "studio photos alone",
+    "with_imprints": "imprints are read, too",
+    "with_others": "and phone photos of other drugs are enrolled",
+}
+
+
+def gallery_phone_rows(
+    report: Report,  # of the gallery benchmark
+) -> Rows:
+    """How early phone photos find their drug among thousands."""
+    phones = (report["values"].get("studio") or {}).get("phones") or {}
+    rows = [["what is known", "phone photos", "top-1", "top-5", "top-20"]]
+    for key, text in _HELPED.items():
+        found = phones.get(key) if key else phones
+        if found:
+            rows.append([text, f"{phones['photos']}", *(f"{found[f'top{top}']:.3f}" for top in (1, 5, 20))])
     return rows

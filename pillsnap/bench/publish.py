@@ -21,6 +21,7 @@ from ..atomic import write_bytes, write_json
 from pillsnap.bench.answer_tables import (
     color_phone_rows,
     color_rows,
+    gallery_phone_rows,
     outline_rows,
     quality_rows,
     rules_rows,
@@ -125,6 +126,7 @@ TABLES: dict[str, tuple[str, Callable[[Report], Rows]]] = {  # name -> report, f
     "outlines": ("masks", outline_rows),
     "registry": ("registry", goal_rows),
     "gallery": ("gallery", goal_rows),
+    "gallery-phones": ("gallery", gallery_phone_rows),
     "gallery-verdicts": ("gallery", verdict_rows),
     "scale": ("scale", goal_rows),
     "gpu": ("gpu-nvidia-h200", gpu_rows),

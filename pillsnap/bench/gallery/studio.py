@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 
 from ...answer.gallery.enroll import reference_embedding
+from ...answer.gallery.whitening import whitened, whitening
 from ...answer.identify import Identifier
 from ...answer.imprint.ranking import READING_WEIGHT
 from ..color.differences import phone_pairs
@@ -25,8 +26,8 @@ from ...runtime.boxes import Box
 from ...runtime.images import decode_image
 
 # %% auto #0
-__all__ = ['WRONG', 'Studio', 'whole_crop', 'enrolled_studio', 'ranks_of', 'coverage_at', 'kept_coverage', 'ask_phones',
-           'lit_photo', 'ask_lit']
+__all__ = ['WRONG', 'Studio', 'whole_crop', 'enrolled_studio', 'ranks_of', 'folds_of', 'coverage_at', 'kept_coverage',
+           'ask_phones', 'scores_among_others', 'lit_photo', 'ask_lit']
 
 # %% ../../../nbs/bench/gallery/04_studio.ipynb #c4e10c05
 @dataclass(frozen=True)
@@ -87,6 +88,15 @@ _FOLDS = 5
 WRONG = 0.05  # of the answers that are given, at most
 
 
+def folds_of(
+    drugs: Sequence[str],  # of questions
+    draw: int = 0,  # another one divides them in another way
+) -> np.ndarray:  # (questions,) number of the fold of each one's drug
+    """Divide questions by their drugs."""
+    names = np.random.default_rng(draw).permutation(sorted(set(drugs))).tolist()
+    return np.array([names.index(drug) % _FOLDS for drug in drugs])
+
+
 def coverage_at(
     best: np.ndarray,  # (questions,) confidence of the answer
     right: np.ndarray,  # (questions,) whether it is right
@@ -94,8 +104,7 @@ def coverage_at(
     limit: float = WRONG,  # wrong answers of those that are given
 ) -> tuple[float, float]:  # share of questions that are answered; wrong ones of them
     """Answer what is above a threshold that other drugs have chosen."""
-    names = np.random.default_rng(0).permutation(sorted(set(drugs))).tolist()
-    fold = np.array([names.index(drug) % _FOLDS for drug in drugs])
+    fold = folds_of(drugs)
     given = np.zeros(len(best), bool)
     for number in range(_FOLDS):
         others = np.flatnonzero(fold != number)
@@ -120,7 +129,8 @@ def ask_phones(
     phone: Path,  # folder DRUG/NUMBER_SIDE.jpg
     archive: Path,  # ZIP with the studio photos
     kept: KeptReadings | None = None,  # of the studio photos, with its reader; None = nothing is read
-) -> dict[str, Any]:  # photos, drugs, top1, top5, top20, answered, wrong, coverage; perhaps the first with imprints
+    draws: int = 1,  # divisions of the drugs
+) -> dict[str, Any]:  # photos, drugs, top1, top5, top20, answered, wrong, coverage; the same with more to go by
     """Ask with phone photos; raises `BenchError` where none shows an enrolled drug."""
     pairs = list(phone_pairs(phone, archive))
     asked = identifier.embed(np.stack([whole_crop(identifier, taken) for _, taken, _ in pairs]))
@@ -129,9 +139,10 @@ def ask_phones(
     counts = {"photos": len(looks), "drugs": len({one.drug for one in looks}), "folds": _FOLDS}
     found: dict[str, Any] = {**counts, **_answers(looks)}
     if kept is not None:
-        asked_more = with_imprints(pairs, names, scores, CutoutArchive(archive), kept.read, kept)
+        looks = with_imprints(pairs, names, scores, CutoutArchive(archive), kept.read, kept)
         kept.save()
-        found["with_imprints"] = _answers(asked_more)
+        found["with_imprints"] = _answers(looks)
+    found["with_others"] = _with_others(looks, asked, studio, draws)
     return found
 
 
@@ -143,6 +154,36 @@ def _answers(asked: Sequence[Asked]) -> dict[str, float]:
     found = {f"top{top}": float((ranks <= top).mean()) for top in (1, 5, 20)}
     found |= {"answered": answered, "wrong": wrong, "coverage": kept_coverage(answered, wrong)}
     return {name: round(value, 4) for name, value in found.items()}
+
+# %% ../../../nbs/bench/gallery/04_studio.ipynb #c4e10c0b
+def scores_among_others(
+    studio: Studio,
+    asked: np.ndarray,  # float32 (questions, size), of length 1
+    places: np.ndarray,  # (questions,) number of the drug
+    fold: np.ndarray,  # (questions,) from `folds_of`
+) -> np.ndarray:  # (questions, drugs)
+    """Score each photo in a gallery that has the photos of all other folds, too."""
+    own = np.where(studio.owners == places[:, None], asked @ studio.vectors.T, -2.0)
+    shown = own.argmax(axis=1)  # a photo is of the side that it looks like
+    scores = np.empty((len(asked), len(studio.drugs)), np.float32)
+    for number in np.unique(fold):
+        others = fold != number
+        vectors = np.concatenate([studio.vectors, asked[others]])
+        matrix = whitening(vectors, [*range(len(studio.vectors)), *shown[others].tolist()])
+        owners = np.concatenate([studio.owners, places[others]])
+        larger = Studio(studio.drugs, owners, whitened(vectors, matrix))
+        scores[~others] = larger.scores(whitened(asked[~others], matrix))
+    return scores
+
+
+def _with_others(looks: Sequence[Asked], asked: np.ndarray, studio: Studio, draws: int) -> dict[str, Any]:
+    """Mean of all draws, and each of them."""
+    drugs, places, found = [one.drug for one in looks], np.array([one.place for one in looks]), []
+    for draw in range(draws):
+        scores = scores_among_others(studio, asked, places, folds_of(drugs, draw))
+        found.append(_answers([replace(one, similar=row) for one, row in zip(looks, scores, strict=True)]))
+    means = {name: round(float(np.mean([one[name] for one in found])), 4) for name in found[0]}
+    return {**means, "draws": found}
 
 # %% ../../../nbs/bench/gallery/04_studio.ipynb #c4e10c09
 _SIDE = 256  # pixels of a drawn photo
