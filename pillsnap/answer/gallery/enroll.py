@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import cv2
@@ -92,6 +93,17 @@ def _reference(identifier: Identifier, drug: Drug, photo: NamedPhoto, whole: boo
     return make_reference(identifier, crops.crops[0], [drug.code], side_of(photo.name), digest, imprint)
 
 
+def _of_look_alikes(reference: Reference, gallery: Gallery) -> Reference:
+    """As of all drugs that look the same on its side, where each photo of that side of its drug is of these."""
+    (code,) = reference.codes
+    shown = {
+        item.codes
+        for item in gallery.references
+        if code in item.codes and (item.side == reference.side or "" in (item.side, reference.side))
+    }
+    return replace(reference, codes=shown.pop()) if len(shown) == 1 else reference
+
+
 def enrolled(
     gallery: Gallery,
     identifier: Identifier,  # of the gallery's network
@@ -105,7 +117,7 @@ def enrolled(
     if not photos:
         raise GalleryError(f"There is no photo of {drug.name}: give one to five, of front and back.")
     references = [_reference(identifier, drug, photo, whole, max_pixels) for photo in photos]
-    return gallery.added([drug], references, same)
+    return gallery.added([drug], [_of_look_alikes(reference, gallery) for reference in references], same)
 
 
 def code_of(
