@@ -17,6 +17,7 @@ from ..classes import Drug
 from ..cropping import PillCrops
 from .references import Gallery, GalleryError, Reference, check_drug, side_of
 from ..identify import Identifier
+from ...runlog import decide
 from ...runtime.images import decode_image
 from ...runtime.letterbox import resize
 
@@ -116,8 +117,14 @@ def enrolled(
     """Enrol a drug; raises `GalleryError`, and then nothing was changed."""
     if not photos:
         raise GalleryError(f"There is no photo of {drug.name}: give one to five, of front and back.")
-    references = [_reference(identifier, drug, photo, whole, max_pixels) for photo in photos]
-    return gallery.added([drug], [_of_look_alikes(reference, gallery) for reference in references], same)
+    references = []
+    for photo in photos:
+        reference = _of_look_alikes(_reference(identifier, drug, photo, whole, max_pixels), gallery)
+        if len(reference.codes) > 1:
+            reason = f"these drugs look the same in the gallery, so {photo.name} is enrolled as of all of them"
+            decide("look-alikes", ", ".join(reference.codes), reason)
+        references.append(reference)
+    return gallery.added([drug], references, same)
 
 
 def code_of(

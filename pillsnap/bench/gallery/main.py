@@ -188,10 +188,9 @@ def measure_studio(
     if options.phone is None:
         return goals, {"lit": lit}
     phones = ask_phones(identifier, studio, options.phone, options.studio, _readings(options.out), options.draws)
-    answered = phones["with_others"]
+    answered = phones | phones.get("with_imprints", {})  # as answers do, where imprints can be read
     for name, least in (("top1", 0.60), ("top5", 0.80), ("coverage", 0.30)):
-        values = [one[name] for one in answered["draws"]]
-        goals.append(goal(f"phone_{name}", answered[name], at_least=least, n=phones["photos"], spread=spread(values)))
+        goals.append(goal(f"phone_{name}", answered[name], at_least=least, n=phones["photos"]))
     return goals, {"lit": lit, "phones": phones, "enrolled": len(studio.drugs)}
 
 
