@@ -115,7 +115,9 @@ def test_everything_in_small(
         "with_imprints",
         "with_others",
     }
-    assert len(json.loads((data / "out" / "search" / "readings-studio.json").read_text())) == 6, "both sides of all"
+    (kept,) = (data / "out" / "gallery").glob("readings-*.json")
+    assert len(json.loads(kept.read_text())) == 6, "both sides of all"
+    assert set(report["values"]["studio"]["ratios"]) >= {"exact", "never"}
     assert "enroll seconds" in capsys.readouterr().out
 
 
@@ -123,10 +125,12 @@ def test_coverage_counts_only_with_few_wrong_answers(
     data: Path, product: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     identifier = load_identifier(product / "export", detect=False)
-    options = Namespace(studio=data / "studio.zip", phone=data / "phone", lit=1, draws=2, out=data / "out")
+    options = Namespace(studio=data / "studio.zip", phone=data / "phone", lit=1, draws=2)
+    work = data / "work"
+    work.mkdir()
     for wrong, expected in ((0.04, 0.6), (0.06, 0.0)):
         monkeypatch.setattr(studio, "coverage_at", lambda *_, found=wrong: (0.6, found))
-        goals, values = bench.measure_studio(identifier, options)
+        goals, values = bench.measure_studio(identifier, options, work)
         assert {goal["name"]: goal["value"] for goal in goals}["phone_coverage"] == expected
         assert (values["phones"]["answered"], values["phones"]["wrong"]) == (0.6, wrong)
 

@@ -15,7 +15,7 @@ from .color.balance import NO_CORRECTION, Balance, balances_in
 from .color.learned import LEARNED_RULE
 from .color.surroundings import Surroundings, surroundings
 from .color.trust import is_grey, untrusted
-from .crops import crop_pill, without_background
+from .crops import crop_pill, without_background, without_edge
 from .rules import ModelMismatch, Rules
 from .shapes.background import REMOVE
 from .shapes.masks import PillMask, only_pill
@@ -114,8 +114,9 @@ class Cropper:
         grey = is_grey(image)
         around = surroundings(image, found, halves) if len(crops) else None
         balance = self._correct(crops, around, boxes)
-        details = list(self._crops(image, boxes[:_DETAILS], single, halves, DETAIL)) if self.detailed else []
-        masks = self._cut_out(crops, image, boxes)
+        masks = self._masks(image, boxes)
+        self._cut_out(crops, image, boxes, masks)
+        details = self._details(image, boxes[:_DETAILS], single, halves, masks) if self.detailed else []
         notes += [_GREY_NOTE] if grey else _light_notes(untrusted(image, around, _or_whole(boxes, crops)))
         seconds = {"detect": detected - started, "crop": perf_counter() - detected}
         width, height = size or image.shape[1::-1]
@@ -207,21 +208,50 @@ class Cropper:
             crop[:] = balance(crop)
         return balances[0]
 
+    def _masks(
+        self,
+        image: np.ndarray,  # RGB, uint8, (height, width, 3)
+        boxes: np.ndarray,  # pixels, (n, 4)
+    ) -> list[PillMask]:  # of the boxes; none where the background is kept
+        if self.rules.background != REMOVE or self.outline is None or not len(boxes):
+            return []
+        return self.outline(image, [Box(*map(float, box)) for box in boxes])
+
     def _cut_out(
         self,
         crops: np.ndarray,  # RGB, uint8, (n, size, size, 3); changed in place
         image: np.ndarray,  # RGB, uint8, (height, width, 3)
-        boxes: np.ndarray,  # of the crops, pixels, (n, 4); none for a crop of the whole photo
-    ) -> list[PillMask]:  # of the boxes; none where the background is kept
+        boxes: np.ndarray,  # of the crops, pixels, (n, 4)
+        masks: Sequence[PillMask],  # of the boxes; none where the background is kept
+    ) -> None:
         """Take the background out of the crops, as in the training."""
-        if self.rules.background != REMOVE or self.outline is None or not len(boxes):
-            return []
-        pills = [Box(*map(float, box)) for box in boxes]
-        masks = self.outline(image, pills)
         size, level = (image.shape[1], image.shape[0]), self.rules.color == LEARNED_RULE
-        for crop, box, mask in zip(crops, pills, masks, strict=True):
-            crop[:] = without_background(crop, mask, box, self.rules.margin, size, level)
-        return masks
+        for crop, box, mask in zip(crops, boxes, masks, strict=False):
+            crop[:] = without_background(crop, mask, Box(*map(float, box)), self.rules.margin, size, level)
+
+    def _details(
+        self,
+        image: np.ndarray,  # RGB, uint8, (height, width, 3)
+        boxes: np.ndarray,  # pixels, (n, 4)
+        whole: bool,  # as `_crops`
+        halves: Halves,  # as `find`
+        masks: Sequence[PillMask],  # of the boxes, or none
+    ) -> list[np.ndarray]:
+        details = list(self._crops(image, boxes, whole, halves, DETAIL))
+        size = (image.shape[1], image.shape[0])
+        for place, (box, mask) in enumerate(zip(boxes, masks, strict=False)):
+            pill = Box(*map(float, box))
+            details[place] = without_edge(details[place], mask, pill, self.rules.margin, size)
+        return details
+
+    def detail_of(
+        self,
+        image: np.ndarray,  # RGB, uint8, (height, width, 3)
+        box: Box,  # of a pill, pixels
+    ) -> np.ndarray:  # RGB, uint8, (DETAIL, DETAIL, 3)
+        """Crop a pill whose place is known so that letters can be read."""
+        boxes = np.array([box], np.float32)
+        return self._details(image, boxes, False, (), self._masks(image, boxes))[0]
 
     def crops_of(
         self,
@@ -234,7 +264,7 @@ class Cropper:
         crops = self._crops(image, boxes, False, halves, self.rules.classifier_size)
         if self.rules.color != NO_CORRECTION:
             self._correct(crops, surroundings(image, boxes if found is None else found), boxes)
-        self._cut_out(crops, image, boxes)
+        self._cut_out(crops, image, boxes, self._masks(image, boxes))
         return crops
 
 

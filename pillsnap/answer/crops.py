@@ -11,13 +11,13 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
-from .shapes.background import crop_cover, remove_background
+from .shapes.background import crop_cover, remove_background, spread_surface
 from .shapes.masks import PillMask
 from ..runtime.boxes import Box
 from ..runtime.letterbox import GREY, Halves, halve, resize
 
 # %% auto #0
-__all__ = ['crop_window', 'crop_pill', 'without_background', 'without_neighbours']
+__all__ = ['crop_window', 'crop_pill', 'without_background', 'without_edge', 'without_neighbours']
 
 # %% ../../nbs/answer/02_crops.ipynb #90393b19
 def crop_window(
@@ -84,6 +84,17 @@ def without_background(
     """The pill of a crop on grey; the crop as it is where hardly anything was outlined."""
     cover = crop_cover(mask, crop_window(box, margin, *photo, len(crop)), photo, len(crop))
     return remove_background(crop, cover, level)
+
+
+def without_edge(
+    crop: np.ndarray,  # RGB, uint8, (size, size, 3), from `crop_pill`
+    mask: PillMask,  # of its pill
+    box: Box,  # that was cropped, pixels of the photo
+    margin: float,  # as for `crop_pill`
+    photo: tuple[int, int],  # width, height of the photo, pixels
+) -> np.ndarray:  # RGB, uint8, (size, size, 3)
+    """Nothing but the pill's surface; the crop as it is where hardly anything was outlined."""
+    return spread_surface(crop, crop_cover(mask, crop_window(box, margin, *photo, len(crop)), photo, len(crop)))
 
 
 def _clip_box(

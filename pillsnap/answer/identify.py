@@ -42,7 +42,7 @@ def softmax(
 _REFINED = 100  # candidates that a second look puts in another order
 EVERY = 1_000_000  # as top_k: all candidates
 MATCHES = 5  # appearances of a gallery that a pill is shown with
-MATCHES_REFINED = 50  # of which a second look chooses them
+MATCHES_REFINED = 200  # of which a second look chooses them
 _BATCH = 4  # crops per batch: on a CPU larger batches of a large network take much memory and save no time
 
 

@@ -14,8 +14,6 @@ import polars as pl
 from tqdm import tqdm
 
 from ..answer.classes import ClassMap
-from ..answer.cropping import DETAIL
-from ..answer.crops import crop_pill
 from ..answer.gallery.enroll import make_reference
 from ..answer.gallery.references import Gallery, GalleryError, Reference
 from ..answer.identify import Identifier
@@ -108,7 +106,7 @@ def _imprint(row: ReferenceRow, identifier: Identifier, image: np.ndarray, box: 
         row.code in trained and appearance_of(trained[trained.index_of(row.code)]).imprints
     ):
         return None
-    return identifier.read_imprint(crop_pill(image, box, identifier.rules.margin, DETAIL))
+    return identifier.read_imprint(identifier.cropper.detail_of(image, box))
 
 
 def found_references(

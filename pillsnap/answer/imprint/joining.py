@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 # %% auto #0
-__all__ = ['LEGIBLE', 'Line', 'Reading', 'join_lines']
+__all__ = ['LEGIBLE', 'Line', 'Reading', 'join_lines', 'elected']
 
 # %% ../../../nbs/answer/imprint/01_joining.ipynb #a9c98db8
 @dataclass(frozen=True)
@@ -86,3 +86,19 @@ def _in_order(lines: Sequence[Line], angle: float) -> list[Line]:
         else:
             rows.append([line])
     return [line for row in rows for line in sorted(row, key=lambda line: place(line)[1])]
+
+# %% ../../../nbs/answer/imprint/01_joining.ipynb #dc7c683a
+_CHANCE = 0.4  # confidence of a letter that says nothing
+
+
+def elected(
+    readings: Sequence[Reading],  # of one pill
+) -> Reading | None:  # None: there are none
+    """The text with the most votes, as the surest of its readings has it."""
+    votes: dict[str, float] = {}
+    for reading in readings:
+        letters = reading.text.replace(" ", "")
+        votes[letters] = votes.get(letters, 0.0) + len(letters) * (reading.confidence - _CHANCE)
+    best = max(votes, key=votes.__getitem__, default=None)
+    found = [reading for reading in readings if reading.text.replace(" ", "") == best]
+    return max(found, key=lambda reading: reading.confidence, default=None)

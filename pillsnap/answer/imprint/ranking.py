@@ -27,29 +27,30 @@ from pillsnap.answer.search.imprints import (
     MISTAKE,
     MISTAKE_IN,
     MISTAKES,
+    NEVER,
     PART,
     ImprintIndex,
     plain,
 )
 
 # %% auto #0
-__all__ = ['READING_WEIGHT', 'Imprints', 'drug_imprints', 'ImprintRanking']
+__all__ = ['LETTERS_MEASURED', 'READING_WEIGHT', 'Imprints', 'drug_imprints', 'ImprintRanking']
 
 # %% ../../../nbs/answer/imprint/03_ranking.ipynb #a9a54882
-_LIKELIHOODS = {  # of a reading, relative to one that is exact
-    EXACT: 1.0,
-    ALIKE: 0.7,
-    BEGINS: 0.3,
-    CONTAINS: 0.3,
-    MISTAKE: 0.3,
-    ALIKE_IN: 0.2,
-    MISTAKE_IN: 0.1,
-    MISTAKES: 0.1,
-    PART: 0.3,
+LETTERS_MEASURED = 4  # more letters say as much
+_RATIOS = {  # of a certain reading of one, two, three, four letters or more
+    EXACT: (20, 70, 150, 250),
+    ALIKE: (2.5, 14, 18, 25),
+    BEGINS: (0.6, 1, 8, 12),
+    CONTAINS: (0.6, 1.5, 12, 16),
+    MISTAKE: (0.6, 0.8, 4, 28),
+    ALIKE_IN: (0.5, 0.3, 0.7, 3),
+    MISTAKE_IN: (1, 1, 0.6, 3.5),
+    MISTAKES: (1, 1, 1, 9),
+    PART: (1, 1, 1.5, 3),
 }
-_CONTRADICTS = 0.02
-_UNRECORDED = 0.1
-_LEVELS = np.array([_LIKELIHOODS.get(level, _CONTRADICTS) for level in range(100)])
+_CONTRADICTS = (0.06, 0.06, 0.06, 0.06)
+_BY_LEVEL = np.array([_RATIOS.get(level, _CONTRADICTS) for level in range(NEVER + 1)]).T
 
 
 class Imprints:
@@ -65,21 +66,26 @@ class Imprints:
         self._texts = np.array([self._index.numbers[text] for drug in texts for text in sorted(drug)], np.int64)
         self.recorded = np.array([bool(drug) for drug in texts], bool)  # of each drug
 
-    def likelihoods(
+    def levels(
         self,
         reading: Reading,
-    ) -> np.ndarray:  # of each drug, at most 1
+    ) -> np.ndarray:  # of the best text of each drug that is recorded, EXACT to PART, or NEVER
         """How well each drug fits what was read."""
-        found = np.where(self.recorded, _CONTRADICTS, _UNRECORDED)
+        found = np.full(len(self.recorded), NEVER)
         if len(self._texts):
             costs = self._index.costs(plain(reading.text), reading.text.split()) // EXTRA
-            np.maximum.at(found, self._owners, _LEVELS[costs][self._texts])
-        return found ** _trust(reading)
+            np.minimum.at(found, self._owners, costs[self._texts])
+        return found
 
-
-def _trust(reading: Reading) -> float:  # 0 = says nothing, 1 = as much as a reading can say
-    """One letter is soon read into a shadow."""
-    return reading.confidence * (0.5 if len(plain(reading.text)) == 1 else 1.0)
+    def ratios(
+        self,
+        reading: Reading,
+    ) -> np.ndarray:  # of each drug; above 1 speaks for it, below 1 against it
+        """How much likelier what was read is on each drug than on another one."""
+        certain = _BY_LEVEL[min(len(plain(reading.text)), LETTERS_MEASURED) - 1][self.levels(reading)]
+        trust = max(0.0, 2 * reading.confidence - 1)  # share of readings that are the pill's, the others are chance
+        ratios: np.ndarray = np.where(self.recorded, trust * certain + 1 - trust, 1.0)
+        return ratios
 
 
 def drug_imprints(
@@ -89,7 +95,7 @@ def drug_imprints(
     return Imprints([appearance_of(drug).imprints for drug in drugs])
 
 # %% ../../../nbs/answer/imprint/03_ranking.ipynb #74bfa0b0
-READING_WEIGHT = 0.02  # of the logarithm of a likelihood, next to a cosine
+READING_WEIGHT = 0.015  # of the logarithm of a ratio, next to a cosine
 
 
 class ImprintRanking:
@@ -130,17 +136,17 @@ class ImprintRanking:
 
     def _fits(self, pill: Pill, reading: Reading) -> Callable[[Drug], float]:
         """How well a drug fits what was read, by its labels, else by its references that look most like the pill."""
-        labels = self._imprints.likelihoods(reading)
-        kept: Sequence[Sequence[Sides]] = [[(match.imprint, None)] if match.imprint else [] for match in pill.matches]
-        by_code: dict[str, float] = {}
-        for match, value in zip(pill.matches, Imprints(kept).likelihoods(reading).tolist(), strict=True):
-            for drug in match.drugs:
-                by_code[drug.code] = max(value, by_code.get(drug.code, 0.0))
+        labels, kept = self._imprints.ratios(reading), dict[str, list[Sides]]()
+        for match in pill.matches:
+            for drug in match.drugs if match.imprint else ():
+                kept.setdefault(drug.code, []).append((match.imprint, None))
+        ratios: list[float] = Imprints(list(kept.values())).ratios(reading).tolist()
+        references = dict(zip(kept, ratios, strict=True))
 
         def fit(drug: Drug) -> float:
             number = self._numbers.get(drug.code)
-            if number is not None and (self._imprints.recorded[number] or drug.code not in by_code):
+            if number is not None and self._imprints.recorded[number]:
                 return float(labels[number])
-            return by_code.get(drug.code, float(_UNRECORDED ** _trust(reading)))
+            return references.get(drug.code, 1.0)
 
         return fit

@@ -13,7 +13,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from .joining import Line, Reading, join_lines
+from .joining import Line, Reading, elected, join_lines
 from .lines import HEIGHT, SIDE, Strip, cut_strips, lift_relief
 from ...errors import PillsnapError
 
@@ -41,7 +41,9 @@ def decode_letters(
 # %% ../../../nbs/answer/imprint/02_reader.ipynb #09628bc9
 _OFF_MIDDLE = 0.37  # of the side: letters further away are not on the pill
 _LINES = 4  # of a pill at most
-_CERTAIN = 0.9  # confidence from which the first attempt is enough
+_LETTER = 0.6  # of the side, at most: what is longer is the edge of the pill, or its score line
+_NEARER = 0.85  # of the side: what is seen from nearer by
+_CERTAIN = 0.9  # confidence from which the first look is enough
 
 FindLines = Callable[[np.ndarray], Sequence[np.ndarray]]  # (side, side, 3) -> corners of lines, (4, 2) each, best first
 ReadStrips = Callable[[np.ndarray], np.ndarray]  # (n, 3, HEIGHT, width) -> (n, steps, 1 + letters)
@@ -62,14 +64,15 @@ class ImprintReader:
         crop: np.ndarray,  # RGB, uint8, square, with the pill in its middle
     ) -> Reading | None:  # None: nothing legible
         """Read one side of a pill."""
-        crop = cv2.resize(crop, (SIDE, SIDE), interpolation=cv2.INTER_CUBIC if len(crop) < SIDE else cv2.INTER_AREA)
-        lifted = lift_relief(crop)
-        reading = self._attempt(255 - lifted, [crop])
-        if reading is not None and reading.confidence >= _CERTAIN:
-            return reading
-        again = self._attempt(crop, [crop, lifted])
-        found = [each for each in (reading, again) if each is not None]
-        return max(found, key=lambda each: each.confidence, default=None)
+        whole, looks = _resized(crop), list[Reading | None]()
+        edge = round((1 - _NEARER) / 2 * len(crop))
+        for view in (whole, _resized(crop[edge : len(crop) - edge, edge : len(crop) - edge])):
+            lifted = lift_relief(view)
+            looks.append(self._attempt(255 - lifted, [view]))
+            if view is whole and looks[0] is not None and looks[0].confidence >= _CERTAIN:
+                return looks[0]
+            looks.append(self._attempt(view, [view, lifted]))
+        return elected([each for each in looks if each is not None])
 
     def _attempt(
         self,
@@ -95,12 +98,18 @@ class ImprintReader:
         return [decode_letters(probabilities) for probabilities in self.read_strips(batch)]
 
 
+def _resized(crop: np.ndarray) -> np.ndarray:  # (SIDE, SIDE, 3)
+    return cv2.resize(crop, (SIDE, SIDE), interpolation=cv2.INTER_CUBIC if len(crop) < SIDE else cv2.INTER_AREA)
+
+
 def _scaled(pixels: np.ndarray) -> np.ndarray:  # float32, -1 to 1, (3, height, width)
     return (pixels.astype(np.float32) / 127.5 - 1).transpose(2, 0, 1)
 
 
 def _line(strip: Strip, text: str, confidence: float) -> Line:
-    return Line(text, confidence, strip.angle, strip.middle, strip.height)
+    longer = strip.height * max(1, strip.pixels.shape[1] / HEIGHT)
+    is_edge = len(text) == 1 and longer > _LETTER * SIDE
+    return Line("" if is_edge else text, confidence, strip.angle, strip.middle, strip.height)
 
 # %% ../../../nbs/answer/imprint/02_reader.ipynb #01891d4d
 _DETECTOR, _RECOGNISER = "PP-OCRv6_det_small.onnx", "PP-OCRv6_rec_small.onnx"

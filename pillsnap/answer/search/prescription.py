@@ -21,7 +21,7 @@ __all__ = ['MATCHED', 'SURPLUS', 'WEIGHT', 'likelihoods', 'shares', 'unclear', '
 # %% ../../../nbs/answer/search/10_prescription.ipynb #38089970
 MATCHED = 0.5  # share of an expected drug from which a pill is it
 SURPLUS = 0.1  # share of every expected drug below which a pill is none of them
-_SAYS_SO = 0.7  # how well an imprint fits a drug that it speaks for, 0 to 1: as it is, or with letters that look alike
+_SAYS_SO = 10.0  # likelihood ratio of an imprint that speaks for a drug by itself
 
 
 def likelihoods(

@@ -10,24 +10,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 
 from ...answer.gallery.enroll import reference_embedding
 from ...answer.gallery.whitening import whitened, whitening
 from ...answer.identify import Identifier
-from ...answer.imprint.ranking import READING_WEIGHT
+from ...answer.imprint.joining import Reading
+from ...answer.imprint.ranking import READING_WEIGHT, Imprints
 from ..color.differences import phone_pairs
-from ..color.lights import LIGHTS, in_light
-from ..search.phones import Asked, with_imprints
-from ..search.references import KeptReadings
-from ...masks.cutouts import Cutout, CutoutArchive, MaskError
-from ...runtime.boxes import Box
-from ...runtime.images import decode_image
+from ..search.phones import FOLDS, Asked, fits_of, folds_of
+from ..search.references import KeptReadings, Read
+from ...masks.cutouts import CutoutArchive
 
 # %% auto #0
-__all__ = ['WRONG', 'Studio', 'whole_crop', 'enrolled_studio', 'ranks_of', 'folds_of', 'coverage_at', 'kept_coverage',
-           'ask_phones', 'scores_among_others', 'lit_photo', 'ask_lit']
+__all__ = ['WRONG', 'Studio', 'whole_crops', 'enrolled_studio', 'ranks_of', 'coverage_at', 'kept_coverage', 'ask_phones',
+           'scores_among_others']
 
 # %% ../../../nbs/bench/gallery/04_studio.ipynb #c4e10c05
 @dataclass(frozen=True)
@@ -37,6 +34,7 @@ class Studio:
     drugs: np.ndarray  # (drugs,) names, sorted
     owners: np.ndarray  # (photos,) number of the drug
     vectors: np.ndarray  # float32 (photos, size), of length 1
+    imprints: Imprints | None = None  # of the drugs; None: nothing was read
 
     def scores(
         self,
@@ -48,30 +46,48 @@ class Studio:
             np.maximum.at(row, self.owners, cosines)
         return best
 
+    def compare(
+        self,
+        places: Sequence[int],  # number of the right drug of each question
+        asked: np.ndarray,  # float32 (questions, size), of length 1
+        readings: Sequence[Reading | None],  # of the questions; None: nothing legible
+    ) -> list[Asked]:
+        """Compare questions with all drugs, by their look and by what was read."""
+        scores = self.scores(asked)
+        fits = np.zeros(scores.shape) if self.imprints is None else fits_of(self.imprints, readings)
+        rows = zip(places, scores, fits, strict=True)
+        return [Asked(str(self.drugs[place]), int(place), row, fit) for place, row, fit in rows]
 
-def whole_crop(
+
+def whole_crops(
     identifier: Identifier,
     photo: np.ndarray,  # RGB, uint8, (height, width, 3), of nothing but one pill
-) -> np.ndarray:  # RGB, uint8, (size, size, 3)
-    """The crop that serving makes without a detector."""
-    alone = Identifier(identifier.classify, None, identifier.rules, identifier.outline)
-    crop: np.ndarray = alone.cropper.crop_pills(photo, "single").crops[0]
-    return crop
+) -> tuple[np.ndarray, np.ndarray]:  # RGB, uint8, square: to compare, and a larger one to read
+    """The crops that serving makes without a detector."""
+    found = replace(identifier.cropper, detect=None, detailed=True).crop_pills(photo, "single")
+    return found.crops[0], found.details[0]
 
 
 def enrolled_studio(
     identifier: Identifier,  # its classifier gives embeddings
     archive: CutoutArchive,  # studio photos, on black
+    kept: KeptReadings | None = None,  # of the studio photos, with its reader; None = nothing is read
 ) -> Studio:
     """Enrol every studio photo."""
     names = sorted(archive.members)
-    vectors = [
-        reference_embedding(identifier, whole_crop(identifier, archive.photo(name, number)))
-        for name in names
-        for number in range(len(archive.members[name]))
-    ]
-    owners = [place for place, name in enumerate(names) for _ in archive.members[name]]
-    return Studio(np.array(names), np.array(owners), np.stack(vectors))
+    vectors, owners = list[np.ndarray](), list[int]()
+    texts: list[list[tuple[str, None]]] = [[] for _ in names]
+    for place, name in enumerate(names):
+        for number, member in enumerate(archive.members[name]):
+            crop, detail = whole_crops(identifier, archive.photo(name, number))
+            vectors.append(reference_embedding(identifier, crop))
+            owners.append(place)
+            if kept is not None:
+                texts[place].append((kept.text(member, detail), None))
+    if kept is not None:
+        kept.save()
+    imprints = None if kept is None else Imprints(texts)
+    return Studio(np.array(names), np.array(owners), np.stack(vectors), imprints)
 
 
 def ranks_of(
@@ -84,17 +100,7 @@ def ranks_of(
     return ranks
 
 # %% ../../../nbs/bench/gallery/04_studio.ipynb #c4e10c07
-_FOLDS = 5
 WRONG = 0.05  # of the answers that are given, at most
-
-
-def folds_of(
-    drugs: Sequence[str],  # of questions
-    draw: int = 0,  # another one divides them in another way
-) -> np.ndarray:  # (questions,) number of the fold of each one's drug
-    """Divide questions by their drugs."""
-    names = np.random.default_rng(draw).permutation(sorted(set(drugs))).tolist()
-    return np.array([names.index(drug) % _FOLDS for drug in drugs])
 
 
 def coverage_at(
@@ -106,7 +112,7 @@ def coverage_at(
     """Answer what is above a threshold that other drugs have chosen."""
     fold = folds_of(drugs)
     given = np.zeros(len(best), bool)
-    for number in range(_FOLDS):
+    for number in range(FOLDS):
         others = np.flatnonzero(fold != number)
         order = others[np.argsort(-best[others], kind="stable")]
         wrong = (np.cumsum(~right[order]) + 1) / (np.arange(1, len(order) + 1) + 1)  # as if the next one was wrong
@@ -128,19 +134,18 @@ def ask_phones(
     studio: Studio,
     phone: Path,  # folder DRUG/NUMBER_SIDE.jpg
     archive: Path,  # ZIP with the studio photos
-    kept: KeptReadings | None = None,  # of the studio photos, with its reader; None = nothing is read
+    read: Read | None = None,  # None = nothing is read
     draws: int = 1,  # divisions of the drugs
 ) -> dict[str, Any]:  # photos, drugs, top1, top5, top20, answered, wrong, coverage; the same with more to go by
     """Ask with phone photos; raises `BenchError` where none shows an enrolled drug."""
     pairs = list(phone_pairs(phone, archive))
-    asked = identifier.embed(np.stack([whole_crop(identifier, taken) for _, taken, _ in pairs]))
-    scores, nothing, names = studio.scores(asked), np.zeros(len(studio.drugs)), studio.drugs.tolist()
-    looks = [Asked(drug, names.index(drug), row, nothing) for (drug, _, _), row in zip(pairs, scores, strict=True)]
-    counts = {"photos": len(looks), "drugs": len({one.drug for one in looks}), "folds": _FOLDS}
-    found: dict[str, Any] = {**counts, **_answers(looks)}
-    if kept is not None:
-        looks = with_imprints(pairs, names, scores, CutoutArchive(archive), kept.read, kept)
-        kept.save()
+    crops, details = zip(*(whole_crops(identifier, taken) for _, taken, _ in pairs), strict=True)
+    asked, names = identifier.embed(np.stack(crops)), studio.drugs.tolist()
+    readings = [None if read is None else read(detail) for detail in details]
+    looks = studio.compare([names.index(drug) for drug, _, _ in pairs], asked, readings)
+    found: dict[str, Any] = {"photos": len(looks), "drugs": len({one.drug for one in looks}), "folds": FOLDS}
+    found |= _answers([replace(one, fits=np.zeros(len(names))) for one in looks])
+    if studio.imprints is not None:
         found["with_imprints"] = _answers(looks)
     found["with_others"] = _with_others(looks, asked, studio, draws)
     return found
@@ -184,70 +189,3 @@ def _with_others(looks: Sequence[Asked], asked: np.ndarray, studio: Studio, draw
         found.append(_answers([replace(one, similar=row) for one, row in zip(looks, scores, strict=True)]))
     means = {name: round(float(np.mean([one[name] for one in found])), 4) for name in found[0]}
     return {**means, "draws": found}
-
-# %% ../../../nbs/bench/gallery/04_studio.ipynb #c4e10c09
-_SIDE = 256  # pixels of a drawn photo
-
-
-def lit_photo(
-    cutout: Cutout,  # from a studio photo
-    generator: np.random.Generator,
-) -> tuple[np.ndarray, Box]:  # RGB, uint8, (side, side, 3), and the pill's box in it
-    """Draw a photo of a pill under another light and with another camera."""
-    height, width = cutout.mask.shape
-    size, angle = generator.uniform(0.45, 0.7) * _SIDE / max(height, width), generator.uniform(0, 2 * np.pi)
-    turn = size * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    corners = (np.array([[0, 0], [width, 0], [width, height], [0, height]]) - [width / 2, height / 2]) @ turn.T
-    seen = corners * generator.uniform(0.93, 1.07, (4, 1)) + _SIDE / 2 + generator.uniform(-12, 12, 2)
-    corner = np.array([[0, 0], [width, 0], [width, height], [0, height]], np.float32)
-    warp = cv2.getPerspectiveTransform(corner, seen.astype(np.float32))
-    pill = cv2.warpPerspective(cutout.pixels, warp, (_SIDE, _SIDE), flags=cv2.INTER_AREA)
-    cover = cv2.warpPerspective(cutout.mask.astype(np.float32), warp, (_SIDE, _SIDE), flags=cv2.INTER_LINEAR)
-    shade = generator.uniform(70, 225) + generator.uniform(-12, 12, 3)
-    left, right = generator.uniform(0.85, 1.1, 2).tolist()
-    fall = np.linspace(left, right, _SIDE)[None, :, None]
-    photo = np.clip(cover[..., None] * pill + (1 - cover[..., None]) * shade * fall, 0, 255).astype(np.uint8)
-    photo = in_light(photo, str(generator.choice(sorted(LIGHTS))))
-    return _taken(photo, generator), Box(*_corners(cover > 0.5))
-
-
-def _taken(photo: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """From further away, out of focus, with noise, as a JPEG."""
-    far = cv2.resize(photo, None, fx=(share := generator.uniform(0.45, 0.9)), fy=share, interpolation=cv2.INTER_AREA)
-    near = cv2.resize(far, (_SIDE, _SIDE), interpolation=cv2.INTER_LINEAR)
-    blurred = cv2.GaussianBlur(near, (0, 0), generator.uniform(0.3, 1.2))
-    noisy = np.clip(blurred + generator.normal(0, generator.uniform(1, 4), blurred.shape), 0, 255).astype(np.uint8)
-    jpeg = cv2.imencode(".jpg", noisy[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, int(generator.integers(55, 90))])[1]
-    return decode_image(jpeg.tobytes())
-
-
-def _corners(mask: np.ndarray) -> tuple[float, float, float, float]:
-    left, top, width, height = cv2.boundingRect(mask.astype(np.uint8))
-    return float(left), float(top), float(left + width), float(top + height)
-
-
-def ask_lit(
-    identifier: Identifier,
-    studio: Studio,
-    archive: CutoutArchive,  # studio photos, on black
-    count: int,  # drugs that are asked
-    seed: int = 23,
-) -> dict[str, Any]:  # drugs, one_side, both_sides
-    """Ask with drawn photos of both sides; drugs whose pill can't be cut out are left out."""
-    generator, names = np.random.default_rng(seed), sorted(archive.members)
-    vectors: list[np.ndarray] = []
-    right: list[int] = []
-    for place in generator.permutation(len(names)).tolist():
-        if len(right) == count or len(archive.members[names[place]]) < 2:
-            continue
-        try:
-            cutouts = [archive.load(names[place], number) for number in (0, 1)]
-        except MaskError:
-            continue
-        drawn = [lit_photo(cutout, generator) for cutout in cutouts]
-        vectors += [identifier.embed(identifier.cropper.crops_of(photo, np.array([box])))[0] for photo, box in drawn]
-        right.append(place)
-    scores = studio.scores(np.stack(vectors)).reshape(len(right), 2, -1)
-    one = np.mean([(ranks_of(scores[:, side], right) == 1).mean() for side in (0, 1)])
-    both = (ranks_of(scores.sum(axis=1), right) == 1).mean()
-    return {"drugs": len(right), "one_side": round(float(one), 4), "both_sides": round(float(both), 4)}

@@ -14,6 +14,7 @@ import numpy as np
 
 from ...answer.color.balance import NO_CORRECTION
 from ...answer.identify import MATCHES_REFINED
+from ...answer.imprint.joining import Reading
 from ...answer.imprint.ranking import READING_WEIGHT, Imprints
 from ..color.corrections import CORRECTIONS
 from ..color.differences import phone_pairs
@@ -24,7 +25,7 @@ from .references import KeptReadings, Read, close_crop
 from ...masks.cutouts import CutoutArchive
 
 # %% auto #0
-__all__ = ['WEIGHTS', 'Asked', 'ask_phones', 'with_imprints', 'best_weight', 'cross_validated', 'measure_phones']
+__all__ = ['WEIGHTS', 'FOLDS', 'Asked', 'fits_of', 'ask_phones', 'folds_of', 'best_weight', 'cross_validated', 'measure_phones']
 
 # %% ../../../nbs/bench/search/04_phones.ipynb #1fe7c246
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Asked:
     drug: str  # the right one
     place: int  # of the right one among the drugs, from 0
     similar: np.ndarray  # cosine of each drug, (drugs,)
-    fits: np.ndarray  # logarithm of the likelihood of what was read, (drugs,)
+    fits: np.ndarray  # logarithm of how much likelier what was read is on each drug, (drugs,)
 
     def rank(
         self,
@@ -54,10 +55,19 @@ class Asked:
         weight: float = READING_WEIGHT,  # of the imprint
         most: int = MATCHES_REFINED,  # as in `rank`
     ) -> float:  # 0 to 1
-        """How probable the first drug is: a cosine divided by the weight is a logit, as the likelihood has it."""
+        """How probable the first drug is: a cosine divided by the weight is a logit, as the ratio has it."""
         first = np.argsort(-self.similar, kind="stable")[:most]
         logits = self.similar[first] / weight + self.fits[first]
         return float(1 / np.exp(logits - logits.max()).sum())
+
+
+def fits_of(
+    imprints: Imprints,  # of the drugs
+    readings: Sequence[Reading | None],  # None: nothing legible
+) -> np.ndarray:  # (questions, drugs)
+    """Logarithm of how much likelier each reading is on each drug; 0 where nothing was read."""
+    nothing = np.zeros(len(imprints.recorded))
+    return np.stack([nothing if reading is None else np.log(imprints.ratios(reading)) for reading in readings])
 
 
 def ask_phones(
@@ -68,38 +78,32 @@ def ask_phones(
     kept: KeptReadings,  # of the studio photos
 ) -> list[Asked]:
     """Look at each phone photo, and read it and all studio photos."""
-    names, scores = phone_scores(pairs, studio_gallery(studio, embed), CORRECTIONS[NO_CORRECTION], embed)
-    return with_imprints(pairs, names.tolist(), scores, CutoutArchive(studio), read, kept)
-
-
-def with_imprints(
-    pairs: Sequence[tuple[str, np.ndarray, np.ndarray]],  # from `phone_pairs`
-    names: Sequence[str],  # of the drugs
-    scores: np.ndarray,  # cosine of each photo and drug, (photos, drugs)
-    archive: CutoutArchive,  # studio photos
-    read: Read,
-    kept: KeptReadings,  # of the studio photos
-) -> list[Asked]:
-    """Read each phone photo and all studio photos."""
-    asked = []
-    imprints = Imprints([[(text, None) for text in _sides(archive, str(name), kept)] for name in names])
-    for (drug, taken, _), row in zip(pairs, scores, strict=True):
-        reading = read(close_crop(taken))
-        fits = np.zeros(len(names)) if reading is None else np.log(imprints.likelihoods(reading))
-        asked.append(Asked(drug, list(names).index(drug), row, fits))
-    return asked
+    drugs, scores = phone_scores(pairs, studio_gallery(studio, embed), CORRECTIONS[NO_CORRECTION], embed)
+    names, archive = drugs.tolist(), CutoutArchive(studio)
+    imprints = Imprints([[(text, None) for text in _sides(archive, name, kept)] for name in names])
+    fits = fits_of(imprints, [read(close_crop(taken)) for _, taken, _ in pairs])
+    return [
+        Asked(drug, names.index(drug), row, fit) for (drug, _, _), row, fit in zip(pairs, scores, fits, strict=True)
+    ]
 
 
 def _sides(archive: CutoutArchive, drug: str, kept: KeptReadings) -> list[str]:
     """What the studio photos of a drug say."""
-    return [
-        kept.text(member, lambda number=number: close_crop(archive.photo(drug, number)))  # type: ignore[misc]
-        for number, member in enumerate(archive.members[drug])
-    ]
+    members = enumerate(archive.members[drug])
+    return [kept.text(member, close_crop(archive.photo(drug, number))) for number, member in members]
 
 # %% ../../../nbs/bench/search/04_phones.ipynb #e485cc5d
-WEIGHTS = (0.0, 0.003, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2)
-_FOLDS = 5
+WEIGHTS = (0.0, 0.003, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.2)
+FOLDS = 5
+
+
+def folds_of(
+    drugs: Sequence[str],  # of questions
+    draw: int = 0,  # another one divides them in another way
+) -> np.ndarray:  # (questions,) number of the fold of each one's drug
+    """Divide questions by their drugs."""
+    names = np.random.default_rng(draw).permutation(sorted(set(drugs))).tolist()
+    return np.array([names.index(drug) % FOLDS for drug in drugs])
 
 
 def best_weight(
@@ -118,10 +122,10 @@ def cross_validated(
     seed: int,
 ) -> tuple[np.ndarray, list[float]]:  # place of each right drug, and the weight of each fold
     """Rank each photo with the weight that suits other drugs."""
-    drugs = np.random.default_rng(seed).permutation(sorted({one.drug for one in asked})).tolist()
-    fold = {drug: number % _FOLDS for number, drug in enumerate(drugs)}
-    weights = [best_weight([one for one in asked if fold[one.drug] != number]) for number in range(_FOLDS)]
-    return np.array([one.rank(weights[fold[one.drug]]) for one in asked]), weights
+    folds = folds_of([one.drug for one in asked], seed).tolist()
+    divided = list(zip(asked, folds, strict=True))
+    weights = [best_weight([one for one, fold in divided if fold != number]) for number in range(FOLDS)]
+    return np.array([one.rank(weights[fold]) for one, fold in divided]), weights
 
 
 def measure_phones(
@@ -152,4 +156,4 @@ def measure_phones(
 
 
 _ASKED = {"without": 0.0, "with": READING_WEIGHT}
-_MORE = (200, 1000)  # drugs to put in order, instead of those of an answer: what that would give
+_MORE = (50, 1000)  # drugs to put in order, instead of those of an answer: what that would give

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
+from ...answer.cropping import DETAIL
+from ...answer.crops import crop_pill
 from ...answer.imprint.joining import Reading
 from ...atomic import read_json_cache, write_json
 from ..color.differences import without_bars
-from ...runtime.letterbox import letterbox
+from ...runtime.boxes import Box
 
 # %% auto #0
 __all__ = ['Read', 'KeptReadings', 'close_crop']
@@ -36,11 +38,11 @@ class KeptReadings:
     def text(
         self,
         name: str,  # of the reference
-        crop: Callable[[], np.ndarray],  # opens it, RGB, uint8, square
+        crop: np.ndarray,  # of its pill, RGB, uint8, square
     ) -> str:  # "" = nothing legible
         """What a reference says."""
         if name not in self._texts:
-            reading = self.read(crop())
+            reading = self.read(crop)
             self._texts[name] = "" if reading is None else reading.text
         return self._texts[name]
 
@@ -49,11 +51,12 @@ class KeptReadings:
         write_json(self.path, self._texts)
 
 # %% ../../../nbs/bench/search/03_references.ipynb #7d5bc4f4
-_SIDE = 256  # of a crop in which letters can be read, pixels
+_MARGIN = 0.12  # fraction of the longer side added on each side
 
 
 def close_crop(
     photo: np.ndarray,  # RGB, uint8, (height, width, 3), of one pill
 ) -> np.ndarray:  # RGB, uint8, square
-    """The pill without black around it."""
-    return letterbox(without_bars(photo), _SIDE)[0]
+    """The pill without the bars around it."""
+    pill = without_bars(photo)
+    return crop_pill(pill, Box(0, 0, pill.shape[1], pill.shape[0]), _MARGIN, DETAIL)
