@@ -10,7 +10,7 @@ from .tables import Report, Rows, goal_rows, markdown
 
 # %% auto #0
 __all__ = ['search_rows', 'search_detail_rows', 'outline_rows', 'quality_rows', 'color_rows', 'rules_rows', 'color_phone_rows',
-           'verdict_rows', 'gallery_phone_rows']
+           'verdict_rows', 'gallery_lit_rows', 'reading_rows', 'gallery_phone_rows']
 
 # %% ../../nbs/bench/12_answer_tables.ipynb #acbfaf19
 def search_rows(
@@ -150,6 +150,42 @@ _HELPED = {
     "with_imprints": "imprints are read, too",
     "with_others": "and phone photos of other drugs are enrolled",
 }
+
+
+def gallery_lit_rows(
+    report: Report,  # of the gallery benchmark
+) -> Rows:
+    """How many drawn photos find their drug, by one side and by both."""
+    lit = (report["values"].get("studio") or {}).get("lit") or {}
+    rows = [["what is known", "drugs", "one side", "both sides"]]
+    for key, text in list(_HELPED.items())[:2]:
+        found = lit.get(key) if key else lit
+        if found:
+            rows.append([text, f"{lit['drugs']}", f"{found['one_side']:.3f}", f"{found['both_sides']:.3f}"])
+    return rows
+
+
+_FITS = {
+    "exact": "as it is",
+    "alike": "with letters that look alike, or upside down",
+    "begins": "it begins so",
+    "contains": "it is a part",
+    "mistake": "with one mistake",
+    "alike_in": "a part, with letters that look alike",
+    "mistake_in": "a part, with one mistake",
+    "mistakes": "with two mistakes",
+    "part": "some of its words are read",
+    "never": "not at all",
+}
+
+
+def reading_rows(
+    report: Report,  # of the gallery benchmark
+) -> Rows:
+    """How much likelier a certain reading fits its own drug than another one."""
+    ratios = (report["values"].get("studio") or {}).get("ratios") or {}
+    rows = [["the imprint fits", "1 letter", "2 letters", "3 letters", "4 and more"]]
+    return rows + [[text, *(f"{ratio:.2f}" for ratio in ratios[key])] for key, text in _FITS.items() if key in ratios]
 
 
 def gallery_phone_rows(

@@ -39,17 +39,17 @@ __all__ = ['LETTERS_MEASURED', 'READING_WEIGHT', 'Imprints', 'drug_imprints', 'I
 # %% ../../../nbs/answer/imprint/03_ranking.ipynb #a9a54882
 LETTERS_MEASURED = 4  # more letters say as much
 _RATIOS = {  # of a certain reading of one, two, three, four letters or more
-    EXACT: (20, 70, 150, 250),
-    ALIKE: (2.5, 14, 18, 25),
-    BEGINS: (0.6, 1, 8, 12),
-    CONTAINS: (0.6, 1.5, 12, 16),
-    MISTAKE: (0.6, 0.8, 4, 28),
-    ALIKE_IN: (0.5, 0.3, 0.7, 3),
-    MISTAKE_IN: (1, 1, 0.6, 3.5),
-    MISTAKES: (1, 1, 1, 9),
-    PART: (1, 1, 1.5, 3),
+    EXACT: (32, 65, 190, 190),
+    ALIKE: (4, 10, 17, 19),
+    BEGINS: (1.4, 3.5, 6, 6),
+    CONTAINS: (0.3, 1.4, 23, 12),
+    MISTAKE: (1.6, 0.7, 1.2, 31),
+    ALIKE_IN: (0.15, 0.15, 0.65, 1),
+    MISTAKE_IN: (1, 1, 0.4, 1),
+    MISTAKES: (1, 1, 1, 4.6),
+    PART: (1, 1, 0.9, 2),
 }
-_CONTRADICTS = (0.06, 0.06, 0.06, 0.06)
+_CONTRADICTS = (0.2, 0.07, 0.03, 0.07)
 _BY_LEVEL = np.array([_RATIOS.get(level, _CONTRADICTS) for level in range(NEVER + 1)]).T
 
 
