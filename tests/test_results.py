@@ -7,10 +7,14 @@ import re
 from datetime import datetime
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from pillsnap.answer.imprint.ranking import RATIOS
+from pillsnap.answer.search.imprints import NEVER
 from pillsnap.bench import publish
 from pillsnap.bench.engines.infer import table
+from pillsnap.bench.gallery.drawn import LEVELS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = sorted((ROOT / "results").glob("*.json"))
@@ -77,3 +81,10 @@ def test_run_notebooks_show_a_run(path: Path) -> None:
 def test_the_benchmark_notebook_shows_the_published_measurement() -> None:
     printed = "".join("".join(output.get("text", "")) for output in outputs(ROOT / "nbs" / "13_benchmark.ipynb"))
     assert table(reports()["infer"]) in printed
+
+
+def test_readings_weigh_what_was_measured() -> None:
+    measured = reports()["gallery"]["values"]["studio"]["ratios"]
+    for level, name in enumerate(LEVELS):
+        assert np.allclose(RATIOS[:, level], measured[name], rtol=0.1, atol=0.02), name
+    assert np.allclose(RATIOS[:, NEVER], measured["never"], rtol=0.1, atol=0.02)

@@ -34,11 +34,10 @@ from pillsnap.answer.search.imprints import (
 )
 
 # %% auto #0
-__all__ = ['LETTERS_MEASURED', 'READING_WEIGHT', 'Imprints', 'drug_imprints', 'ImprintRanking']
+__all__ = ['RATIOS', 'READING_WEIGHT', 'Imprints', 'drug_imprints', 'ImprintRanking']
 
 # %% ../../../nbs/answer/imprint/03_ranking.ipynb #a9a54882
-LETTERS_MEASURED = 4  # more letters say as much
-_RATIOS = {  # of a certain reading of one, two, three, four letters or more
+_MEASURED = {  # of a certain reading of one, two, three, four letters or more
     EXACT: (32, 65, 190, 190),
     ALIKE: (4, 10, 17, 19),
     BEGINS: (1.4, 3.5, 6, 6),
@@ -50,7 +49,7 @@ _RATIOS = {  # of a certain reading of one, two, three, four letters or more
     PART: (1, 1, 0.9, 2),
 }
 _CONTRADICTS = (0.2, 0.07, 0.03, 0.07)
-_BY_LEVEL = np.array([_RATIOS.get(level, _CONTRADICTS) for level in range(NEVER + 1)]).T
+RATIOS = np.array([_MEASURED.get(level, _CONTRADICTS) for level in range(NEVER + 1)]).T  # (letters - 1, level)
 
 
 class Imprints:
@@ -82,7 +81,7 @@ class Imprints:
         reading: Reading,
     ) -> np.ndarray:  # of each drug; above 1 speaks for it, below 1 against it
         """How much likelier what was read is on each drug than on another one."""
-        certain = _BY_LEVEL[min(len(plain(reading.text)), LETTERS_MEASURED) - 1][self.levels(reading)]
+        certain = RATIOS[min(len(plain(reading.text)), len(RATIOS)) - 1][self.levels(reading)]
         trust = max(0.0, 2 * reading.confidence - 1)  # share of readings that are the pill's, the others are chance
         ratios: np.ndarray = np.where(self.recorded, trust * certain + 1 - trust, 1.0)
         return ratios

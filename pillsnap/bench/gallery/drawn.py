@@ -14,7 +14,7 @@ import numpy as np
 
 from ...answer.identify import Identifier
 from ...answer.imprint.joining import Reading
-from ...answer.imprint.ranking import LETTERS_MEASURED, READING_WEIGHT
+from ...answer.imprint.ranking import RATIOS, READING_WEIGHT
 from ...answer.search.imprints import NEVER, plain
 from ..color.lights import LIGHTS, in_light
 from .studio import Studio
@@ -25,7 +25,7 @@ from ...runtime.boxes import Box
 from ...runtime.images import decode_image
 
 # %% auto #0
-__all__ = ['lit_photo', 'Drawn', 'draw_photos', 'ask_lit', 'measured_ratios']
+__all__ = ['LEVELS', 'lit_photo', 'Drawn', 'draw_photos', 'ask_lit', 'measured_ratios']
 
 # %% ../../../nbs/bench/gallery/05_drawn.ipynb #0c090537
 _SIDE = 256  # pixels of a drawn photo
@@ -122,7 +122,7 @@ def _found(sides: Sequence[Asked], weight: float) -> dict[str, float]:
     return {name: round(float(np.mean([one.rank(weight) == 1 for one in each])), 4) for name, each in asked.items()}
 
 # %% ../../../nbs/bench/gallery/05_drawn.ipynb #7ee9b076
-_LEVELS = (
+LEVELS = (
     "exact",
     "alike",
     "begins",
@@ -143,14 +143,12 @@ def measured_ratios(
 ) -> dict[str, list[float]]:  # level -> ratio of one, two, three, four letters and more; "never": no text fits
     """How much likelier a reading fits its own drug than another one."""
     assert studio.imprints is not None, "what the studio photos say has to be known"
-    right, others = (np.zeros((LETTERS_MEASURED, NEVER + 1)) for _ in range(2))
+    right, others = (np.zeros(RATIOS.shape) for _ in range(2))
     for place, reading in zip(np.repeat(drawn.places, 2), drawn.readings, strict=True):
         if reading is not None and reading.confidence >= _CERTAIN:
-            row = min(len(plain(reading.text)), LETTERS_MEASURED) - 1
+            row = min(len(plain(reading.text)), len(RATIOS)) - 1
             levels = studio.imprints.levels(reading)
             right[row, levels[place]] += 1
             others[row] += np.bincount(levels, minlength=NEVER + 1) / len(levels)
     ratios = ((right + _PRIOR) / (others + _PRIOR)).round(2)
-    return {name: ratios[:, level].tolist() for level, name in enumerate(_LEVELS)} | {
-        "never": ratios[:, NEVER].tolist()
-    }
+    return {name: ratios[:, level].tolist() for level, name in enumerate(LEVELS)} | {"never": ratios[:, NEVER].tolist()}
