@@ -15,7 +15,7 @@ from ..classes import Drug
 from .joining import Reading
 from .reader import ImprintReader
 from ..order import rank
-from ..pills import Pill
+from ..pills import Candidate, Match, Pill
 from ..search.appearance import Sides, appearance_of
 from pillsnap.answer.search.imprints import (
     ALIKE,
@@ -123,7 +123,20 @@ class ImprintRanking:
         matches = sorted(
             pill.matches, key=lambda match: -match.similarity - READING_WEIGHT * math.log(max(map(fits, match.drugs)))
         )
-        return replace(pill, candidates=rank(weighed), matches=tuple(matches), imprint=reading.text)
+        candidates = self._as_matched(rank(weighed), matches)
+        return replace(pill, candidates=candidates, matches=tuple(matches), imprint=reading.text)
+
+    def _as_matched(self, candidates: Sequence[Candidate], matches: Sequence[Match]) -> list[Candidate]:
+        """The enrolled drugs in the order of their references: a letter read wrong outweighs no other look."""
+        order: dict[str, int] = {}
+        for place, match in enumerate(matches):
+            for drug in match.drugs:
+                if drug.code not in self._numbers:
+                    order.setdefault(drug.code, place)
+        enrolled = iter(
+            sorted((each for each in candidates if each.drug.code in order), key=lambda each: order[each.drug.code])
+        )
+        return [next(enrolled) if each.drug.code in order else each for each in candidates]
 
     def read(
         self,
