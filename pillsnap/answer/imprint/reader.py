@@ -41,7 +41,7 @@ def decode_letters(
 # %% ../../../nbs/answer/imprint/02_reader.ipynb #09628bc9
 _OFF_MIDDLE = 0.37  # of the side: letters further away are not on the pill
 _LINES = 4  # of a pill at most
-_LETTER = 0.6  # of the side, at most: what is longer is the edge of the pill, or its score line
+_LETTER = 0.75  # of the side, at most: what is longer is the edge of the pill, or its score line
 _NEARER = 0.85  # of the side: what is seen from nearer by
 _CERTAIN = 0.9  # confidence from which the first look is enough
 
