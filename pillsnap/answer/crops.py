@@ -82,8 +82,7 @@ def without_background(
     level: bool = False,  # whether its exposure is taken out too
 ) -> np.ndarray:  # RGB, uint8, (size, size, 3)
     """The pill of a crop on grey; the crop as it is where hardly anything was outlined."""
-    cover = crop_cover(mask, crop_window(box, margin, *photo, len(crop)), photo, len(crop))
-    return remove_background(crop, cover, level)
+    return remove_background(crop, _cover(crop, mask, box, margin, photo), level)
 
 
 def without_edge(
@@ -94,7 +93,11 @@ def without_edge(
     photo: tuple[int, int],  # width, height of the photo, pixels
 ) -> np.ndarray:  # RGB, uint8, (size, size, 3)
     """Nothing but the pill's surface; the crop as it is where hardly anything was outlined."""
-    return spread_surface(crop, crop_cover(mask, crop_window(box, margin, *photo, len(crop)), photo, len(crop)))
+    return spread_surface(crop, _cover(crop, mask, box, margin, photo))
+
+
+def _cover(crop: np.ndarray, mask: PillMask, box: Box, margin: float, photo: tuple[int, int]) -> np.ndarray:
+    return crop_cover(mask, crop_window(box, margin, *photo, len(crop)), photo, len(crop))
 
 
 def _clip_box(

@@ -86,8 +86,7 @@ def draw_photos(
 ) -> Drawn:
     """Draw both sides of some drugs; those whose pill can't be cut out are left out."""
     generator, names = np.random.default_rng(seed), sorted(archive.members)
-    drawn = Drawn(np.empty(0, np.int64), np.empty(0), [])
-    places, vectors = list[int](), list[np.ndarray]()
+    places, vectors, readings = list[int](), list[np.ndarray](), list[Reading | None]()
     for place in generator.permutation(len(names)).tolist():
         if len(places) == count or len(archive.members[names[place]]) < 2:
             continue
@@ -97,9 +96,9 @@ def draw_photos(
             continue
         for photo, box in [lit_photo(cutout, generator) for cutout in cutouts]:
             vectors.append(identifier.embed(identifier.cropper.crops_of(photo, np.array([box])))[0])
-            drawn.readings.append(None if read is None else read(identifier.cropper.detail_of(photo, box)))
+            readings.append(None if read is None else read(identifier.cropper.detail_of(photo, box)))
         places.append(place)
-    return replace(drawn, places=np.array(places), vectors=np.stack(vectors))
+    return Drawn(np.array(places), np.stack(vectors), readings)
 
 
 def ask_lit(

@@ -23,7 +23,7 @@ from ..search.references import KeptReadings, Read
 from ...masks.cutouts import CutoutArchive
 
 # %% auto #0
-__all__ = ['WRONG', 'Studio', 'whole_crops', 'enrolled_studio', 'ranks_of', 'coverage_at', 'kept_coverage', 'ask_phones',
+__all__ = ['WRONG', 'Studio', 'whole_crops', 'enrolled_studio', 'coverage_at', 'kept_coverage', 'ask_phones',
            'scores_among_others']
 
 # %% ../../../nbs/bench/gallery/04_studio.ipynb #c4e10c05
@@ -88,16 +88,6 @@ def enrolled_studio(
         kept.save()
     imprints = None if kept is None else Imprints(texts)
     return Studio(np.array(names), np.array(owners), np.stack(vectors), imprints)
-
-
-def ranks_of(
-    scores: np.ndarray,  # (questions, drugs)
-    right: Sequence[int],  # number of the right drug of each question
-) -> np.ndarray:  # (questions,) place of the right drug, from 1 on
-    """Where the right drug is."""
-    true = scores[np.arange(len(scores)), right]
-    ranks: np.ndarray = 1 + (scores > true[:, None]).sum(axis=1)
-    return ranks
 
 # %% ../../../nbs/bench/gallery/04_studio.ipynb #c4e10c07
 WRONG = 0.05  # of the answers that are given, at most
