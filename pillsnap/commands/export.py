@@ -51,7 +51,7 @@ def export(arguments: Namespace) -> int:
         print(f"Files that may not be used: {sentence}.", file=sys.stderr)
     return 0 if report["passed"] else 1
 
-
+# %% ../../nbs/commands/12_export.ipynb #89fe1299
 @takes(
     option("what", nargs="?", metavar="gpu", help="measure a GPU instead of a run, as `make gpu-check` does"),
     option("--run", type=Path, metavar="DIR", help="folder of a finished run"),
@@ -83,7 +83,7 @@ def bench(arguments: Namespace) -> int:
     print(table(bench_run(arguments.run.resolve(), settings, out, words_of(arguments.engines))))
     return 0
 
-
+# %% ../../nbs/commands/12_export.ipynb #034b0645
 @takes(
     option("--run", type=Path, metavar="DIR", required=True, help="folder of a finished run"),
     option(

@@ -21,7 +21,7 @@ def print_json(
     """Print as indented JSON."""
     print(json.dumps(value, ensure_ascii=False, indent=2, default=str))
 
-
+# %% ../../nbs/commands/01_output.ipynb #4d089921
 def print_last(
     lines: Sequence[str],  # sentences
 ) -> None:
@@ -30,14 +30,14 @@ def print_last(
     for line in lines:
         print(line, file=sys.stderr)
 
-
+# %% ../../nbs/commands/01_output.ipynb #5182eeff
 def words_of(
     text: str,  # separated by commas
 ) -> list[str]:
     """The words of a list with commas."""
     return [word.strip() for word in text.split(",") if word.strip()]
 
-
+# %% ../../nbs/commands/01_output.ipynb #0683382d
 def refuse(
     error: PillsnapError,
     status: int,  # exit status

@@ -81,7 +81,7 @@ def models(arguments: Namespace) -> int:
     print(run_models_command(arguments.what, words, settings, root_or_here(), *given))
     return 0
 
-
+# %% ../../nbs/commands/16_registry.ipynb #cde5fc7f
 def _track(arguments: Namespace) -> int:
     """Record a run that was trained without tracking, or while its server was away."""
     if arguments.run is None:
@@ -94,7 +94,7 @@ def _track(arguments: Namespace) -> int:
     print(f"{run} is run {record_run(settings, run, tracking)} of {tracking.url}")
     return 0
 
-
+# %% ../../nbs/commands/16_registry.ipynb #c63087e3
 def _task_and_rest(arguments: Namespace, needed: bool) -> tuple[str | None, list[str]]:
     """The task that the words begin with."""
     from pillsnap.registry.registered import THRESHOLDS
@@ -106,7 +106,7 @@ def _task_and_rest(arguments: Namespace, needed: bool) -> tuple[str | None, list
         raise SettingsError(f"models {arguments.what} takes what to register: {', '.join(THRESHOLDS)}")
     return None, words
 
-
+# %% ../../nbs/commands/16_registry.ipynb #2147ace4
 def _register(arguments: Namespace) -> int:
     """Register the weights of a run, or give an alias to a registered version."""
     task, rest = _task_and_rest(arguments, needed=True)
@@ -156,7 +156,7 @@ def _infer(arguments: Namespace) -> int:
         predict = partial(predict_local, loaded, max_pixels=settings.data.max_pixels, **request)
         return predict_photos(paths, predict, True, arguments.out)
 
-
+# %% ../../nbs/commands/16_registry.ipynb #269d0554
 def _answer_of(task: str, folder: Path, photo: Path, out: Path | None) -> dict[str, Any]:
     """What a quality model or a model of colours says of a photo; `out` gets photos with other colours."""
     from pillsnap.runtime.images import decode_image

@@ -93,7 +93,7 @@ def search(arguments: Namespace) -> int:
         print(found_table(found, records))
     return 0 if found.hits else 1
 
-
+# %% ../../nbs/commands/19_search.ipynb #80f1a55e
 def _class_map(folder: Path | None, settings: Settings) -> ClassMap | None:
     """The drugs of a model; those of the service's model where it has one that can be used."""
     from pillsnap.answer.factory import load_identifier

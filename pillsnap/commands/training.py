@@ -54,7 +54,7 @@ def train(arguments: Namespace) -> int:
         print_last(json.loads((folder / "data_report.json").read_text(encoding="utf-8")).get("summary", []))
     return 0
 
-
+# %% ../../nbs/commands/11_training.ipynb #cbb0adda
 @takes(
     option("--run", type=Path, metavar="DIR", required=True, help="folder of a finished run"),
 )
@@ -120,7 +120,7 @@ def runs(arguments: Namespace) -> int:
     _print_table(table)
     return 0
 
-
+# %% ../../nbs/commands/11_training.ipynb #b82753e8
 def _print_table(table: pl.DataFrame) -> None:
     """Print all rows and columns of a table."""
     import polars as pl
@@ -135,7 +135,7 @@ def _print_table(table: pl.DataFrame) -> None:
     ):
         print(table)
 
-
+# %% ../../nbs/commands/11_training.ipynb #51d6c0a9
 def demo(arguments: Namespace) -> int:
     """Run the whole pipeline once, from the sample to a prediction."""
     from pillsnap.demo import main as run_demo
