@@ -33,7 +33,7 @@ def sample(arguments: Namespace) -> int:
     print(write_sample(settings.paths.sample_root, settings.seed, workers if workers and workers != "auto" else 2))
     return 0
 
-
+# %% ../../nbs/commands/10_data.ipynb #6900a8ba
 @takes(
     option(
         "--out",
@@ -77,7 +77,7 @@ def scan(arguments: Namespace) -> int:
     print_last([*report.notes, *summary_lines(report), *where, *graded])
     return 0
 
-
+# %% ../../nbs/commands/10_data.ipynb #2285bfec
 def _graded(
     model: Path,  # quality.onnx
     table: Path,  # of a scan
@@ -118,7 +118,7 @@ def compose(arguments: Namespace) -> int:
     print(write_composed(archive, [root], arguments.out, counts, arguments.size, settings.seed))
     return 0
 
-
+# %% ../../nbs/commands/10_data.ipynb #6b8891f0
 @takes(
     option("what", choices=("push",), help="push takes --data-root, and prints the address of the version"),
     option("--note", default="", help="kept with what is pushed"),
@@ -173,7 +173,7 @@ def cache(arguments: Namespace) -> int:
         return _check_cache(caches.check_cache(folder))
     return 0
 
-
+# %% ../../nbs/commands/10_data.ipynb #8dd83734
 def _check_cache(checked: pl.DataFrame) -> int:
     """Print the results of a check; status 1 when an image is damaged."""
     print(checked)
