@@ -31,7 +31,7 @@ def _settings(arguments: Namespace) -> Settings:
             arguments.overrides.append(f"{key}={value.resolve() if isinstance(value, Path) else value}")
     return settings_from(arguments)
 
-
+# %% ../../nbs/commands/14_color.ipynb #9f734d81
 def _needed(arguments: Namespace, name: str) -> Path:
     """The path of an option; raises `SettingsError` where it was not given."""
     value: Path | None = getattr(arguments, name)
@@ -40,7 +40,7 @@ def _needed(arguments: Namespace, name: str) -> Path:
         raise SettingsError(f"color {arguments.what} needs --{option}: `pillsnap color --help` says what it is")
     return value
 
-
+# %% ../../nbs/commands/14_color.ipynb #6afbf3bb
 def _train(arguments: Namespace) -> int:
     settings = _settings(arguments)
     from pillsnap.color.train import ColorStopped, train_color
@@ -53,7 +53,7 @@ def _train(arguments: Namespace) -> int:
         return refuse(error, status=128 + signal.Signals[error.name])  # as shells report a signal
     return 0
 
-
+# %% ../../nbs/commands/14_color.ipynb #6af5d075
 def _learn(arguments: Namespace) -> int:
     settings, out = _settings(arguments), _needed(arguments, "out")
     from pillsnap.color.style import run_style_learning
@@ -71,7 +71,7 @@ def _bake(arguments: Namespace) -> int:
     print(*bake_files(_needed(arguments, "model"), out, arguments.size, arguments.style), sep="\n")
     return 0
 
-
+# %% ../../nbs/commands/14_color.ipynb #a4390fee
 def _export(arguments: Namespace) -> int:
     from pillsnap.color.export import export_adaptive
 
@@ -81,7 +81,7 @@ def _export(arguments: Namespace) -> int:
     print(f"{out}: largest difference to the trained model {difference:.1e}")
     return 0
 
-
+# %% ../../nbs/commands/14_color.ipynb #59c63de8
 def _apply(arguments: Namespace) -> int:
     settings, photos = _settings(arguments), _needed(arguments, "photos")
     model, out = _needed(arguments, "model"), _needed(arguments, "out")
@@ -97,7 +97,7 @@ def _apply(arguments: Namespace) -> int:
     print_json(asdict(report))
     return 1 if report.errors else 0
 
-
+# %% ../../nbs/commands/14_color.ipynb #18173c3c
 def _info(arguments: Namespace) -> int:
     from pillsnap.color.networks.files import get_model_info
 
@@ -122,7 +122,7 @@ def _bench(arguments: Namespace) -> int:
         print(f"Not to be deployed: {sentence}", file=sys.stderr)
     return 0 if report["passed"] else 1
 
-
+# %% ../../nbs/commands/14_color.ipynb #98f64af6
 def _push(arguments: Namespace) -> int:
     import tempfile
 
@@ -148,7 +148,7 @@ def _push(arguments: Namespace) -> int:
             print(f"pushed exports/{path.name}")
     return 0
 
-
+# %% ../../nbs/commands/14_color.ipynb #a3fc3c89
 COLOR_ACTIONS: dict[str, Callable[[Namespace], int]] = {
     "train": _train,
     "learn": _learn,
