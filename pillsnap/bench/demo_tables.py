@@ -39,7 +39,7 @@ _KOREAN = {
     "no GPU": "GPU 없음",
 }
 
-
+# %% ../../nbs/bench/10_demo_tables.ipynb #c28bbeb5
 def demo_rows(
     report: Report,  # of the demo
     words: Mapping[str, Any] = _ENGLISH,  # labels in the language of the table
@@ -66,14 +66,14 @@ def demo_rows(
     whole = [label, minutes.format(f"{report['seconds']['total'] / 60:.1f}"), where.format(**machine)]
     return [list(words["head"]), *rows, whole]
 
-
+# %% ../../nbs/bench/10_demo_tables.ipynb #cbe878d9
 def demo_rows_korean(
     report: Report,  # of the demo
 ) -> Rows:
     """The same in Korean."""
     return demo_rows(report, _KOREAN)
 
-
+# %% ../../nbs/bench/10_demo_tables.ipynb #de185cba
 def demo_seconds_rows(
     report: Report,  # of the demo
 ) -> Rows:

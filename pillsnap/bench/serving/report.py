@@ -50,14 +50,14 @@ DIFFERENCES = (
     "memory is resident memory, summed over the processes of a server",
 )
 
-
+# %% ../../../nbs/bench/serving/07_report.ipynb #021e0eb0
 def count_of(
     number: int,  # of clients
 ) -> str:
     """The part of a ratio's name for a number of clients."""
     return f"{number}_client{'s' if number > 1 else ''}"
 
-
+# %% ../../../nbs/bench/serving/07_report.ipynb #9f413c6a
 def quotients_of(
     rounds: Rounds,
     clients: Sequence[int],  # numbers of clients; the first and the last are compared
@@ -71,7 +71,7 @@ def quotients_of(
         if name != "ours"
     }
 
-
+# %% ../../../nbs/bench/serving/07_report.ipynb #11805072
 def goals_of(
     setup: ServingSetup,
     found: dict[str, Any],  # from `measure`
@@ -148,7 +148,7 @@ def make_report(
         "seconds": round(seconds, 1),
     }
 
-
+# %% ../../../nbs/bench/serving/07_report.ipynb #95d459d7
 def setup_of(
     setup: ServingSetup,
     calls: Sequence[int],  # of the engine for each photo
@@ -196,7 +196,7 @@ def _server_rows(report: dict[str, Any]) -> list[str]:
             )
     return rows
 
-
+# %% ../../../nbs/bench/serving/07_report.ipynb #4a603dae
 def _memory_rows(report: dict[str, Any]) -> list[str]:
     slope, soak = report["memory_slope_mb_per_minute"], report["soak"]
     remark = (
@@ -214,7 +214,7 @@ def _memory_rows(report: dict[str, Any]) -> list[str]:
         ),
     ]
 
-
+# %% ../../../nbs/bench/serving/07_report.ipynb #5b454271
 def table(
     report: dict[str, Any],  # from `make_report`
 ) -> str:  # lines of text
