@@ -67,7 +67,7 @@ def push_goals(
         goal("versions_half", half, at_most=0, n=versions),
     ]
 
-
+# %% ../../../nbs/bench/registry/06_main.ipynb #91d6e487
 def other_goals(
     answers: Mapping[str, Any],  # from `answers_later`
     overhead: Sequence[float],  # from `overheads`
@@ -111,13 +111,13 @@ def measure(
     write_json(out / "registry.json", report)
     return report
 
-
+# %% ../../../nbs/bench/registry/06_main.ipynb #60843c91
 def _weights(folder: Path, megabytes: int) -> Path:
     path = folder / "weights.onnx"
     path.write_bytes(os.urandom(megabytes * 1_000_000))
     return path
 
-
+# %% ../../../nbs/bench/registry/06_main.ipynb #bf5cacc5
 def _pushed(options: Namespace, url: str, folder: Path) -> dict[str, Any]:
     """Push to one place, and compare."""
     told, killed = push_and_kill(url, folder / "writers", options.pushes, options.kills)
@@ -139,7 +139,7 @@ def table(
     lines.append(f"seconds of a training without and with tracking: {seconds}")
     return "\n".join(lines)
 
-
+# %% ../../../nbs/bench/registry/06_main.ipynb #f7b0e387
 def main(
     argv: Sequence[str] | None = None,  # words of the command line; None: those of this process
 ) -> int:  # exit status: 0 measured, 2 can't be done

@@ -66,7 +66,7 @@ def measured_here(
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
 
-
+# %% ../../../nbs/bench/scale/20_main.ipynb #114a5b7a
 def measured_there(
     nodes: Nodes,
     name: str,  # of a measurement in `rates`
@@ -91,7 +91,7 @@ def one_node(
             rounds.append(measured_here("answers", engine=engine, **given))
     return found
 
-
+# %% ../../../nbs/bench/scale/20_main.ipynb #e6fbb48e
 def two_nodes(
     options: Namespace,  # run, photos and rounds are read
     photos: Path,  # folder with photos
@@ -197,7 +197,7 @@ def _with_nodes(options: Namespace, photos: Path, labels: Path, folder: Path) ->
         decide("two nodes", "not measured", str(error), fallback=True)
         return {}
 
-
+# %% ../../../nbs/bench/scale/20_main.ipynb #c7435ecb
 def _sums(one: dict[str, list[dict[str, float]]], two: dict[str, list[float]]) -> list[dict[str, float]]:
     """More nodes, computed from two; none where two could not be measured."""
     if not two:
@@ -206,7 +206,7 @@ def _sums(one: dict[str, list[dict[str, float]]], two: dict[str, list[float]]) -
     memory = float(np.median([item["memory_mb"] for item in one["ray"]]))
     return [item._asdict() for item in sums(single, both / single, memory)]
 
-
+# %% ../../../nbs/bench/scale/20_main.ipynb #724241ad
 def measure(
     options: Namespace,  # from `parse`
 ) -> dict[str, Any]:  # the report, also written to scale.json
@@ -242,7 +242,7 @@ def measure(
     write_json(out / "scale.json", report)
     return report
 
-
+# %% ../../../nbs/bench/scale/20_main.ipynb #0b4d6988
 def table(
     report: dict[str, Any],  # from `measure`
 ) -> str:  # lines of text
@@ -257,7 +257,7 @@ def table(
         lines += ["", markdown(scale_rows(report))]
     return "\n".join([*goal_lines(report["goals"]), *lines])
 
-
+# %% ../../../nbs/bench/scale/20_main.ipynb #d965ce2e
 def main(
     argv: Sequence[str] | None = None,  # words of the command line; None: those of this process
 ) -> int:  # exit status: 0 measured, 2 can't be done

@@ -27,7 +27,7 @@ _LEAN = ["--disable-usage-stats", "--include-log-monitor", "false", "--num-cpus"
 _HEAD = ["--head", "--port", str(_PORT), "--include-dashboard", "false", "--no-monitor"]
 _STORE = ["--object-store-memory", str(150 * 10**6)]  # bytes
 
-
+# %% ../../../nbs/bench/scale/01_nodes.ipynb #c16fbe5d
 class Nodes:
     """A head in the first namespace, and a node in the second when it is asked for."""
 

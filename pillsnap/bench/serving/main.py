@@ -61,7 +61,7 @@ def parse(
         parser.add_argument(f"--{name}", type=type(number), default=number, help=f"{meaning} (default: {number:g})")
     return parser.parse_args(argv)
 
-
+# %% ../../../nbs/bench/serving/08_main.ipynb #f7b05138
 def check(
     options: Namespace,  # from `parse`
 ) -> None:
@@ -106,7 +106,7 @@ def bench_serve(
     write_json(options.out / "serve.json", report)
     return report
 
-
+# %% ../../../nbs/bench/serving/08_main.ipynb #e64087eb
 def main(
     argv: Sequence[str] | None = None,  # words of the command line; None: those of this process
 ) -> int:  # exit status: 0 measured, 2 can't be done

