@@ -86,5 +86,4 @@ def test_the_benchmark_notebook_shows_the_published_measurement() -> None:
 def test_readings_weigh_what_was_measured() -> None:
     measured = reports()["gallery"]["values"]["studio"]["ratios"]
     for name, level in [*zip(LEVELS, range(len(LEVELS)), strict=True), ("never", NEVER)]:
-        apart = np.abs(np.log2(RATIOS[:, level] / np.array(measured[name])))
-        assert (apart < 1).all(), f"{name}: the table of 03_ranking is off by more than a factor of two"
+        assert np.allclose(RATIOS[:, level], measured[name], rtol=0.05, atol=0.005), f"03_ranking has another {name}"

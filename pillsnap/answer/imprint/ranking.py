@@ -38,17 +38,17 @@ __all__ = ['RATIOS', 'READING_WEIGHT', 'Imprints', 'drug_imprints', 'ImprintRank
 
 # %% ../../../nbs/answer/imprint/03_ranking.ipynb #a9a54882
 _MEASURED = {  # of a certain reading of one, two, three, four letters or more
-    EXACT: (32, 65, 190, 190),
-    ALIKE: (4, 10, 17, 19),
-    BEGINS: (1.4, 3.5, 6, 6),
-    CONTAINS: (0.3, 1.4, 23, 12),
-    MISTAKE: (1.6, 0.7, 1.2, 31),
-    ALIKE_IN: (0.15, 0.15, 0.65, 1),
-    MISTAKE_IN: (1, 1, 0.4, 1),
-    MISTAKES: (1, 1, 1, 4.6),
-    PART: (1, 1, 0.9, 2),
+    EXACT: (46, 70, 310, 280),
+    ALIKE: (9, 12, 24, 24),
+    BEGINS: (1.3, 2.4, 6.6, 7.4),
+    CONTAINS: (0.5, 1.9, 35, 25),
+    MISTAKE: (1.1, 0.82, 2.8, 38),
+    ALIKE_IN: (0.26, 0.08, 0.49, 0.95),
+    MISTAKE_IN: (1, 1, 0.26, 3.2),
+    MISTAKES: (1, 1, 1, 13),
+    PART: (1, 1, 0.71, 2.9),
 }
-_CONTRADICTS = (0.2, 0.07, 0.03, 0.07)
+_CONTRADICTS = (0.16, 0.07, 0.04, 0.05)
 RATIOS = np.array([_MEASURED.get(level, _CONTRADICTS) for level in range(NEVER + 1)]).T  # (letters - 1, level)
 
 

@@ -194,7 +194,7 @@ def measure_studio(
     ]
     values = {"lit": lit, "enrolled": len(studio.drugs)}
     if kept is not None:
-        others = draw_photos(identifier, archive, 3 * options.lit, _SEED_OF_RATIOS, read)
+        others = draw_photos(identifier, archive, 6 * options.lit, _SEED_OF_RATIOS, read)
         values["ratios"] = measured_ratios(studio, others)
     if options.phone is not None:
         values["phones"] = phones = ask_phones(identifier, studio, options.phone, options.studio, read, options.draws)
