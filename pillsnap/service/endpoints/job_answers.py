@@ -38,7 +38,7 @@ class JobParameters(BaseModel):
     lr: float = Field(1e-4, gt=0, le=0.1, description="of style: highest learning rate")
     n_basis: int = Field(3, ge=1, le=32, description="of style: learned grids of an adaptive_3dlut")
 
-
+# %% ../../../nbs/service/endpoints/11_job_answers.ipynb #46aa4f84
 class JobResponse(BaseModel):
     """A job; times are seconds since 1970."""
 
@@ -77,7 +77,7 @@ def _notes(queue: JobQueue, job: Job, served: str | None) -> list[str]:
         notes.append("The job was cancelled and ends in a moment.")
     return notes
 
-
+# %% ../../../nbs/service/endpoints/11_job_answers.ipynb #b85d2422
 def job_response(
     queue: JobQueue,
     job: Job,
@@ -101,7 +101,7 @@ def job_response(
         "notes": _notes(queue, job, served),
     }
 
-
+# %% ../../../nbs/service/endpoints/11_job_answers.ipynb #39edebd3
 @contextmanager
 def answering() -> Iterator[None]:
     """Convert what is wrong with a job into an `ApiError`."""
@@ -116,7 +116,7 @@ def answering() -> Iterator[None]:
     except JobsError as error:
         raise ApiError(503, "jobs_unavailable", str(error)) from error
 
-
+# %% ../../../nbs/service/endpoints/11_job_answers.ipynb #bbd63055
 def queue_of(
     service: Service,
 ) -> JobQueue:
@@ -125,14 +125,14 @@ def queue_of(
         raise ApiError(503, "jobs_unavailable", "This service has no jobs: set jobs.url and jobs.folder.")
     return service.jobs
 
-
+# %% ../../../nbs/service/endpoints/11_job_answers.ipynb #be3d358d
 def largest_zip(
     service: Service,
 ) -> int:  # bytes
     """How large the archive of a job may be."""
     return int(queue_of(service).limits.zip_mb * 1e6)
 
-
+# %% ../../../nbs/service/endpoints/11_job_answers.ipynb #0fd43633
 def served_version(
     service: Service,
 ) -> str | None:
@@ -140,7 +140,7 @@ def served_version(
     loaded = service.model_manager.loaded
     return None if loaded is None else loaded.model["version"]
 
-
+# %% ../../../nbs/service/endpoints/11_job_answers.ipynb #ff8861cd
 def own_job(
     queue: JobQueue,
     job_id: str,

@@ -54,7 +54,7 @@ def _room(queue: JobQueue, owner: str, folder: Path) -> None:
             f"The folder for jobs {queue.folder} can't be written to ({error.strerror}): set jobs.folder."
         ) from error
 
-
+# %% ../../../nbs/service/endpoints/12_jobs.ipynb #0ea85d48
 @asynccontextmanager
 async def _removed_on_error(folder: Path) -> AsyncIterator[None]:
     try:
@@ -63,7 +63,7 @@ async def _removed_on_error(folder: Path) -> AsyncIterator[None]:
         shutil.rmtree(folder, ignore_errors=True)
         raise
 
-
+# %% ../../../nbs/service/endpoints/12_jobs.ipynb #7931165c
 async def _receive(request: Request, service: Service, path: Path) -> None:
     """Write the body to a file; raises `ApiError`."""
     limit = largest_zip(service)
@@ -87,7 +87,7 @@ async def _receive(request: Request, service: Service, path: Path) -> None:
         reason = "has no room" if full else f"can't be written to ({error.strerror})"
         raise ApiError(507, "disk_full", f"The disk of the jobs {reason}: send it later, or fewer photos.") from error
 
-
+# %% ../../../nbs/service/endpoints/12_jobs.ipynb #c4748784
 def _check_kind(request: Request, wanted: JobParameters) -> None:
     service: Service = request.app.state.service
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -137,7 +137,7 @@ async def send_job(
         response.headers["Location"] = f"/jobs/{job.id}"
         return await run_in_threadpool(job_response, queue, job, served_version(service))
 
-
+# %% ../../../nbs/service/endpoints/12_jobs.ipynb #64e78399
 @jobs_router.get("/jobs", response_model=JobList)
 def list_jobs(
     request: Request,  # the request
@@ -149,7 +149,7 @@ def list_jobs(
     with answering():
         return {"jobs": [job_response(queue, job, served_version(service)) for job in queue.store.jobs_of(owner)]}
 
-
+# %% ../../../nbs/service/endpoints/12_jobs.ipynb #9bc0ba4b
 @jobs_router.get("/jobs/{job_id}", response_model=JobResponse)
 def show_job(
     request: Request,  # the request
@@ -162,7 +162,7 @@ def show_job(
     with answering():
         return job_response(queue, own_job(queue, job_id, owner), served_version(service))
 
-
+# %% ../../../nbs/service/endpoints/12_jobs.ipynb #8aa5e39a
 @jobs_router.post("/jobs/{job_id}/cancel", response_model=JobResponse)
 def cancel_job(
     request: Request,  # the request
@@ -179,7 +179,7 @@ def cancel_job(
             shutil.rmtree(queue.folder_of(job.id), ignore_errors=True)
         return job_response(queue, job, served_version(service))
 
-
+# %% ../../../nbs/service/endpoints/12_jobs.ipynb #a5a33522
 @jobs_router.get("/jobs/{job_id}/result", response_class=FileResponse)
 def fetch_result(
     request: Request,  # the request

@@ -61,7 +61,7 @@ class _Opened(NamedTuple):
     verdict: Verdict | None  # None: there is no model for it
     outlined: Outlined | None  # None: outlines are not asked for
 
-
+# %% ../../../nbs/service/endpoints/04_photo.ipynb #57d72dee
 def _require_outliner(
     loaded: LoadedModels,  # the models
     parameters: PredictParameters,  # of the request
@@ -75,7 +75,7 @@ def _require_outliner(
             "or put one beside its models.",
         )
 
-
+# %% ../../../nbs/service/endpoints/04_photo.ipynb #c3d07bfe
 def _outlines(
     loaded: LoadedModels,  # the models
     photo: Photo,  # as decoded
@@ -87,7 +87,7 @@ def _outlines(
         return None
     return outline_pills(loaded.outliner, photo, crops, scale)
 
-
+# %% ../../../nbs/service/endpoints/04_photo.ipynb #48df5ca0
 def _open_and_crop(
     service: Service,  # limits
     loaded: LoadedModels,  # the models
@@ -106,7 +106,7 @@ def _open_and_crop(
         drawn = photo if parameters.drawn() else None
         return _Opened(crops, photo.size, drawn, decode_ms, verdict, outlined)
 
-
+# %% ../../../nbs/service/endpoints/04_photo.ipynb #e5a93e64
 def _require_quality(
     verdict: Verdict | None,  # on the photo of a request that asks for a good one
 ) -> None:
@@ -123,7 +123,7 @@ def _require_quality(
         reasons = " ".join(reason["en"] for reason in quality["reasons"])
         raise ApiError(422, "not_good_enough", f"The photo is not good enough. {reasons}", quality=quality)
 
-
+# %% ../../../nbs/service/endpoints/04_photo.ipynb #8425aed6
 def _pictures(
     photo: Photo,  # as decoded
     pills: Sequence[Pill],  # to draw, in pixels of the photo as it was sent
@@ -143,7 +143,7 @@ def _pictures(
         pictures["corrected"] = upright_photo(balance(photo.pixels))
     return {name: "data:image/jpeg;base64," + base64.b64encode(jpeg).decode() for name, jpeg in pictures.items()}
 
-
+# %% ../../../nbs/service/endpoints/04_photo.ipynb #e9e83851
 def _check_sides(
     sides: Mapping[str, Sequence[bytes]],  # photos of the one pill beside the first, by their field
     parameters: PredictParameters,  # of the request
@@ -159,7 +159,7 @@ def _check_sides(
         reason = f"expected compares all pills of one photo: leave out {names}."
         raise ApiError(422, "several_photos_of_several_pills", reason)
 
-
+# %% ../../../nbs/service/endpoints/04_photo.ipynb #4341387e
 def _further(
     service: Service,  # limits
     loaded: LoadedModels,  # the models
@@ -175,7 +175,7 @@ def _further(
             _require_quality(photo.verdict)
     return [photo.crops for photo in opened]
 
-
+# %% ../../../nbs/service/endpoints/04_photo.ipynb #a560927c
 def predict_photo(
     service: Service,  # limits and counters
     loaded: LoadedModels,  # the models

@@ -34,14 +34,14 @@ class SearchParameters(BaseModel):
     limit: int = Field(50, ge=1, le=200, description="records in the response")
     offset: int = Field(0, ge=0, le=10_000_000, description="records before them")
 
-
+# %% ../../../nbs/service/endpoints/08_search.ipynb #b1133722
 class SidesResponse(BaseModel):
     """The imprint of both sides."""
 
     front: str | None = Field(description='"" = blank, null = not recorded', examples=["DX50"])
     back: str | None = Field(description='"" = blank, null = not recorded', examples=["M"])
 
-
+# %% ../../../nbs/service/endpoints/08_search.ipynb #ac6e9a31
 class HitResponse(BaseModel):
     """A record that may be the pill; an empty list = not recorded."""
 
@@ -61,7 +61,7 @@ class HitResponse(BaseModel):
         examples=[{"imprint": "exact", "color": "near"}],
     )
 
-
+# %% ../../../nbs/service/endpoints/08_search.ipynb #a766fed1
 class GroupResponse(BaseModel):
     """Records that fit equally well."""
 
@@ -94,7 +94,7 @@ def _search(service: Service, wanted: SearchParameters) -> dict[str, Any]:
         raise ApiError(503, "catalog_unusable", str(error)) from error
     return found_json(search.find(query, wanted.limit, wanted.offset), len(search.records))
 
-
+# %% ../../../nbs/service/endpoints/08_search.ipynb #61dd7c61
 search_router = APIRouter()
 
 
