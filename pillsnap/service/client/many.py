@@ -48,7 +48,7 @@ def _print_left_out(
         names = ", ".join(printable(Path(path.name)) for path in others[:_NAMED]) + (", ..." if others[_NAMED:] else "")
         print(f"Files that are no photos, left out: {len(others)} ({names})", file=sys.stderr)
 
-
+# %% ../../../nbs/service/client/04_many.ipynb #85dbb44d
 def predict_photos(
     paths: Iterable[Path],  # photos and folders
     predict: Callable[[Path], dict[str, Any]],  # predicts one photo, such as a `partial` of predict_remote

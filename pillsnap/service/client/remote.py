@@ -28,7 +28,7 @@ TIMEOUT = httpx.Timeout(120, connect=10)  # seconds; a server responds within a 
 # Wrong key, wrong address, no model, or busy beyond patience: the next photo would get the same.
 _FATAL_STATUSES = (401, 403, 404, 405, 429, 503)
 
-
+# %% ../../../nbs/service/client/01_remote.ipynb #5bf7afd2
 def server_url(
     text: str,  # as the user wrote it
 ) -> str:  # without the path of an endpoint
@@ -42,7 +42,7 @@ def server_url(
         raise ServerUnusable(f"{text!r} is no address of a server: write it like http://localhost:8000.")
     return re.sub(r"/+(predict|batch|docs|health|ready)?/*$", "", text.strip())
 
-
+# %% ../../../nbs/service/client/01_remote.ipynb #831e771b
 def seconds_to_wait(
     response: httpx.Response,  # of a server
 ) -> float | None:  # seconds; None = no retry requested
@@ -59,7 +59,7 @@ def seconds_to_wait(
     when = when if when.tzinfo else when.replace(tzinfo=UTC)
     return max(1.0, (when - datetime.now(UTC)).total_seconds())
 
-
+# %% ../../../nbs/service/client/01_remote.ipynb #608be8bc
 def _post(
     client: httpx.Client,
     url: str,  # of the server
@@ -87,7 +87,7 @@ def _post(
             f"{url} ended the connection ({error}): ask again, and if it happens again, send a smaller photo."
         ) from error
 
-
+# %% ../../../nbs/service/client/01_remote.ipynb #8a29412d
 def _parse_response(
     response: httpx.Response,
     url: str,  # for the message
@@ -114,7 +114,7 @@ def _parse_response(
     kind = ServerUnusable if response.status_code in _FATAL_STATUSES else ClientError
     raise kind(body["detail"].rstrip(".") + suffix + advice + ".")
 
-
+# %% ../../../nbs/service/client/01_remote.ipynb #a6dd4d7f
 def predict_remote(
     url: str,  # of the server, such as http://localhost:8000
     key: str,  # one of its API keys; "" = none

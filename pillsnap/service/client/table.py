@@ -30,7 +30,7 @@ def _found(
     detector = prediction.get("model", {}).get("detector")
     return [pill for pill in prediction["pills"] if not detector or pill["box_confidence"] is not None]
 
-
+# %% ../../../nbs/service/client/03_table.ipynb #e1ba9bf1
 def _compared(
     prescription: dict[str, Any] | None,  # of a prediction
 ) -> list[str]:  # a sentence, or none
@@ -47,14 +47,14 @@ def _compared(
     said = [f"{len(prescription['matched'])} matched", *(f"{k} {', '.join(v)}" for k, v in parts.items() if v)]
     return [f"Prescription {'complete' if prescription['complete'] else 'not confirmed'}: {'; '.join(said)}."]
 
-
+# %% ../../../nbs/service/client/03_table.ipynb #903d01f4
 def _size(
     pill: dict[str, Any],  # of a prediction
 ) -> str:
     size = pill.get("size_mm")
     return f"{size['length']:.1f} x {size['width']:.1f}" if size else "-"
 
-
+# %% ../../../nbs/service/client/03_table.ipynb #bbd9ccd5
 def _verdict(
     pill: dict[str, Any],  # of a prediction
 ) -> str:
@@ -62,7 +62,7 @@ def _verdict(
     differ = f": compare {', '.join(pill['differ'])}" if alike and pill["differ"] else ""
     return f"{pill['verdict'].replace('_', ' ')}{alike}{differ}"
 
-
+# %% ../../../nbs/service/client/03_table.ipynb #6b5acb13
 def _doubts(
     pills: Sequence[dict[str, Any]],  # of a prediction
 ) -> list[str]:

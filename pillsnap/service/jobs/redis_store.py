@@ -26,7 +26,7 @@ def shown(
     parts = urlsplit(url)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
-
+# %% ../../../nbs/service/jobs/02_redis_store.ipynb #342ac796
 def connect(
     url: str,  # redis://HOST:PORT/DATABASE
     seconds: float = 5.0,  # timeout of a command

@@ -24,7 +24,7 @@ _TABLES = (
     "CREATE TABLE IF NOT EXISTS workers (name TEXT PRIMARY KEY, seen REAL)",
 )
 
-
+# %% ../../../nbs/service/jobs/01_sqlite_store.ipynb #894f82e0
 class SqliteStore:
     """Records in a file; see `JobStore`."""
 

@@ -30,7 +30,7 @@ def _sender(url: str) -> Any:  # celery.Celery
     )
     return app
 
-
+# %% ../../../nbs/service/jobs/05_wake.ipynb #4b046584
 def wake_workers(
     url: str,  # redis://… of the queue; "" = its workers look by themselves
 ) -> bool:  # whether a message was sent
