@@ -74,7 +74,7 @@ class Trained:
         found = {"classifier": self.classifier, "detector": self.detector, "segmenter": self.segmenter}
         return {name: network for name, network in found.items() if network is not None}
 
-
+# %% ../../nbs/training/10_trained.ipynb #68332f12
 def best_file(
     folder: Path,  # run folder
 ) -> Path:
@@ -83,7 +83,7 @@ def best_file(
     whole = Path(folder) / "best.pt"
     return alone[0] if len(alone) == 1 and not whole.exists() else whole
 
-
+# %% ../../nbs/training/10_trained.ipynb #70fdbe2d
 def load_best(
     folder: Path,  # run folder
 ) -> dict[str, Any]:  # content of its best weights
@@ -97,7 +97,7 @@ def load_best(
         )
     return content
 
-
+# %% ../../nbs/training/10_trained.ipynb #6bcab212
 def keep_segmenter(
     background: Background,  # that the run's crops are cut out with
     folder: Path,  # run folder
@@ -112,7 +112,7 @@ def keep_segmenter(
     with replacing(kept) as temporary:
         shutil.copyfile(background.file, temporary)
 
-
+# %% ../../nbs/training/10_trained.ipynb #75c27e11
 def with_background(
     trained: Trained,  # networks of a run
     folder: Path,  # run folder
@@ -128,7 +128,7 @@ def with_background(
         trained.background = Background.of(file)
     return trained
 
-
+# %% ../../nbs/training/10_trained.ipynb #fe21d092
 CALIBRATION_FILE = "calibration.json"  # of a run
 
 
@@ -150,7 +150,7 @@ def with_verdicts(
         raise CheckpointError(f"{file} can't be read ({error}): calibrate the run again.") from error
     return trained
 
-
+# %% ../../nbs/training/10_trained.ipynb #02bcfa90
 def load_trained(
     folder: Path,  # run folder with best weights
 ) -> Trained:  # networks in evaluation mode, on the CPU
@@ -169,7 +169,7 @@ def network_names(
     """Names of the networks."""
     return {name: getattr(settings.model, name).name for name in NETWORKS}
 
-
+# %% ../../nbs/training/10_trained.ipynb #fbb7eaa4
 def model_config(
     settings: Settings,  # model is read
     classes: int,  # drugs of the class map
@@ -188,7 +188,7 @@ def model_config(
         "segmenter": {"name": segmenter.name, "input_size": segmenter.image_size, "num_classes": 1},
     }
 
-
+# %% ../../nbs/training/10_trained.ipynb #50893aeb
 def earlier_weights(
     settings: Settings,  # train.start_from and model are read
 ) -> dict[str, Any] | None:  # content of its best weights; None: train.start_from is not set
