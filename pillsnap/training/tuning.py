@@ -43,7 +43,7 @@ def unchanged_random_states() -> Iterator[None]:
     finally:
         restore_random_states(states)
 
-
+# %% ../../nbs/training/08_tuning.ipynb #25ac73ea
 def synthetic_step(
     task: Task,  # of a copied network: its weights change
 ) -> Callable[[], None]:  # makes a step
@@ -81,7 +81,7 @@ def measured_ways(
     free_memory(hardware.device)
     return milliseconds
 
-
+# %% ../../nbs/training/08_tuning.ipynb #1f6e3040
 def tuned_way(
     name: str,  # detector or classifier
     make: Callable[[int, Hardware], Task],  # images of a step, hardware -> task with a network of its own
@@ -102,7 +102,7 @@ def tuned_way(
     key = f"{_case(name, settings, hardware)}, {count} images, tf32 {train.tf32}, {used}"
     return choose_way(name, options, lambda ways: measured_ways(ways, make, count, hardware), settings, key)
 
-
+# %% ../../nbs/training/08_tuning.ipynb #e78a301d
 def resumed_way(
     name: str,  # detector or classifier
     began: Way,  # of the run that goes on
@@ -116,7 +116,7 @@ def resumed_way(
     decide(f"{name} way", str(way), f"the run that goes on began with {began}{reason}", fallback=formats.fallback)
     return way
 
-
+# %% ../../nbs/training/08_tuning.ipynb #65fc5ab1
 def _case(name: str, settings: Settings, hardware: Hardware) -> str:
     """Device and network, for the key of a cached measurement."""
     device, network = hardware.device, getattr(settings.model, name)

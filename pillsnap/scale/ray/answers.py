@@ -44,7 +44,7 @@ class Question(NamedTuple):
     masks: bool = False  # also the outline of each pill
     max_pixels: int = 65_000_000  # of a photo
 
-
+# %% ../../../nbs/scale/ray/05_answers.ipynb #a93a3abc
 def question_of(
     folder: Path,  # of the models
     settings: Settings,  # serve.engine, identify.imprint and data.max_pixels
@@ -56,7 +56,7 @@ def question_of(
     models = (folder, version_of(folder), gallery_stamp(folder), engine, settings.identify.imprint)
     return Question(*models, max_pixels=settings.data.max_pixels, **request)
 
-
+# %% ../../../nbs/scale/ray/05_answers.ipynb #c6135d86
 @lru_cache(maxsize=1)
 def open_models(
     folder: Path,
@@ -109,7 +109,7 @@ def answer_photo(
     kept = {name: value for name, value in answer.items() if name not in _LEFT_OUT}
     return row | {"answer": json.dumps(kept, ensure_ascii=False)}
 
-
+# %% ../../../nbs/scale/ray/05_answers.ipynb #17ad6e6e
 def answer_block(
     photos: Sequence[str],  # references
     question: Question,

@@ -44,7 +44,7 @@ ANSWER_SCHEMA: dict[str, Any] = {
     "answer": pl.String,  # JSON as the service answers
 }
 
-
+# %% ../../../nbs/scale/ray/06_batch.ipynb #917ef172
 def plan_of(
     photos: Sequence[str],  # references
     question: Question,
@@ -53,7 +53,7 @@ def plan_of(
     asked = {name: str(value) for name, value in question._asdict().items()}
     return {"photos": len(photos), "hash": photos_hash(photos), "block": BLOCK, "pillsnap": package_version()} | asked
 
-
+# %% ../../../nbs/scale/ray/06_batch.ipynb #a71f8d3a
 @contextmanager
 def _writing(out: Path) -> Iterator[None]:
     """Convert a failed write to one sentence."""
@@ -129,7 +129,7 @@ class BatchReport:
     photos_per_second: float
     out: str
 
-
+# %% ../../../nbs/scale/ray/06_batch.ipynb #ea4702de
 def answer_photos(
     photos: Sequence[str],  # references of `list_photos`
     question: Question,

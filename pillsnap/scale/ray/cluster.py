@@ -38,7 +38,7 @@ def split_address(
         raise ScaleError(f"RAY_ADDRESS is {address!r}: write it as host:port, such as 10.0.0.1:6379, or as auto.")
     return host, int(port)
 
-
+# %% ../../../nbs/scale/ray/01_cluster.ipynb #56f6d047
 _HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # RFC 9113, 3.4: preface and SETTINGS
 
 
@@ -67,7 +67,7 @@ def ray_package() -> Any:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     return import_module("ray")
 
-
+# %% ../../../nbs/scale/ray/01_cluster.ipynb #d88a42a1
 def check_head(
     address: str,  # host:port
 ) -> None:
@@ -97,7 +97,7 @@ def _head_of_this_machine() -> str:
         raise ScaleError(f"RAY_ADDRESS is auto, but no Ray was started on this machine: {_ADVICE}.")
     return file.read_text(encoding="utf-8").strip()
 
-
+# %% ../../../nbs/scale/ray/01_cluster.ipynb #f686c494
 def _start(ray: Any, workers: int) -> None:
     """Start Ray on this machine; on a busy one its helpers may miss their time, so once more."""
     cores = workers or len(os.sched_getaffinity(0))
@@ -110,7 +110,7 @@ def _start(ray: Any, workers: int) -> None:
         ray.init("local", **options)
     decide("Ray", f"{cores} cores of this machine", "RAY_ADDRESS is not set")
 
-
+# %% ../../../nbs/scale/ray/01_cluster.ipynb #481ad815
 def _join(ray: Any, address: str) -> None:
     """Connect to a cluster."""
     head = _head_of_this_machine() if address == "auto" else address
@@ -119,7 +119,7 @@ def _join(ray: Any, address: str) -> None:
     nodes = [node for node in ray.nodes() if node["Alive"]]
     decide("Ray", f"{len(nodes)} nodes, {ray.cluster_resources().get('CPU', 0):g} cores", f"at {head}")
 
-
+# %% ../../../nbs/scale/ray/01_cluster.ipynb #16f5b878
 @contextmanager
 def connected(
     workers: int = 0,  # cores that a Ray of this machine uses; 0 = all; a cluster has its own number
