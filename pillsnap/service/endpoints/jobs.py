@@ -109,7 +109,7 @@ _BODY = {
     }
 }
 
-
+# %% ../../../nbs/service/endpoints/12_jobs.ipynb #9f4a95c0
 @jobs_router.post("/jobs", response_model=JobResponse, status_code=202, openapi_extra=_BODY)
 async def send_job(
     request: Request,  # its body is a ZIP with photos
