@@ -94,6 +94,14 @@ def test_the_light_is_gone(photo: Path):
     assert estimate_balance(np.zeros((50, 50, 3), np.uint8), "gray_world") == Balance()
 
 
+@each_rule
+@pytest.mark.parametrize("shape", [(1, 1), (2, 2), (1, 500), (500, 2), (30, 2560), (60, 6000)])
+def test_a_photo_that_is_hardly_more_than_a_line_is_cropped(rule: str, shape: tuple[int, int]):
+    pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+    assert identifier_of(rule).cropper.crop_pills(pixels, "single").crops.any()
+    assert min(estimate_balance(pixels, rule).gains) > 0
+
+
 def test_the_whole_photo_can_be_shown_as_it_was_compared(photo: Path):
     pixels = np.asarray(Image.open(photo))
     assert np.array_equal(identifier_of(NO_CORRECTION).cropper.crop_pills(pixels, "combo").balance(pixels), pixels)

@@ -72,6 +72,8 @@ class Surroundings:
 
     def edges(self) -> np.ndarray:
         """How much the light changes from pixel to pixel, linear (n, 3), where it does and nothing is clipped."""
+        if min(self.small.shape[:2]) < 3:
+            return np.empty((0, 3), np.float32)  # a line has no pixel with neighbours on all sides
         kept = (self.seen & (brightest_channel(self.small) < CLIPPED)).astype(np.uint8)
         inside = cv2.erode(kept, np.ones((5, 5), np.uint8))[1:-1, 1:-1] > 0
         soft = cv2.GaussianBlur(cv2.LUT(self.small, LINEAR), (0, 0), 1)
