@@ -142,6 +142,8 @@ DAMAGED = {
     "NaN": ([*GOOD[:4], "0 nan 0", *GOOD[5:]], 5, "nan is no colour"),
     "NaN first": ([*GOOD[:4], "NaN 0 0", *GOOD[5:]], 5, "NaN is no colour"),
     "infinity": ([*GOOD[:4], "0 0 inf", *GOOD[5:]], 5, "inf is no colour"),
+    "more than a table holds": ([*GOOD[:4], "0 0 -1e300", *GOOD[5:]], 5, "-1e300 is no colour"),
+    "a domain that no number reaches": (["DOMAIN_MAX 1 1 1e308", *GOOD], 1, "3 numbers"),
     "text in a row": ([*GOOD[:4], "0 0.5x 0", *GOOD[5:]], 5, "'0.5x' is no number"),
     "an underscore": ([*GOOD[:4], "0 1_0 0", *GOOD[5:]], 5, "'1_0' is no number"),
     "a decimal comma": ([*GOOD[:4], "0,5 0 0", *GOOD[5:]], 5, "'0,5' is neither"),

@@ -5,7 +5,6 @@
 # %% ../../../nbs/runtime/color/02_cube.ipynb #e43723a8
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +24,7 @@ class CubeError(PillsnapError):
 
 
 _SIZES = {"LUT_1D_SIZE": 65536, "LUT_3D_SIZE": 256}  # points at most, as in the specification
+_LARGEST = float(np.finfo(np.float32).max)  # what a table can hold
 _NUMBERS = {"LUT_1D_INPUT_RANGE": 2, "LUT_3D_INPUT_RANGE": 2, "DOMAIN_MIN": 3, "DOMAIN_MAX": 3}
 Triple = tuple[float, float, float]
 
@@ -73,7 +73,7 @@ def _take_size(content: Content, line: int, keyword: str, words: list[str]) -> N
 
 def _take_numbers(content: Content, line: int, keyword: str, words: list[str]) -> None:
     values = [_number(word) for word in words]
-    if len(values) != _NUMBERS[keyword] or None in values or not all(math.isfinite(value or 0) for value in values):
+    if len(values) != _NUMBERS[keyword] or None in values or not all(abs(value or 0) <= _LARGEST for value in values):
         content.fail(line, f"{keyword} needs {_NUMBERS[keyword]} numbers, not {' '.join(words)[:60]!r}")
     content.numbers[keyword] = [value for value in values if value is not None]
 
@@ -83,7 +83,7 @@ def _take_row(content: Content, line: int, words: list[str]) -> None:
     for word, value in zip(words, values):
         if value is None:
             content.fail(line, f"{word[:40]!r} is no number: export the LUT again")
-        if not math.isfinite(value):
+        if not abs(value) <= _LARGEST:  # NaN is not, either
             content.fail(line, f"{word} is no colour: export the LUT again")
     if len(values) != 3:
         content.fail(line, f"a colour has 3 numbers, this line has {len(values)}: export the LUT again")
