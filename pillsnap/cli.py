@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from . import __version__
 from .commands.color import color
 from .commands.data import cache, compose, data, sample, scan
 from .commands.export import bench, export, gate
@@ -105,6 +106,7 @@ def make_parser() -> ArgumentParser:
     layout: dict[str, Any] = {"epilog": EXAMPLE, "formatter_class": RawDescriptionHelpFormatter, "allow_abbrev": False}
     parser = SentenceParser(prog="pillsnap", description="Identify pills from photos.", **layout)
     shared = _settings_options()
+    parser.add_argument("--version", action="version", version=f"pillsnap {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, action in COMMANDS.items():
         text = " ".join((action.__doc__ or "").split())
