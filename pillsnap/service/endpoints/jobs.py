@@ -191,7 +191,8 @@ def fetch_result(
     with answering():
         job = own_job(queue, job_id, owner)
     if job.state != "done" or job.result is None:
-        raise ApiError(409, "not_done", job.problem or f"The job is {job.state}: ask for it when its state is done.")
+        advice = "send it again" if job.state == "cancelled" else "ask for it when its state is done"
+        raise ApiError(409, "not_done", job.problem or f"The job is {job.state}: {advice}.")
     path = queue.folder_of(job.id) / job.result["file"]
     if not path.is_file():
         raise ApiError(410, "result_gone", "The file of this job is not there any more: send the job again.")

@@ -41,9 +41,6 @@ def connect(
     except ValueError as error:
         raise JobsError(f"{shown(url)} is no address of Redis: write it like redis://localhost:6379/0.") from error
 
-
-assert shown("redis://user:secret@host:6379/0") == "redis://host:6379/0"
-
 # %% ../../../nbs/service/jobs/02_redis_store.ipynb #f9b28366
 class RedisStore:
     """Records in a Redis server; see `JobStore`."""
