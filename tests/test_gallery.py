@@ -138,11 +138,23 @@ def test_bad_input_is_one_sentence_and_changes_nothing(folder: Path, command: Ca
     write_gallery(foreign, tmp_path / "foreign.npz")
     (tmp_path / "no.png").write_bytes(b"no photo")
     (tmp_path / "two.jpg").write_bytes(photo_jpeg())
+    torn, loose = tmp_path / "torn" / "Red", tmp_path / "loose" / "Red"
+    for drug in (torn, loose):
+        drug.mkdir(parents=True)
+        (drug / "front.png").write_bytes(green.read_bytes() + b"another photo")
+    (torn / "empty.jpg").touch()
+    (loose.parent / "stray.png").write_bytes(green.read_bytes())
     before = (folder / GALLERY_FILE).read_bytes()
     attempts = {
         ("enroll", "--name", "<script>alert(1)</script>", "--whole", green): "has markup",
         ("enroll", "--name", "Red", "--whole", tmp_path / "no.png"): "no.png",
-        ("enroll", "--name", "Red", "--whole", tmp_path / "missing.png"): "can't be read",
+        ("enroll", "--name", "Red", "--whole", tmp_path / "missing.png"): "missing.png can't be read",
+        ("enroll", "--whole", torn.parent): "empty.jpg can't be enrolled",
+        ("enroll", "--name", "Red", "--whole", torn): "empty.jpg can't be enrolled",
+        ("enroll", "--whole", loose.parent): "stray.png is in no folder with the name of its drug",
+        ("enroll", "--whole", "--code", "K-5", folder / "photos"): "--code is the code of one drug",
+        ("build", "--per-side", "0"): "--per-side is 0",
+        ("list", "Green"): "gallery list shows all drugs",
         ("enroll", "--name", "Red", tmp_path / "two.jpg"): "There is no detector",
         ("enroll", "--name", "Red", "--code", "../x", "--whole", green): "no code of a drug",
         ("enroll", green): "the drug has no name",

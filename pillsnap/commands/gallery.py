@@ -18,6 +18,7 @@ from .options import ENGINE, option, takes
 from .output import print_json
 from .settings import settings_or_defaults
 from ..config.schema import Settings, SettingsError
+from ..runtime.images import SUFFIXES
 
 if TYPE_CHECKING:
     from pillsnap.answer.gallery.references import Gallery
@@ -69,8 +70,6 @@ def photos_of_drugs(
 
     Folders of one name are of one drug, wherever they are.
     """
-    from pillsnap.service.client.photos import find_photos
-
     folders = [word for word in words if word.is_dir()]
     below = {folder: sorted(path for path in folder.iterdir() if path.is_dir()) for folder in folders}
     nested = [path for paths in below.values() for path in paths]
@@ -78,15 +77,28 @@ def photos_of_drugs(
         lone = [word for word in words if not below.get(word)]
         if lone:
             raise SettingsError(f"{lone[0]} has no folder with the name of its drug: enrol it on its own, with --name")
+        for path in (path for folder in folders for path in sorted(folder.iterdir())):
+            if path.is_file() and not path.name.startswith(".") and path.suffix.lower() in SUFFIXES:
+                raise SettingsError(f"{path} is in no folder with the name of its drug: move it into one")
         photos: dict[str, list[Path]] = {}
         for path in nested:
-            photos.setdefault(unicodedata.normalize("NFC", path.name).strip(), []).extend(find_photos([path])[0])
+            photos.setdefault(unicodedata.normalize("NFC", path.name).strip(), []).extend(_photos_in([path]))
         return photos
     if name is None:
         raise SettingsError("the drug has no name: give one with --name, or a folder with a folder for each drug")
     if nested:
         raise SettingsError(f"{nested[0].parent} has a folder for each drug, which --name can't name: leave it out")
-    return {name: find_photos(words)[0]}
+    return {name: _photos_in(words)}
+
+
+def _photos_in(paths: list[Path]) -> list[Path]:
+    """All photos; raises `SettingsError` for a file that is called a photo and is none."""
+    from pillsnap.service.client.photos import find_photos
+
+    photos, skipped, _ = find_photos(paths)
+    for path, reason in skipped:
+        raise SettingsError(f"{path} can't be enrolled: {reason}: take it out of the folder, or put a photo there")
+    return photos
 
 
 def _enroll(words: list[Path], arguments: Namespace, settings: Settings) -> int:
@@ -95,11 +107,13 @@ def _enroll(words: list[Path], arguments: Namespace, settings: Settings) -> int:
     from pillsnap.service.client.photos import read_photo
 
     photos = photos_of_drugs(words, arguments.name)
+    if arguments.code and not arguments.name:
+        raise SettingsError("--code is the code of one drug: leave it out, or name the drug with --name")
     folder = model_folder(arguments.model, settings)
     with _opened(folder, settings) as (identifier, gallery):
         for name, paths in photos.items():
             drug = check_drug(name, arguments.code or code_of(name))
-            files = [NamedPhoto(path.name, read_photo(path)) for path in paths]
+            files = [NamedPhoto(path.name, read_photo(path, str(path))) for path in paths]
             gallery = enrolled(
                 gallery, identifier, drug, files, arguments.whole, arguments.same, settings.data.max_pixels
             )
@@ -121,6 +135,8 @@ def _build(words: list[Path], arguments: Namespace, settings: Settings) -> int:
 
     if words:
         raise SettingsError("gallery build takes no photos: name the dataset with --data-root")
+    if arguments.per_side < 1:
+        raise SettingsError(f"--per-side is {arguments.per_side}, but must be at least 1")
     folder = model_folder(arguments.model, settings)
     with _opened(folder, settings) as (identifier, _):
         pass  # what is wrong with the models is said before photos are read
@@ -152,7 +168,13 @@ def _existing(arguments: Namespace, settings: Settings) -> tuple[Path, Gallery]:
     return folder, gallery
 
 
+def _take_none(what: str, words: list[Path]) -> None:
+    if words:
+        raise SettingsError(f"gallery {what} shows all drugs and takes no {words[0]}: leave it out")
+
+
 def _list(words: list[Path], arguments: Namespace, settings: Settings) -> int:
+    _take_none("list", words)
     _, gallery = _existing(arguments, settings)
     counts = Counter((code, item.side or "unknown") for item in gallery.references for code in item.codes)
     for code, drug in sorted(gallery.drugs.items()):
@@ -213,6 +235,7 @@ def confused(
 def _check(words: list[Path], arguments: Namespace, settings: Settings) -> int:
     from pillsnap.answer.gallery.gallery_file import gallery_hash
 
+    _take_none("check", words)
     folder = _existing(arguments, settings)[0]
     with _opened(folder, settings) as (identifier, gallery):  # refuses one of another network
         sides = {code: {item.side for item in gallery.references if code in item.codes} for code in gallery.drugs}

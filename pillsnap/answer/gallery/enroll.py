@@ -74,12 +74,12 @@ def crop_one_pill(
         alone.refine = identifier.refine
         return alone.cropper.crop_pills(image, "single")
     if identifier.detect is None:
-        raise GalleryError(f"There is no detector to find the pill in {photo.name}: cut it out, and enrol it --whole.")
+        raise GalleryError(f"There is no detector to find the pill in {photo.name}: cut it out, and enrol it as whole.")
     found = identifier.cropper.crop_pills(image, "single")
     if found.scores[0] is None:
         raise GalleryError(
-            f"No pill was found in {photo.name}: take a sharper or closer photo, or enrol it --whole if it shows "
-            "nothing but the pill."
+            f"No pill was found in {photo.name}: take a sharper or closer photo, or enrol it as whole (--whole, "
+            "whole=true) if it shows nothing but the pill."
         )
     if found.hint is not None:
         raise GalleryError(f"Several pills were found in {photo.name}: take a photo of one alone.")

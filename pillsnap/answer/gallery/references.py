@@ -101,7 +101,7 @@ class Gallery:
             if others and set(reference.codes) - set(known_photo.codes) and not same:
                 raise GalleryError(
                     f"The same photo is given for {', '.join(reference.codes)} and for {', '.join(sorted(others))}: "
-                    "take another photo, or say with --same that these drugs look the same."
+                    "take another photo, or say that these drugs look the same (--same, same=true)."
                 )
             codes = tuple(sorted({*known_photo.codes, *reference.codes}))
             read = reference.imprint if known_photo.imprint is None else known_photo.imprint
