@@ -166,5 +166,10 @@ def test_the_command_takes_a_list_and_a_file(
     assert cli.main([*command, "--expected", "order.csv"]) == 0
     said = capsys.readouterr().out
     assert f"1 matched; missing {BLUE} Blue tablet; surplus pill 2." in said and "names its columns" in said
+    (tmp_path / "order.csv").rename("ward 3, monday.csv")
+    assert cli.main([*command, "--expected", "ward 3, monday.csv"]) == 0
+    assert "1 matched" in capsys.readouterr().out, "a file, whatever its name"
+    assert cli.main([*command, "--expected", "order.csv"]) == 2
+    assert "there is no file order.csv" in capsys.readouterr().err
     assert cli.main([*command, "--expected", WHITE, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["prescription"]["surplus"] == [1]

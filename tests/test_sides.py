@@ -112,6 +112,7 @@ def test_a_back_that_does_not_fit_is_one_sentence(client: TestClient) -> None:
     ):
         answer = client.post("/predict", headers=KEY, data=fields, files=files)
         assert answer.status_code == status and answer.json()["code"] == code, (fields, answer.text)
+        assert code != "not_an_image" or "The photo in image_back is not a picture" in answer.json()["detail"]
 
 
 def test_a_side_without_a_pill_is_left_out(folder: Path) -> None:
@@ -137,3 +138,9 @@ def test_the_command_takes_a_back(folder: Path, capsys: pytest.CaptureFixture) -
     assert json.loads(capsys.readouterr().out)["pills"][0]["name"] == "Red capsule"
     assert cli.main([*words, "--back", str(back), "--pipeline", "combo"]) == 2
     assert "--back show the same pill as one photo" in capsys.readouterr().err
+    assert cli.main([*words, *["--back", str(back)] * 5]) == 2
+    assert "--back takes at most 4 photos, not 5" in capsys.readouterr().err
+    (folder / "torn.png").write_bytes(b"no photo")
+    for name, reason in (("torn.png", "torn.png is not a picture"), ("gone.png", "gone.png can't be read")):
+        assert cli.main([*words, "--back", str(folder / name)]) == 1
+        assert reason in capsys.readouterr().err

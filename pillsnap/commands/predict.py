@@ -152,10 +152,15 @@ def _predict_batch(arguments: Namespace, photos: list[Path]) -> int:
 # %% ../../nbs/commands/18_predict.ipynb #1b03128d
 def _sides(arguments: Namespace, photos: list[Path]) -> dict[str, list[Path]]:
     """Further photos of the one pill, by their field; raises `SettingsError` where there is not one pill."""
+    from pillsnap.answer.sides import SIDES
+
     sides = {"image_more": arguments.more, "image_back": arguments.back}
     if any(sides.values()):
         if len(photos) != 1 or photos[0].is_dir() or arguments.pipeline != "single":
             raise SettingsError("--more and --back show the same pill as one photo: name one, and no pipeline combo")
+        for (field, most), word in zip(SIDES.items(), ("--more", "--back"), strict=True):
+            if len(sides[field]) > most:
+                raise SettingsError(f"{word} takes at most {most} photos, not {len(sides[field])}")
         if arguments.expected is not None:
             raise SettingsError("--expected compares all pills of one photo: leave out --more and --back")
     return sides
@@ -172,7 +177,11 @@ def _scale(arguments: Namespace) -> Scale | None:
 
 def _expected(words: str | None) -> str | None:
     """A list of drugs, or the content of the file of an order."""
-    if words is None or "," in words or not os.path.isfile(words):  # a list may be longer than a name
+    if words is None or not os.path.isfile(words):  # False for a list that is longer than a name may be
+        if words and "," not in words and (os.sep in words or Path(words).suffix):
+            raise SettingsError(
+                f"--expected: there is no file {words}: name the file of an order, or codes with commas"
+            )
         return words
     from pillsnap.answer.search.tables import decode_text, read_bytes
 

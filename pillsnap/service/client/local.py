@@ -16,7 +16,7 @@ from ...answer.quality.judge import judge_crops
 from ...answer.sides import SIDES, classify_sides
 from ...runtime.images import open_photo
 from ..answers import prediction_response
-from .photos import read_photo
+from .photos import name_of, read_photo
 from ..inference.model_manager import LoadedModels
 from ..prescriptions import classify_expected, crop_expected
 
@@ -47,7 +47,9 @@ def predict_local(
     verdict = None if loaded.judge is None else judge_crops(loaded.judge, opened, crops)
     more, back = (
         [
-            loaded.identifier.cropper.crop_pills(open_photo(read_photo(one), max_pixels).pixels, "single")
+            loaded.identifier.cropper.crop_pills(
+                open_photo(read_photo(one, name_of(one)), max_pixels, name_of(one)).pixels, "single"
+            )
             for one in photos
         ]
         for photos in ((sides or {}).get(name, ()) for name in SIDES)

@@ -13,7 +13,7 @@ from ...errors import PillsnapError
 from ...runtime.images import KINDS, SUFFIXES, is_photo
 
 # %% auto #0
-__all__ = ['ClientError', 'ServerUnusable', 'read_photo', 'find_photos', 'printable']
+__all__ = ['ClientError', 'ServerUnusable', 'read_photo', 'find_photos', 'printable', 'name_of']
 
 # %% ../../../nbs/service/client/00_photos.ipynb #3895b00e
 class ClientError(PillsnapError):
@@ -26,6 +26,7 @@ class ServerUnusable(ClientError):
 
 def read_photo(
     photo: Path | bytes,  # path, or content of the file
+    name: str = "it",  # in messages; one of several photos has its own
 ) -> bytes:
     """The bytes of a photo; raises `ClientError` for a file that can't be read."""
     if isinstance(photo, bytes):
@@ -33,7 +34,7 @@ def read_photo(
     try:
         return Path(photo).read_bytes()
     except OSError as error:
-        raise ClientError(f"it can't be read: {(error.strerror or str(error)).lower()}") from error
+        raise ClientError(f"{name} can't be read: {(error.strerror or str(error)).lower()}") from error
 
 # %% ../../../nbs/service/client/00_photos.ipynb #8240e49b
 _CALLED_PHOTO = (*SUFFIXES, *".jxl .jp2 .dng .cr2 .cr3 .nef .arw .orf .rw2 .raf .pef".split())  # raw photos, too
@@ -81,3 +82,10 @@ def printable(
 ) -> str:
     """The name of a photo, with other characters for what can't be printed."""
     return os.fsencode(photo).decode("utf-8", "replace")
+
+
+def name_of(
+    photo: Path | bytes,  # path, or content of the file
+) -> str:
+    """What a message calls one of several photos of a pill."""
+    return "A further photo" if isinstance(photo, bytes) else printable(Path(photo.name))

@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 
 from ...answer.outlined import Scale
-from .photos import ClientError, ServerUnusable, read_photo
+from .photos import ClientError, ServerUnusable, name_of, read_photo
 
 # %% auto #0
 __all__ = ['LOGGER', 'TIMEOUT', 'server_url', 'seconds_to_wait', 'predict_remote']
@@ -141,7 +141,7 @@ def predict_remote(
     url, data, waited = server_url(url), read_photo(photo), 0.0
     query = {"pipeline": pipeline, "top_k": top_k, **({"masks": "true"} if masks else {})}
     query |= scale.to_query() if scale else {}
-    further = {name: [read_photo(photo) for photo in photos] for name, photos in (sides or {}).items()}
+    further = {name: [read_photo(photo, name_of(photo)) for photo in photos] for name, photos in (sides or {}).items()}
     while True:
         response = _post(client, url, key, data, query, expected, further)
         wait = seconds_to_wait(response)

@@ -93,10 +93,11 @@ def _open_and_crop(
     loaded: LoadedModels,  # the models
     data: bytes,  # an image file
     parameters: PredictParameters,  # of the request
+    name: str = "",  # of the photo in messages; "" = it is the only one
 ) -> _Opened:
     with service.work_queue.decode_slots:
         begun = perf_counter()
-        photo = open_photo(data, service.max_pixels)
+        photo = open_photo(data, service.max_pixels, name)
         decode_ms = (perf_counter() - begun) * 1000
         crops = crop_expected(
             loaded.identifier, photo, parameters.pipeline, parameters.conf_threshold, parameters.expected
@@ -164,12 +165,13 @@ def _further(
     service: Service,  # limits
     loaded: LoadedModels,  # the models
     photos: Sequence[bytes],  # image files
+    field: str,  # of the form, for messages
     parameters: PredictParameters,  # of the request
 ) -> list[PillCrops]:
     """Crop the pill of further photos, of which nothing else is said; raises `ApiError` as the first photo does."""
     wanted = {"pipeline", "conf_threshold"}
     plain = PredictParameters.model_validate(parameters.model_dump(include=wanted))
-    opened = [_open_and_crop(service, loaded, data, plain) for data in photos]
+    opened = [_open_and_crop(service, loaded, data, plain, f"The photo in {field}") for data in photos]
     if parameters.quality == "require":
         for photo in opened:
             _require_quality(photo.verdict)
@@ -191,7 +193,7 @@ def predict_photo(
         opened = _open_and_crop(service, loaded, data, parameters)
         if parameters.quality == "require":
             _require_quality(opened.verdict)
-        more, back = (_further(service, loaded, sides.get(name, ()), parameters) for name in SIDES)
+        more, back = (_further(service, loaded, sides.get(name, ()), name, parameters) for name in SIDES)
         if more or back:
             identification = classify_sides(loaded.identifier, [[opened.crops, *more], back], parameters.top_k)
         else:
