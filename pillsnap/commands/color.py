@@ -36,8 +36,8 @@ def _needed(arguments: Namespace, name: str) -> Path:
     """The path of an option; raises `SettingsError` where it was not given."""
     value: Path | None = getattr(arguments, name)
     if value is None:
-        option = name.replace("_", "-")
-        raise SettingsError(f"color {arguments.what} needs --{option}: `pillsnap color --help` says what it is")
+        words = f"color {arguments.what} needs --{name.replace('_', '-')}"
+        raise SettingsError(f"{words}: `pillsnap color --help` says what it is")
     return value
 
 # %% ../../nbs/commands/14_color.ipynb #6afbf3bb

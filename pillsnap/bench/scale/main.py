@@ -211,6 +211,10 @@ def measure(
     options: Namespace,  # from `parse`
 ) -> dict[str, Any]:  # the report, also written to scale.json
     """Run the benchmark; raises `BenchError` where something can't be measured."""
+    if not (options.run / "export" / "classifier.onnx").is_file():
+        raise BenchError(f"There is no exported run in {options.run}: `pillsnap export --run` exports one.")
+    if options.rounds < 1 or options.photos < 1 or options.labels < 2:
+        raise BenchError("--rounds and --photos must be at least 1, --labels at least 2.")
     began, out = time.monotonic(), Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     sample = write_sample(out / "scale" / "sample")
