@@ -21,6 +21,7 @@ LAYERS = [
     ["progress"],
     ["runlog"],
     ["runs"],
+    ["comparison"],
     ["runtime"],
     ["answer"],
     ["metrics"],

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from pillsnap import cli
+from pillsnap.comparison import COLUMNS, compare_runs, differing, list_runs
 from pillsnap.runlog import COMPLETE, FAILED
-from pillsnap.runs import COLUMNS, RunError, compare_runs, differing, list_runs, read_run, run_state
+from pillsnap.runs import RunError, read_run, run_state
 
 
 def make_run(

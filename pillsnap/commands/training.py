@@ -110,7 +110,7 @@ def runs(arguments: Namespace) -> int:
     arguments.overrides += [word for word in arguments.names if "=" in word]
     names = [name for name in arguments.names if "=" not in name]
     root = settings_from(arguments).paths.run_root
-    from pillsnap.runs import compare_runs, list_runs
+    from pillsnap.comparison import compare_runs, list_runs
 
     table = (
         compare_runs([Path(name) if Path(name).is_dir() else root / name for name in names])

@@ -18,11 +18,11 @@ import polars as pl
 
 import pillsnap
 from ..atomic import read_json_cache, sha256, write_json
+from ..comparison import flat
 from ..config.schema import Settings
 from ..provenance import git_revision
 from .tracking import Tracking, TrackingError, tracking_errors
 from ..runlog import decide
-from ..runs import flat
 
 # %% auto #0
 __all__ = ['DATA_FILE', 'RECORD_FILE', 'metrics_of', 'results_of', 'data_version', 'Record', 'weight_hashes', 'record_run']
