@@ -76,7 +76,9 @@ def test_drugs_are_enrolled_listed_checked_and_removed(folder: Path, command: Ca
     (folder / "white.png").write_bytes(plain_photo((240, 240, 240)))
     status, out, _ = command("enroll", "--name", "White", "--code", "W-1", "--whole", folder / "white.png")
     after = read_gallery(folder / GALLERY_FILE)
-    assert status == 0 and json.loads(out)["drugs"] == 3
+    assert status == 0 and json.loads(out)["drugs"] == 3 and json.loads(out)["added"] == 1
+    again = json.loads(command("enroll", "--name", "White", "--code", "W-1", "--whole", folder / "white.png")[1])
+    assert again["added"] == 0 and again["hash"] == json.loads(out)["hash"]
     for old, new in zip(before.references, after.references):
         assert old.photo == new.photo and np.array_equal(old.embedding, new.embedding), "other drugs never change"
     assert "W-1  White  (1 unknown)" in command("list")[1] and "Green  (1 front)" in command("list")[1]

@@ -42,12 +42,13 @@ def _opened(folder: Path, settings: Settings) -> Iterator[tuple[Identifier, Gall
         yield identifier, gallery_for(folder, identifier)
 
 
-def _write(gallery: Gallery, folder: Path) -> None:
-    """Write the gallery of models and print what it holds."""
+def _write(gallery: Gallery, folder: Path, before: Gallery) -> None:
+    """Write the gallery of models and print what it holds, and how many references are new."""
     from pillsnap.answer.gallery.gallery_file import GALLERY_FILE, write_gallery
 
     digest = write_gallery(gallery, folder / GALLERY_FILE)
-    print_json(summary_of(gallery) | {"file": str(folder / GALLERY_FILE), "hash": digest})
+    added = max(0, len(gallery.references) - len(before.references))  # a photo that was there is none
+    print_json(summary_of(gallery) | {"added": added, "file": str(folder / GALLERY_FILE), "hash": digest})
 
 
 def summary_of(
@@ -110,14 +111,15 @@ def _enroll(words: list[Path], arguments: Namespace, settings: Settings) -> int:
     if arguments.code and not arguments.name:
         raise SettingsError("--code is the code of one drug: leave it out, or name the drug with --name")
     folder = model_folder(arguments.model, settings)
-    with _opened(folder, settings) as (identifier, gallery):
+    with _opened(folder, settings) as (identifier, before):
+        gallery = before
         for name, paths in photos.items():
             drug = check_drug(name, arguments.code or code_of(name))
             files = [NamedPhoto(path.name, read_photo(path, str(path))) for path in paths]
             gallery = enrolled(
                 gallery, identifier, drug, files, arguments.whole, arguments.same, settings.data.max_pixels
             )
-        _write(gallery, folder)
+        _write(gallery, folder, before)
     return 0
 
 # %% ../../nbs/commands/15_gallery.ipynb #82a3d355
@@ -152,7 +154,7 @@ def _build(words: list[Path], arguments: Namespace, settings: Settings) -> int:
         shown = sorted({code for reference in references for code in reference.codes})
         # photos that the dataset has under several drugs are its own statement that these look the same
         built = Gallery(gallery.network, {}, ()).added([drugs[code] for code in shown], references, same=True)
-        _write(gallery.merged(built, arguments.same), folder)
+        _write(gallery.merged(built, arguments.same), folder, gallery)
     return 0
 
 # %% ../../nbs/commands/15_gallery.ipynb #418549e4
@@ -189,10 +191,11 @@ def _remove(words: list[Path], arguments: Namespace, settings: Settings) -> int:
     if not words:
         raise SettingsError("there is no drug to remove: name its code, as `pillsnap gallery list` shows it")
     with locked_gallery(model_folder(arguments.model, settings)):
-        folder, gallery = _existing(arguments, settings)
+        folder, before = _existing(arguments, settings)
+        gallery = before
         for word in words:
             gallery = gallery.removed(str(word))
-        _write(gallery, folder)
+        _write(gallery, folder, before)
     return 0
 
 
@@ -202,10 +205,11 @@ def _merge(words: list[Path], arguments: Namespace, settings: Settings) -> int:
     if not words:
         raise SettingsError("there is no gallery to merge: name the file of one")
     folder = model_folder(arguments.model, settings)
-    with _opened(folder, settings) as (_, gallery):
+    with _opened(folder, settings) as (_, before):
+        gallery = before
         for word in words:
             gallery = gallery.merged(read_gallery(word), arguments.same)
-        _write(gallery, folder)
+        _write(gallery, folder, before)
     return 0
 
 
