@@ -72,11 +72,11 @@ class ApiKeys:
             raise ApiError(
                 401,
                 "key_missing",
-                f"The API key is missing: send it in the header {header}.",
+                f"The key is missing: send it in the header {header}.",
                 {"WWW-Authenticate": "ApiKey"},
             )
         digest = sha256(key.encode()).digest()
         matches = [hmac.compare_digest(digest, own) for own in self._digests]  # all of them: no early exit
         if not any(matches):
-            raise ApiError(403, "key_wrong", f"The API key is wrong: check the header {header}.")
+            raise ApiError(403, "key_wrong", f"The key is wrong: check the header {header}.")
         return digest.hex()[:8]
