@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import sys
 import threading
@@ -148,7 +147,6 @@ def main(
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         status: int = arguments.action(arguments)
-        sys.stdout.flush()  # what can't be written fails here
         return status
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("pillsnap"):
@@ -161,9 +159,6 @@ def main(
         return 2
     except PillsnapError as error:
         return refuse(error, status=2)
-    except BrokenPipeError:  # such as head, which has what it wanted; see the documentation of signal.SIGPIPE
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         print(f"pillsnap: {arguments.command} can't go on: {error.strerror or error}{where}", file=sys.stderr)
