@@ -145,7 +145,8 @@ def test_bad_input_is_one_sentence_and_changes_nothing(folder: Path, command: Ca
         drug.mkdir(parents=True)
         (drug / "front.png").write_bytes(green.read_bytes() + b"another photo")
     (torn / "empty.jpg").touch()
-    (loose.parent / "stray.png").write_bytes(green.read_bytes())
+    (loose.parent / "stray").write_bytes(green.read_bytes())  # a photo by its content
+    (loose / ".cache").mkdir()
     before = (folder / GALLERY_FILE).read_bytes()
     attempts = {
         ("enroll", "--name", "<script>alert(1)</script>", "--whole", green): "has markup",
@@ -153,7 +154,7 @@ def test_bad_input_is_one_sentence_and_changes_nothing(folder: Path, command: Ca
         ("enroll", "--name", "Red", "--whole", tmp_path / "missing.png"): "missing.png can't be read",
         ("enroll", "--whole", torn.parent): "empty.jpg can't be enrolled",
         ("enroll", "--name", "Red", "--whole", torn): "empty.jpg can't be enrolled",
-        ("enroll", "--whole", loose.parent): "stray.png is in no folder with the name of its drug",
+        ("enroll", "--whole", loose.parent): "stray is in no folder with the name of its drug",
         ("enroll", "--whole", "--code", "K-5", folder / "photos"): "--code is the code of one drug",
         ("build", "--per-side", "0"): "--per-side is 0",
         ("list", "Green"): "gallery list shows all drugs",

@@ -18,7 +18,6 @@ from .options import ENGINE, option, takes
 from .output import print_json
 from .settings import settings_or_defaults
 from ..config.schema import Settings, SettingsError
-from ..runtime.images import SUFFIXES
 
 if TYPE_CHECKING:
     from pillsnap.answer.gallery.references import Gallery
@@ -42,13 +41,13 @@ def _opened(folder: Path, settings: Settings) -> Iterator[tuple[Identifier, Gall
         yield identifier, gallery_for(folder, identifier)
 
 
-def _write(gallery: Gallery, folder: Path, before: Gallery) -> None:
-    """Write the gallery of models and print what it holds, and how many references are new."""
+def _write(gallery: Gallery, folder: Path, before: Gallery | None = None) -> None:
+    """Write the gallery of models and print what it holds, and how many references were added to an earlier one."""
     from pillsnap.answer.gallery.gallery_file import GALLERY_FILE, write_gallery
 
     digest = write_gallery(gallery, folder / GALLERY_FILE)
-    added = max(0, len(gallery.references) - len(before.references))  # a photo that was there is none
-    print_json(summary_of(gallery) | {"added": added, "file": str(folder / GALLERY_FILE), "hash": digest})
+    added = {} if before is None else {"added": len(gallery.references) - len(before.references)}
+    print_json(summary_of(gallery) | added | {"file": str(folder / GALLERY_FILE), "hash": digest})
 
 
 def summary_of(
@@ -71,15 +70,18 @@ def photos_of_drugs(
 
     Folders of one name are of one drug, wherever they are.
     """
+    from pillsnap.service.client.photos import is_meant_as_photo
+
     folders = [word for word in words if word.is_dir()]
-    below = {folder: sorted(path for path in folder.iterdir() if path.is_dir()) for folder in folders}
+    inside = {folder: [path for path in sorted(folder.iterdir()) if path.name[0] != "."] for folder in folders}
+    below = {folder: [path for path in paths if path.is_dir()] for folder, paths in inside.items()}
     nested = [path for paths in below.values() for path in paths]
     if nested and name is None:
         lone = [word for word in words if not below.get(word)]
         if lone:
             raise SettingsError(f"{lone[0]} has no folder with the name of its drug: enrol it on its own, with --name")
-        for path in (path for folder in folders for path in sorted(folder.iterdir())):
-            if path.is_file() and not path.name.startswith(".") and path.suffix.lower() in SUFFIXES:
+        for path in (path for paths in inside.values() for path in paths):
+            if path.is_file() and is_meant_as_photo(path):
                 raise SettingsError(f"{path} is in no folder with the name of its drug: move it into one")
         photos: dict[str, list[Path]] = {}
         for path in nested:
@@ -191,11 +193,10 @@ def _remove(words: list[Path], arguments: Namespace, settings: Settings) -> int:
     if not words:
         raise SettingsError("there is no drug to remove: name its code, as `pillsnap gallery list` shows it")
     with locked_gallery(model_folder(arguments.model, settings)):
-        folder, before = _existing(arguments, settings)
-        gallery = before
+        folder, gallery = _existing(arguments, settings)
         for word in words:
             gallery = gallery.removed(str(word))
-        _write(gallery, folder, before)
+        _write(gallery, folder)
     return 0
 
 

@@ -13,7 +13,7 @@ from ...errors import PillsnapError
 from ...runtime.images import KINDS, SUFFIXES, is_photo
 
 # %% auto #0
-__all__ = ['ClientError', 'ServerUnusable', 'read_photo', 'find_photos', 'printable', 'name_of']
+__all__ = ['ClientError', 'ServerUnusable', 'read_photo', 'is_meant_as_photo', 'find_photos', 'printable', 'name_of']
 
 # %% ../../../nbs/service/client/00_photos.ipynb #3895b00e
 class ClientError(PillsnapError):
@@ -48,6 +48,13 @@ def _begins_like_a_photo(
             return is_photo(file.read(64))
     except OSError:
         return True
+
+
+def is_meant_as_photo(
+    path: Path,  # of a file
+) -> bool:
+    """Whether a file is a photo by its content, or by its name."""
+    return _begins_like_a_photo(path) or path.suffix.lower() in _CALLED_PHOTO
 
 
 def find_photos(
