@@ -171,5 +171,7 @@ def test_the_command_takes_a_list_and_a_file(
     assert "1 matched" in capsys.readouterr().out, "a file, whatever its name"
     assert cli.main([*command, "--expected", "order.csv"]) == 2
     assert "there is no file order.csv" in capsys.readouterr().err
+    assert cli.main([*command, "--expected", f"code\tdose\n{WHITE}\t0.5 mg/day"]) == 0, "an order, not the name of one"
+    assert "1 matched" in capsys.readouterr().out
     assert cli.main([*command, "--expected", WHITE, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["prescription"]["surplus"] == [1]

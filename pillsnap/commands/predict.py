@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import re
 from argparse import Namespace
 from dataclasses import asdict
 from functools import partial
@@ -178,7 +179,7 @@ def _scale(arguments: Namespace) -> Scale | None:
 def _expected(words: str | None) -> str | None:
     """A list of drugs, or the content of the file of an order."""
     if words is None or not os.path.isfile(words):  # False for a list that is longer than a name may be
-        if words and "," not in words and (os.sep in words or Path(words).suffix):
+        if words and not re.search(r"[,;|\t\n]", words) and (os.sep in words or Path(words).suffix[1:].isalpha()):
             raise SettingsError(
                 f"--expected: there is no file {words}: name the file of an order, or codes with commas"
             )
