@@ -271,7 +271,7 @@ def test_a_running_job_is_cancelled_and_its_files_go(
         monkeypatch.setitem(worker_side.KINDS, "predict", slow)
         assert run_next(runner)
         assert show(client, job)["state"] == "cancelled" and not list(runner.queue.folder_of(job["id"]).iterdir())
-        check_error(client.get(f"/jobs/{job['id']}/result", headers=KEY), 409, "cancelled")
+        check_error(client.get(f"/jobs/{job['id']}/result", headers=KEY), 409, "cancelled: send it again")
 
 
 # ---- What is refused

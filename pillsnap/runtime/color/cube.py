@@ -24,7 +24,7 @@ class CubeError(PillsnapError):
 
 
 _SIZES = {"LUT_1D_SIZE": 65536, "LUT_3D_SIZE": 256}  # points at most, as in the specification
-_LARGEST = float(np.finfo(np.float32).max)  # what a table can hold
+_LARGEST = float(np.finfo(np.float32).max)  # a photo is corrected in float32
 _NUMBERS = {"LUT_1D_INPUT_RANGE": 2, "LUT_3D_INPUT_RANGE": 2, "DOMAIN_MIN": 3, "DOMAIN_MAX": 3}
 Triple = tuple[float, float, float]
 

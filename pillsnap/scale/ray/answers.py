@@ -66,11 +66,11 @@ def open_models(
     imprint: str,
 ) -> LoadedModels:  # of this process
     """Open the models of a worker; raises `ScaleError` where its node has others, or another gallery."""
-    mine = (("models", version_of(folder), version), ("gallery", gallery_stamp(folder), gallery))
+    mine = (("other models", version_of(folder), version), ("another gallery", gallery_stamp(folder), gallery))
     for what, found, asked in mine:
         if found != asked:
             raise ScaleError(
-                f"A node has other {what} in {folder} ({found or 'none'}) than the machine of the command "
+                f"A node has {what} in {folder} ({found or 'none'}) than the machine of the command "
                 f"({asked or 'none'}): copy the folder to every node, or name one that all of them see."
             )
 
