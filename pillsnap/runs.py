@@ -45,8 +45,12 @@ def _read_text(path: Path, problems: list[str]) -> str:
         return ""
 
 
-def read_json(path: Path, empty: Any, problems: list[str]) -> Any:
-    """Read a JSON file of the same type as `empty`, or else `empty`; what is wrong is added to `problems`."""
+def read_json(
+    path: Path,  # which need not be there
+    empty: Any,  # what is returned where nothing can be read
+    problems: list[str],  # gets a sentence about what is wrong
+) -> Any:
+    """Read a JSON file of the same type as `empty`, or else `empty`."""
     text = _read_text(path, problems)
     try:
         value = json.loads(text) if text else empty

@@ -66,7 +66,7 @@ def photos_of_drugs(
     words: list[Path],  # photos of one drug, a folder with them, or a folder with a folder for each drug
     name: str | None,  # of the drug; None: the folders are named like the drugs
 ) -> dict[str, list[Path]]:  # name of the drug -> photos
-    """Group photos by drug; raises `SettingsError` for a missing name and for two names of one drug.
+    """Group photos by drug; raises `SettingsError` for a drug with no name or two, and for what can't be enrolled.
 
     Folders of one name are of one drug, wherever they are.
     """

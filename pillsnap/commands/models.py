@@ -32,7 +32,7 @@ def model_folder(
         raise SettingsError(f"there is no model folder: {where}{instead}")
     return Path(folder)
 
-
+# %% ../../nbs/commands/03_models.ipynb #7a10c3d4
 def open_models(
     folder: Path,  # has classifier.onnx
     settings: Settings,  # serve and identify are read
