@@ -11,7 +11,7 @@ from pathlib import Path
 from .errors import BenchError
 
 # %% auto #0
-__all__ = ['benchmark_parser', 'add_photos', 'folders_of']
+__all__ = ['benchmark_parser', 'add_photos', 'folders_of', 'exported']
 
 # %% ../../nbs/bench/06_options.ipynb #8ad3a18c
 def benchmark_parser(
@@ -55,3 +55,12 @@ def folders_of(
     if needed and not folders:
         raise BenchError("--data takes NAME=DIR and has to be given once or more.")
     return folders
+
+# %% ../../nbs/bench/06_options.ipynb #4b7e90a2
+def exported(
+    run: Path,  # folder of a run
+) -> Path:  # folder of its exported models
+    """The models of a run; raises `BenchError` where it was not exported."""
+    if not (run / "export" / "classifier.onnx").is_file():
+        raise BenchError(f"There is no exported run in {run}: run `pillsnap export --run {run}`.")
+    return run / "export"

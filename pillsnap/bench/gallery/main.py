@@ -26,7 +26,7 @@ from .sets import embed_set
 from .speed import DRUGS, enroll_seconds, large_photo, search_milliseconds, served_over_limit
 from .studio import ask_phones, enrolled_studio
 from .verdicts import Told, ask_verdicts, together, verdict_figures, worst
-from ..options import add_photos, benchmark_parser, folders_of
+from ..options import add_photos, benchmark_parser, exported, folders_of
 from ..report import goal, goal_lines, median_of, report_head, run_benchmark, spread
 from ..search.references import KeptReadings
 from ...color.data.pills import PillPhoto, read_photos
@@ -245,9 +245,8 @@ def bench_gallery(
     began, out, folders = time.perf_counter(), options.out.resolve(), folders_of(options)
     if not set(folders) <= set(SHOTS):
         raise BenchError(f"--data takes the names {' and '.join(SHOTS)}, not {', '.join(sorted(folders))}.")
-    needed = [] if options.run is None else [options.run / "export" / "classifier.onnx", options.run / "config.yaml"]
-    if not all(file.is_file() for file in needed):
-        raise BenchError(f"There is no exported run in {options.run}: `pillsnap export --run` exports one.")
+    if options.run is not None:
+        exported(options.run)
     work = out / "gallery"
     work.mkdir(parents=True, exist_ok=True)
     parts: dict[str, Part] = {}

@@ -21,7 +21,7 @@ import numpy as np
 from ...atomic import write_json
 from ..data.labels import memory_folder, synthetic_labels
 from ..errors import BenchError
-from ..options import benchmark_parser
+from ..options import benchmark_parser, exported
 from ..report import goal, goal_lines, median_of, report_head, run_benchmark, spread
 from .jobs import measure_jobs
 from .network import NotPermitted
@@ -211,8 +211,7 @@ def measure(
     options: Namespace,  # from `parse`
 ) -> dict[str, Any]:  # the report, also written to scale.json
     """Run the benchmark; raises `BenchError` where something can't be measured."""
-    if not (options.run / "export" / "classifier.onnx").is_file():
-        raise BenchError(f"There is no exported run in {options.run}: `pillsnap export --run` exports one.")
+    exported(options.run)
     if options.rounds < 1 or options.photos < 1 or options.labels < 2:
         raise BenchError("--rounds and --photos must be at least 1, --labels at least 2.")
     began, out = time.monotonic(), Path(options.out)

@@ -21,6 +21,7 @@ from ...answer.gallery.recognise import open_identifier
 from ...answer.identify import Identifier
 from ...answer.imprint.setting import read_imprints
 from ..errors import BenchError
+from ..options import exported
 from ...config.schema import Identify
 from ...data.moved import dataset_of_run
 from ...evaluation.evaluate import TruePhoto, true_photos
@@ -168,12 +169,11 @@ def measure_handfuls(
     seed: int,
 ) -> dict[str, Any]:  # plain values for JSON
     """How often an exported model says rightly how a handful compares with a list; `BenchError` without a model."""
-    if not (run / "export" / "classifier.onnx").is_file():
-        raise BenchError(f"There is no exported model in {run}: run `pillsnap export --run {run}`.")
+    folder = exported(run)
     photos, strangers = handfuls_of(run, split), strangers_of(run)
     if not photos:
         raise BenchError(f"The {split} photos of {run} have no handful of trained drugs: name a run on the sample.")
-    identifier = open_identifier(run / "export", engine="onnxruntime")
+    identifier = open_identifier(folder, engine="onnxruntime")
     values: dict[str, Any] = {"handfuls": len(photos), "strangers": len(strangers)}
     for name in ("off", "auto"):
         read_imprints(identifier, name)

@@ -23,6 +23,7 @@ from ...answer.imprint.reader import open_reader
 from ...answer.search.appearance import read_imprint
 from ...answer.search.imprints import fold, plain, turned
 from ..errors import BenchError
+from ..options import exported
 from ..report import goal, spread
 from ...data.moved import dataset_of_run
 from ...runtime.boxes import Box
@@ -107,9 +108,7 @@ def measure_imprints(
     split: str,  # test, or validation to choose rules on
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:  # goals, and plain values for JSON
     """How well imprints are read; raises `BenchError` without photos, `ImprintUnavailable` as `open_reader`."""
-    if not (run / "export" / "classifier.onnx").is_file():
-        raise BenchError(f"There is no exported model in {run}: run `pillsnap export --run {run}`.")
-    identifier = open_identifier(run / "export", engine="onnxruntime")
+    identifier = open_identifier(exported(run), engine="onnxruntime")
     singles = singles_of(dataset_of_run(run).manifest, split)
     if not singles:
         raise BenchError(f"The {split} photos of {run} have no photo of one trained drug: name a run on the sample.")
